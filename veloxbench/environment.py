@@ -1,0 +1,129 @@
+"""What a measurement ran on: hardware, versions, machine state, and the hashes of the code."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+
+import veloxbench
+from veloxbench.records import Suite, content_hash
+from veloxquant_kernels.blas import load_blas
+
+PACKAGES = ("mlx", "mlx-lm", "numpy", "scipy", "transformers", "tokenizers", "veloxbench")
+
+
+@functools.cache
+def hardware() -> dict[str, Any]:
+    """Chip, cores, memory and the device that MLX computes on."""
+    import mlx.core as mx
+
+    metal = mx.metal.is_available()
+    return {
+        "chip": _chip(),
+        "machine": platform.machine(),
+        "physical_cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        "logical_cores": os.cpu_count() or 1,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "device": "gpu" if mx.default_device() == mx.gpu else "cpu",
+        "metal": str(mx.device_info().get("architecture", "")) if metal else None,
+        "blas": load_blas().name,
+        "os": f"{platform.system()} {platform.release().split('-')[0]}",
+    }
+
+
+def _chip() -> str:
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "Apple"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that may move a number."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def machine_state() -> dict[str, Any]:
+    """Load, free memory and power at this moment: context for a timing, never part of a key."""
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    return {
+        "load_1min": round(psutil.getloadavg()[0], 2),
+        "available_gib": round(psutil.virtual_memory().available / 2**30, 1),
+        "on_battery": None if battery is None else not battery.power_plugged,
+    }
+
+
+def machine_class(suite: Suite) -> str:
+    """Hash of what moves a suite's numbers: chip, device and library versions for bytes and quality,
+    the whole hardware and all versions for timings."""
+    chip, versioned = hardware(), versions()
+    if suite == "throughput":
+        return content_hash([chip, versioned])
+    quality = {name: versioned[name] for name in ("mlx", "mlx-lm", "numpy")}
+    return content_hash([{name: chip[name] for name in ("chip", "device", "blas")}, quality])
+
+
+@functools.cache
+def source_hash(*packages: ModuleType) -> str:
+    """Hash of the Python syntax trees and kernel bodies below the packages: comments do not count."""
+    digest = hashlib.sha256()
+    for package in packages:
+        root = Path(str(package.__file__)).parent
+        files = sorted(root.rglob("*.py")) + sorted(root.rglob("*.metal"))
+        for file in files:
+            text = file.read_text()
+            digest.update(str(file.relative_to(root)).encode())
+            digest.update((ast.dump(ast.parse(text)) if file.suffix == ".py" else text).encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def harness_hash() -> str:
+    """Hash of the modules of the harness that produce numbers (not of its front doors and reports)."""
+    root = Path(veloxbench.__file__).parent
+    files = [root / "protocol.py", root / "adapter.py", root / "stats.py", *sorted((root / "measure").glob("*.py"))]
+    trees = [ast.dump(ast.parse(file.read_text())) for file in files]
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
+
+
+@functools.cache
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit and dirtiness of the checkout that this code runs from; ``(None, None)`` outside one."""
+    root = Path(veloxbench.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", str(root / "__init__.py")) is None:
+        return None, None
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD"), None if status is None else bool(status)

@@ -1,0 +1,25 @@
+"""The reference arm: the model's own mlx-lm caches, holding fp16."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from fractions import Fraction
+from typing import Any
+
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from veloxbench.methods import BuildContext, register
+
+
+@register(
+    "fp16",
+    summary="mlx-lm's own cache in fp16: what every other arm is compared with",
+    cache_classes=(KVCache, RotatingKVCache),
+    targets=None,
+    target_means=None,
+    formula=lambda target, geometry: Fraction(16),
+    implementation=lambda: f"mlx-lm {importlib.metadata.version('mlx-lm')}",
+)
+def fp16(context: BuildContext, target: None) -> list[Any]:
+    """``model.make_cache()`` as mlx-lm makes it."""
+    return list(make_prompt_cache(context.model))

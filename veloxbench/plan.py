@@ -1,0 +1,210 @@
+"""What a run measures: the grid (a TOML file, validated) and the measurements that it unfolds into."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from veloxbench.corpora import Text, TokenBlock, token_block
+from veloxbench.environment import harness_hash, machine_class
+from veloxbench.errors import UsageError, unknown_name
+from veloxbench.measure.throughput import Timing
+from veloxbench.methods import Arm, get_method, make_arm, parse_method
+from veloxbench.models import ModelHandle
+from veloxbench.protocol import Chunked, Decode, Protocol
+from veloxbench.records import ModelRef, Subject, Suite, TextRef
+
+REFERENCE = Arm("fp16")
+SEED = 0
+PROFILES = ("quick", "default", "full")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ArmSpec(_Strict):
+    """A method with the targets to measure."""
+
+    method: str
+    targets: tuple[float, ...]
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class ThroughputSpec(_Strict):
+    """Depths, and how many interleaved pairs at each."""
+
+    depths: tuple[int, ...]
+    pairs: int
+    steps: int
+    prefill_pairs: int
+
+
+class MemorySpec(_Strict):
+    """Tokens prefilled and decoded in the memory process, and the budget that tokens_in_budget fills."""
+
+    tokens: int
+    decode_steps: int
+    budget_gib: float
+
+
+class Grid(_Strict):
+    """A profile: models x arms x suites, with the sizes of each suite."""
+
+    summary: str
+    models: tuple[str, ...]
+    n_layers: int | None = None
+    corpus: str
+    suites: tuple[Suite, ...]
+    arms: tuple[ArmSpec, ...]
+    protocols: tuple[Annotated[Chunked | Decode, Field(discriminator="name")], ...]
+    throughput: ThroughputSpec
+    memory: MemorySpec
+
+    def arm_list(self) -> list[Arm]:
+        """Every arm but the reference, in order."""
+        return [make_arm(spec.method, target, **spec.parameters) for spec in self.arms for target in spec.targets]
+
+
+def load_grid(profile: str) -> Grid:
+    """The grid of a profile.
+
+    Raises:
+        UsageError: no such profile, or its file is not a valid grid.
+    """
+    folder = resources.files("veloxbench") / "grids"
+    names = [entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")]
+    if profile not in names:
+        raise unknown_name("profile", profile, names)
+    return parse_grid((folder / f"{profile}.toml").read_text(encoding="utf-8"), f"profile {profile!r}")
+
+
+def parse_grid(text: str, origin: str) -> Grid:
+    """Validate a grid's TOML text."""
+    try:
+        return Grid.model_validate(tomllib.loads(text))
+    except (ValidationError, tomllib.TOMLDecodeError) as error:
+        reason = error.errors()[0] if isinstance(error, ValidationError) else error
+        detail = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" if isinstance(reason, dict) else str(reason)
+        raise UsageError(f"{origin} is not a valid grid: {detail}") from error
+
+
+def customise(
+    grid: Grid,
+    *,
+    models: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    targets: Sequence[float] = (),
+    suites: Sequence[str] = (),
+    corpus: str | None = None,
+    budget_gib: float | None = None,
+) -> Grid:
+    """The grid with the user's choices in place of its own.
+
+    Raises:
+        UsageError: an unknown name, or a target that a chosen method cannot meet.
+    """
+    changes: dict[str, Any] = {}
+    if models:
+        changes["models"] = tuple(models)
+    if corpus:
+        changes["corpus"] = corpus
+    if suites:
+        for suite in suites:
+            if suite not in get_args(Suite):
+                raise unknown_name("suite", suite, get_args(Suite))
+        changes["suites"] = tuple(suites)
+    if budget_gib is not None:
+        if not budget_gib > 0:
+            raise UsageError(f"memory budget {budget_gib} GiB must be above zero")
+        changes["memory"] = grid.memory.model_copy(update={"budget_gib": budget_gib})
+    if methods or targets:
+        changes["arms"] = tuple(_arm_specs(grid, methods, targets))
+    chosen = grid.model_copy(update=changes)
+    chosen.arm_list()  # every target is checked before anything is loaded
+    return chosen
+
+
+def _arm_specs(grid: Grid, methods: Sequence[str], targets: Sequence[float]) -> Iterator[ArmSpec]:
+    own = {spec.method: spec.targets for spec in grid.arms}
+    for text in methods or dict.fromkeys(spec.method for spec in grid.arms):
+        name, parameters = parse_method(text)
+        method = get_method(name)
+        if method.targets is None:
+            continue  # fp16 is in every run
+        yield ArmSpec(method=name, targets=tuple(targets) or own.get(name) or method.targets, parameters=parameters)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One record to be made: its subject (whose hash is the key) and what the runner needs to make it."""
+
+    subject: Subject
+    arm: Arm
+    task: Protocol | Timing | MemorySpec
+    block: TokenBlock
+
+    @property
+    def label(self) -> str:
+        """For progress lines."""
+        return f"{self.subject.suite}/{self.subject.protocol} {self.arm.label}"
+
+
+def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) -> list[Measurement]:
+    """Every measurement of one model, in the order in which to make them.
+
+    Raises:
+        UsageError: the text is too short, or a window exceeds the model's context.
+    """
+    model = ModelRef(
+        name=handle.name,
+        weights_sha256=handle.weights_sha256,
+        tokenizer_sha256=handle.tokenizer_sha256,
+        config_sha256=handle.config_sha256,
+        n_layers=grid.n_layers,
+    )
+    arms = [REFERENCE, *grid.arm_list()]
+    found = []
+    for suite, name, task, sequences, length in _tasks(grid):
+        if length > handle.context:
+            raise UsageError(f"{suite}/{name} needs {length} tokens of context, {handle.name} has {handle.context}")
+        block = token_block(text, tokenizer, n_sequences=sequences, length=length)
+        for arm in arms:
+            subject = Subject(
+                suite=suite,
+                protocol=name,
+                model=model,
+                method=arm.ref(),
+                text=TextRef(name=block.text, tokens_sha256=block.sha256),
+                settings={**_settings(task), "seed": SEED},
+                harness=harness_hash(),
+                machine_class=machine_class(suite),
+            )
+            found.append(Measurement(subject, arm, task, block))
+    return found
+
+
+def _settings(task: Protocol | Timing | MemorySpec) -> Mapping[str, Any]:
+    return task.model_dump() if isinstance(task, MemorySpec) else dict(vars(task))
+
+
+def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Protocol | Timing | MemorySpec, int, int]]:
+    """``(suite, protocol name, task, sequences, tokens per sequence)``; one more token than is fed is the last target."""
+    if "perplexity" in grid.suites:
+        for protocol in grid.protocols:
+            yield "perplexity", protocol.name, protocol, protocol.sequences, protocol.n_tokens + 1
+    if "memory" in grid.suites:
+        yield "memory", "process", grid.memory, 1, grid.memory.tokens + grid.memory.decode_steps
+    if "throughput" in grid.suites:
+        sizes = grid.throughput
+        for depth in sizes.depths:
+            timing = Timing(depth, sizes.pairs, sizes.steps, sizes.prefill_pairs)
+            yield "throughput", f"depth {depth}", timing, 1, timing.n_tokens
+
+
+ProfileName = Literal["quick", "default", "full"]

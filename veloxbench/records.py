@@ -1,0 +1,183 @@
+"""Measurement records: immutable, validated on write and on read, identified by their content.
+
+A :class:`Subject` says everything that may move a number: what was measured, on what, how, with which
+code, on which class of machine. Its hash is the record's ``key``; a run that finds the key in the store
+does not measure again. The record's ``id`` is the hash of the whole record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+SCHEMA_VERSION = 1
+
+Suite = Literal["perplexity", "memory", "throughput"]
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number; it cannot be recorded as a measurement")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Estimate(_Frozen):
+    """A figure with its 95% interval; ``interval`` names the method and the sample size."""
+
+    value: Finite
+    unit: str
+    low: Finite | None = None
+    high: Finite | None = None
+    interval: str | None = None
+
+
+class ModelRef(_Frozen):
+    """The weights and tokenizer, by hash. ``n_layers`` is set when the model was cut to its first layers."""
+
+    name: str
+    weights_sha256: str
+    tokenizer_sha256: str
+    config_sha256: str
+    n_layers: int | None = None
+
+
+class MethodRef(_Frozen):
+    """A method at one target. ``target`` is what its ``target_means`` says: a code width or bits_per_value."""
+
+    name: str
+    target: float | None = None
+    target_means: Literal["code_bits", "bits_per_value"] | None = None
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    implementation: str = Field(description="version of the package, or hash of the source, that implements it")
+
+    @property
+    def label(self) -> str:
+        """``turboquant_mse 4`` or ``mlx-affine 4 (group_size=32)``."""
+        target = "" if self.target is None else f" {self.target:g}"
+        parameters = ", ".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))
+        return self.name + target + (f" ({parameters})" if parameters else "")
+
+
+class TextRef(_Frozen):
+    """The tokens that were read, by hash of the token array."""
+
+    name: str
+    tokens_sha256: str
+
+
+class Subject(_Frozen):
+    """Everything that identifies a measurement; its hash is the key by which a run resumes."""
+
+    suite: Suite
+    protocol: str
+    model: ModelRef
+    method: MethodRef
+    text: TextRef
+    settings: dict[str, JsonValue]
+    harness: str = Field(description="hash of the measuring code")
+    machine_class: str = Field(description="hash of the part of the environment that moves this suite's numbers")
+
+    @property
+    def key(self) -> str:
+        """sha256 of the canonical JSON."""
+        return content_hash(self.model_dump(mode="json"))
+
+
+class LayerEngagement(_Frozen):
+    """What held one layer's keys and values."""
+
+    layer: int
+    cache_class: str
+    claimed: bool = Field(description="the method says that it quantizes this layer")
+    engaged: bool = Field(description="the layer really holds the method's storage")
+    key_bits: float | None = None
+    value_bits: float | None = None
+    stored_dtypes: list[str]
+    tokens: int
+    n_values: int = Field(description="cached K and V values of the stored tokens")
+    used_bytes: Finite
+    allocated_bytes: int
+
+
+class Provenance(_Frozen):
+    """Where, when and with what the measurement was made."""
+
+    started: datetime
+    seconds: Finite
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    hardware: dict[str, JsonValue]
+    state: dict[str, JsonValue]
+
+
+class Record(_Frozen):
+    """One measurement. ``status`` is ``unsupported`` where the implementation refused the configuration."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: str
+    key: str
+    subject: Subject
+    status: Literal["measured", "unsupported"]
+    reason: str | None = None
+    metrics: dict[str, Estimate]
+    samples: dict[str, list[Finite]] = Field(description="raw samples: one per sequence, pair or phase")
+    engagement: list[LayerEngagement]
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _hashes_match(self) -> Record:
+        if self.key != self.subject.key:
+            raise ValueError(f"key {self.key[:12]} is not the hash of the record's subject")
+        if self.id != self.content_id():
+            raise ValueError(f"id {self.id[:12]} is not the hash of the record's content")
+        if self.status == "measured" and not self.metrics:
+            raise ValueError("a measured record needs metrics")
+        if self.status == "unsupported" and not self.reason:
+            raise ValueError("an unsupported record needs its reason")
+        return self
+
+    def content_id(self) -> str:
+        """sha256 of the canonical JSON without ``id``."""
+        return content_hash(self.model_dump(mode="json", exclude={"id"}))
+
+    @classmethod
+    def create(cls, **fields: Any) -> Record:
+        """A validated record with its key and id computed."""
+        subject = fields["subject"]
+        draft = cls.model_construct(id="", key=subject.key, **{"reason": None, **fields})
+        return cls.model_validate({**draft.model_dump(mode="json"), "id": draft.content_id()})
+
+    def to_line(self) -> str:
+        """The record as one JSON line."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> Record:
+        """Parse and validate; raises ``pydantic.ValidationError`` for anything that is not a whole record."""
+        return cls.model_validate_json(line)
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of canonical JSON (sorted keys, no spaces, shortest float form)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def json_schema() -> str:
+    """The published JSON Schema of a record line."""
+    schema = Record.model_json_schema(mode="serialization")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,116 @@
+"""The crash-safe journal: one record per line, appended whole and synced, never rewritten."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.records import Record
+
+JOURNAL = "records.jsonl"
+
+
+def read_records(path: Path) -> list[Record]:
+    """Every record of a journal file, or of all ``*.jsonl`` files of a folder, in order.
+
+    A last line without its newline was being written when the process died; it is not a record.
+
+    Raises:
+        IntegrityError: any other line that is not a valid record, or two records with one key; names
+            file and line. A damaged journal is never read around.
+    """
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
+    records: dict[str, Record] = {}
+    for file in files:
+        for number, line in enumerate(_whole_lines(file.read_bytes()), start=1):
+            try:
+                record = Record.from_line(line.decode())
+            except (ValidationError, UnicodeDecodeError) as error:
+                reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+                raise IntegrityError(f"{file}:{number} is not a valid record: {reason}") from error
+            if record.key in records:
+                raise IntegrityError(f"{file}:{number} measures key {record.key[:12]} a second time")
+            records[record.key] = record
+    return list(records.values())
+
+
+def _whole_lines(content: bytes) -> list[bytes]:
+    return content[: content.rfind(b"\n") + 1].splitlines()
+
+
+class Store:
+    """The journal of one output folder, open for appending. Use :func:`open_store`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / JOURNAL
+        self._set_torn_tail_aside()
+        self._records = {record.key: record for record in read_records(self.path)}
+
+    def _set_torn_tail_aside(self) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            with self.path.with_suffix(".torn").open("ab") as aside:
+                aside.write(content[whole:] + b"\n")
+            os.truncate(self.path, whole)
+
+    def get(self, key: str) -> Record | None:
+        """The record measured for this key, if any."""
+        return self._records.get(key)
+
+    def records(self) -> list[Record]:
+        """All records, in the order in which they were measured."""
+        return list(self._records.values())
+
+    def append(self, record: Record) -> None:
+        """Add a record durably: one write, then fsync.
+
+        Raises:
+            UsageError: the key is already recorded.
+            UnfitEnvironmentError: the line could not be written.
+        """
+        if record.key in self._records:
+            raise UsageError(f"key {record.key[:12]} ({record.subject.method.label}) is already recorded in {self.path}")
+        line = Record.from_line(record.to_line()).to_line().encode()
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                before = os.fstat(descriptor).st_size
+                if os.write(descriptor, line) != len(line):
+                    os.ftruncate(descriptor, before)
+                    raise OSError("the line was written in part; is the disk full?")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise UnfitEnvironmentError(f"cannot write to {self.path}: {error}") from error
+        self._records[record.key] = record
+
+
+@contextmanager
+def open_store(folder: Path) -> Iterator[Store]:
+    """Open the journal of ``folder`` for one writer.
+
+    Raises:
+        UnfitEnvironmentError: the folder cannot be written, or another run is writing to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UnfitEnvironmentError(f"another run is writing to {folder}; wait for it or choose another --out") from error
+    except OSError as error:
+        raise UnfitEnvironmentError(f"cannot write to the output folder {folder}: {error.strerror or error}") from error
+    try:
+        yield Store(folder)
+    finally:
+        lock.release()
