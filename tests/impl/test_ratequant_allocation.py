@@ -121,10 +121,7 @@ def test_greedy_is_optimal_for_convex_tables_of_equal_cost(seed):
 def test_exact_solver_agrees_with_brute_force(seed):
     """Unequal sizes, odd costs, tables that are neither convex nor monotone: the exact solver is exact."""
     rng = np.random.default_rng(seed)
-    costs = [
-        [Fraction(int(rng.integers(0, 30)), int(rng.choice([1, 4, 5, 64]))) for _ in range(4)]
-        for _ in range(5)
-    ]
+    costs = [[Fraction(int(rng.integers(0, 30)), int(rng.choice([1, 4, 5, 64]))) for _ in range(4)] for _ in range(5)]
     losses = rng.exponential(1.0, (5, 4)).tolist()
     lowest = sum(min(row) for row in costs)
     budget = lowest + Fraction(int(rng.integers(0, 40)), 2)
@@ -230,9 +227,7 @@ def test_shuffle_keeps_histogram_and_bytes_and_depends_on_its_seed():
 
 def test_shuffle_moves_widths_only_between_units_of_one_shape():
     """Two shapes: the widths of each shape stay within it, so the mean stays exact."""
-    entries = tuple(
-        entry(i, b, n_values=n) for i, (b, n) in enumerate([(1, 64), (2, 64), (4, 512), (3, 512)])
-    )
+    entries = tuple(entry(i, b, n_values=n) for i, (b, n) in enumerate([(1, 64), (2, 64), (4, 512), (3, 512)]))
     original = BitAllocation(entries, unit="layer", quantizer="q", target_bits=4.0)
     for seed in range(10):
         result = shuffled(original, seed)

@@ -313,9 +313,7 @@ class BitAllocation(Mapping[str, int]):
                 "quantizer": self.quantizer,
                 "target_bits": self.target_bits,
                 "forecast_nats": self.forecast_nats,
-                "entries": [
-                    {**vars(entry), "bits_per_value": str(entry.bits_per_value)} for entry in self.entries
-                ],
+                "entries": [{**vars(entry), "bits_per_value": str(entry.bits_per_value)} for entry in self.entries],
             },
             indent=1,
         )
@@ -361,7 +359,5 @@ def shuffled(allocation: BitAllocation, seed: int) -> BitAllocation:
     for positions in groups.values():
         for position, source in zip(positions, rng.permutation(positions).tolist(), strict=True):
             donor = allocation.entries[source]
-            entries[position] = replace(
-                entries[position], bits=donor.bits, bits_per_value=donor.bits_per_value
-            )
+            entries[position] = replace(entries[position], bits=donor.bits, bits_per_value=donor.bits_per_value)
     return replace(allocation, entries=tuple(entries), forecast_nats=None)

@@ -1,0 +1,293 @@
+"""Measured distortion curves and the allocations made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from veloxquant_mlx.allocators.curves import exponential_fit
+from veloxquant_mlx.allocators.ratequant import (
+    DistortionCurves,
+    Sensitivities,
+    allocate_bits_continuous,
+    allocate_bits_ratequant,
+    fit_distortion_curve,
+    shuffled,
+)
+from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance
+from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
+
+HEAD_DIM = 128
+
+SPHERE_DISTORTION = {1: 0.36089, 2: 0.11600, 3: 0.03397, 4: 0.00931}
+"""Lloyd-Max distortion of one coordinate of a uniform vector on the 128-sphere, by numeric integration."""
+
+
+@dataclass(frozen=True)
+class ConstantCode:
+    """A code of no bits: every vector is decoded as the zero vector."""
+
+    def encode(self, x):
+        return x.shape
+
+    def decode(self, codes):
+        return mx.zeros(codes)
+
+    def bits_per_value(self, head_dim):
+        return Fraction(0)
+
+
+def static_scale_code(bits):
+    """Width 0 stores nothing, other widths are TurboQuant at an overhead-free price (for cost arithmetic only)."""
+
+    class Priced(TurboQuantMSE):
+        def bits_per_value(self, head_dim):
+            return Fraction(self.code_bits)
+
+    return ConstantCode() if bits == 0 else Priced(bits)
+
+
+def sensitivities_of(weights, sigmas, *, head_dim=HEAD_DIM, tokens=256, seed=0):
+    """Gaussian keys and values of known variance; ``weights`` and ``sigmas`` are ``[layers][kind][heads]``."""
+    rng = np.random.default_rng(seed)
+    heads = []
+    for layer, (weight, sigma) in enumerate(zip(weights, sigmas, strict=True)):
+        for kind, w, s in zip(("keys", "values"), weight, sigma, strict=True):
+            x = rng.standard_normal((2, len(w), tokens, head_dim)) * np.array(s)[:, None, None]
+            heads.append(
+                HeadSensitivities(
+                    layer, kind, np.array([w, w], dtype=float), mx.array(x.astype(np.float16)), mx.zeros(x.shape)
+                )
+            )
+    return Sensitivities(tuple(heads), Provenance("m", "t", 2, tokens, "llama", len(weights)))
+
+
+def random_sensitivities(layers=6, heads=2, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (layers, 2, heads)
+    return sensitivities_of(np.exp(rng.normal(0, 2, shape)), np.exp(rng.normal(0, 0.5, shape)), tokens=64, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def curves():
+    return fit_distortion_curve(random_sensitivities())
+
+
+def test_gaussian_keys_give_the_lloyd_max_distortion_times_their_variance():
+    """Measured D(b) on N(0, sigma^2) is sigma^2 times the codebook's own distortion, within 1%."""
+    given = sensitivities_of([[[1.0], [1.0]]], [[[1.0], [3.0]]], tokens=4096)
+    curves = fit_distortion_curve(given, widths=[1, 2, 3, 4])
+    for curve, variance in zip(curves.curves, (1.0, 9.0), strict=True):
+        expected = [variance * SPHERE_DISTORTION[b] for b in curves.widths]
+        np.testing.assert_allclose(curve.distortions, expected, rtol=0.01)
+        assert curve.variance == pytest.approx(variance, rel=0.01)
+
+
+def test_variance_is_taken_around_the_heads_mean():
+    """A constant offset changes the energy, not D(0)."""
+    base = sensitivities_of([[[1.0], [1.0]]], [[[1.0], [1.0]]])
+    moved = replace(base, heads=tuple(replace(h, vectors=h.vectors + 5.0) for h in base.heads))
+    for a, b in zip(fit_distortion_curve(base).curves, fit_distortion_curve(moved).curves, strict=True):
+        assert b.variance == pytest.approx(a.variance, rel=1e-2)
+        assert b.distortions[0] > 10 * a.distortions[0]
+
+
+def test_costs_are_the_quantizers_own():
+    """TurboQuant MSE at head_dim 128: b + 16/128 bits."""
+    curves = fit_distortion_curve(random_sensitivities(1, 1), widths=[1, 2, 4])
+    assert curves.costs == {128: (Fraction(9, 8), Fraction(17, 8), Fraction(33, 8))}
+    assert curves.quantizer == "TurboQuantMSE"
+
+
+def test_exponential_fit_recovers_its_own_parameters():
+    """D = 0.7 * 3.6^-b is fitted without error."""
+    fit = exponential_fit([1, 2, 3, 4], [0.7 * 3.6**-b for b in (1, 2, 3, 4)])
+    assert fit.alpha == pytest.approx(0.7, rel=1e-12)
+    assert fit.beta == pytest.approx(3.6, rel=1e-12)
+    assert fit.log_rmse < 1e-12
+
+
+def test_exponential_fit_reports_how_far_off_it_is():
+    """Residuals of ln D of +-0.1 alternating about a line leave the rmse of least squares, 0.0894."""
+    bits = [1, 2, 3, 4]
+    fit = exponential_fit(bits, [np.exp(-b + 0.1 * (-1) ** b) for b in bits])
+    slope, intercept = np.polyfit(bits, [-b + 0.1 * (-1) ** b for b in bits], 1)
+    residual = [-b + 0.1 * (-1) ** b - (slope * b + intercept) for b in bits]
+    assert fit.log_rmse == pytest.approx(np.sqrt(np.mean(np.square(residual))), rel=1e-9)
+    assert fit.log_rmse == pytest.approx(0.0894, abs=1e-4)
+
+
+def test_the_fit_overshoots_the_signal_where_the_table_does_not():
+    """The fit over 1-8 bits predicts more than the variance at zero bits; the measured table never does."""
+    curve = fit_distortion_curve(sensitivities_of([[[1.0], [1.0]]], [[[1.0], [1.0]]])).curves[0]
+    assert curve.fit.alpha > 1.2 * curve.variance
+    assert max(curve.distortions) < curve.variance
+
+
+def test_curves_survive_saving(curves, tmp_path):
+    curves.save(tmp_path / "curves.json")
+    assert DistortionCurves.load(tmp_path / "curves.json") == curves
+
+
+def test_curves_follow_the_vectors():
+    """Doubling every key quadruples every distortion of keys and leaves the values'."""
+    base = random_sensitivities(2)
+    louder = replace(
+        base,
+        heads=tuple(replace(h, vectors=2 * h.vectors) if h.kind == "keys" else h for h in base.heads),
+    )
+    before, after = fit_distortion_curve(base, widths=[1, 4]), fit_distortion_curve(louder, widths=[1, 4])
+    for a, b in zip(before.curves, after.curves, strict=True):
+        ratio = 4.0 if a.kind == "keys" else 1.0
+        np.testing.assert_allclose(b.distortions, np.array(a.distortions) * ratio, rtol=2e-3)
+
+
+@pytest.mark.parametrize("widths", [[1, 1], [9], [-1, 2], [1.5, 2]])
+def test_widths_that_are_no_widths_are_refused(widths):
+    with pytest.raises(ValueError, match=r"widths must be distinct integers in 0\.\.8"):
+        fit_distortion_curve(random_sensitivities(1, 1), widths=widths)
+
+
+@pytest.mark.filterwarnings("ignore:target_bits")
+@pytest.mark.parametrize("target", [1.25, 1.5, 2.0, 2.5, 3.0, 4.0])
+@pytest.mark.parametrize("unit", ["layer", "layer_kv", "head"])
+@pytest.mark.parametrize("solver", ["optimal", "greedy"])
+def test_realised_cost_is_below_the_target_by_less_than_one_step(curves, target, unit, solver):
+    """One more bit on one unit (all of equal size here) would exceed the target."""
+    result = allocate_bits_ratequant(curves, target, unit=unit, solver=solver)
+    step = Fraction(1, len(result))
+    assert Fraction(str(target)) - step < result.bits_per_value <= Fraction(str(target))
+    assert set(result.values()) <= {1, 2, 3, 4}
+
+
+def test_names_of_units_follow_the_models_order(curves):
+    """Layer by layer, keys before values, head by head."""
+    by_layer = allocate_bits_ratequant(curves, 4.125)
+    assert list(by_layer) == [f"layer_{i}" for i in range(6)]
+    assert list(allocate_bits_ratequant(curves, 4.125, unit="layer_kv"))[:3] == [
+        "layer_0.keys",
+        "layer_0.values",
+        "layer_1.keys",
+    ]
+    assert list(allocate_bits_ratequant(curves, 4.125, unit="head"))[:3] == [
+        "layer_0.keys.head_0",
+        "layer_0.keys.head_1",
+        "layer_0.values.head_0",
+    ]
+
+
+def test_more_sensitive_layers_get_more_bits():
+    """Equal data, weights 1, 10^2, 10^4: widths ascend with the weight."""
+    equal = [[1.0], [1.0]]
+    curves = fit_distortion_curve(
+        sensitivities_of([[[w], [w]] for w in (1.0, 1e2, 1e4)], [equal] * 3, tokens=64), widths=range(1, 7)
+    )
+    result = allocate_bits_ratequant(curves, 3.125, min_bits=1, max_bits=6)
+    assert list(result.values()) == sorted(result.values())
+    assert result["layer_2"] > result["layer_0"]
+
+
+def test_finer_units_never_forecast_a_larger_loss(curves):
+    """A layer's width is also open to its heads: layer >= layer_kv >= head in the allocator's own objective."""
+    losses = [allocate_bits_ratequant(curves, 2.125, unit=u).forecast_nats for u in ("layer", "layer_kv", "head")]
+    assert losses[0] >= losses[1] >= losses[2]
+    assert losses[2] < losses[0]
+
+
+def test_forecast_is_half_the_weighted_distortion():
+    """Two heads, w = 2 and 6, sigma 1: at 2 bits each forecasts (2 + 6)/2 * 0.116 nats."""
+    given = sensitivities_of([[[2.0], [6.0]]], [[[1.0], [1.0]]], tokens=4096)
+    curves = fit_distortion_curve(given, widths=[1, 2])
+    result = allocate_bits_ratequant(curves, 2.125, min_bits=2, max_bits=2)
+    assert result.forecast_nats == pytest.approx(4.0 * SPHERE_DISTORTION[2], rel=0.01)
+
+
+def test_an_allocation_forecasts_less_than_its_shuffles(curves):
+    """The optimum over all allocations is at most any permutation of itself."""
+    tables = {f"layer_{i}": [] for i in range(6)}
+    for curve in curves.curves:
+        tables[f"layer_{curve.layer}"].append(0.5 * curve.weight * np.array(curve.distortions))
+    result = allocate_bits_ratequant(curves, 2.125)
+
+    def forecast(allocation):
+        return sum(sum(tables[name])[curves.widths.index(bits)] for name, bits in allocation.items())
+
+    assert forecast(result) == pytest.approx(result.forecast_nats, rel=1e-12)
+    assert all(forecast(shuffled(result, seed)) >= result.forecast_nats for seed in range(20))
+
+
+def test_a_target_below_the_smallest_width_names_what_can_be_reached(curves):
+    """One bit and a norm cost 1.125 at head_dim 128: target 1.0 is refused with that number."""
+    with pytest.raises(ValueError, match=r"target_bits=1.0 .* min_bits=1 already costs 1.125 bits_per_value"):
+        allocate_bits_ratequant(curves, 1.0)
+
+
+def test_a_target_above_the_largest_width_is_not_met_in_silence(curves):
+    with pytest.raises(ValueError, match=r"target_bits=6.0 .* max_bits=4 costs 4.125 bits_per_value"):
+        allocate_bits_ratequant(curves, 6.0)
+
+
+def test_target_one_is_reached_by_a_code_that_costs_one_bit():
+    """Widths 0..4 without overhead: exactly 1.0, by any unit."""
+    curves = fit_distortion_curve(random_sensitivities(), static_scale_code, widths=range(5))
+    for unit in ("layer", "layer_kv", "head"):
+        result = allocate_bits_ratequant(curves, 1.0, min_bits=0, max_bits=4, unit=unit)
+        assert result.bits_per_value == 1
+        assert min(result.values()) == 0
+
+
+def test_coarse_widths_warn_with_the_realised_cost():
+    """Two layers of 1 or 4 bits at 2.0: only 1.125 is below; the warning says so."""
+    curves = fit_distortion_curve(random_sensitivities(2), widths=[1, 4])
+    with pytest.warns(UserWarning, match=r"target_bits=2.0.*1\.1250 bits_per_value"):
+        allocate_bits_ratequant(curves, 2.0)
+
+
+def test_decimal_targets_admit_their_exact_cost():
+    """2.1 as binary lies above or below 21/10; one layer in ten at 3 bits costs exactly 2.1 and is admitted."""
+    curves = fit_distortion_curve(random_sensitivities(10), static_scale_code, widths=[2, 3])
+    assert allocate_bits_ratequant(curves, 2.1, min_bits=2, max_bits=3).bits_per_value == Fraction(21, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_bits": 0}, "width 0 was not measured"),
+        ({"min_bits": 3, "max_bits": 2}, "must satisfy"),
+        ({"max_bits": 9}, "must satisfy"),
+        ({"unit": "layers"}, "unit='layers' must be one of layer, layer_kv, head"),
+        ({"solver": "best"}, "solver='best' must be one of optimal, greedy"),
+        ({"target_bits": float("nan")}, "target_bits=nan"),
+    ],
+)
+def test_arguments_out_of_range_are_named(curves, options, message):
+    with pytest.raises(ValueError, match=message):
+        allocate_bits_ratequant(curves, **({"target_bits": 2.0} | options))
+
+
+def test_a_weight_that_is_nan_is_named(curves):
+    with pytest.raises(ValueError, match=r"weight of layer_0\.keys\.head_0 .* got nan"):
+        replace(curves.curves[0], weight=float("nan"))
+
+
+def test_continuous_widths_follow_the_log_weight_rule():
+    """Equal Gaussian data: b_i - mean = (ln w_i - mean ln w) / ln beta with the fitted beta."""
+    weights = [1.0, 4.0, 16.0]
+    curves = fit_distortion_curve(
+        sensitivities_of([[[w], [w]] for w in weights], [[[1.0], [1.0]]] * 3), widths=[1, 2, 3, 4]
+    )
+    result = allocate_bits_continuous(curves, 2.625)
+    beta = curves.curves[0].fit.beta
+    expected = 2.5 + (np.log(weights) - np.log(weights).mean()) / np.log(beta)
+    np.testing.assert_allclose(list(result.values()), expected, atol=0.02)  # D measured on 2 x 256 vectors
+
+
+def test_continuous_and_integer_widths_are_close(curves):
+    """Rounding moves no unit by more than a bit and a half where curves are nearly exponential."""
+    continuous = allocate_bits_continuous(curves, 2.625, unit="head")
+    integers = allocate_bits_ratequant(curves, 2.625, unit="head")
+    assert max(abs(continuous[name] - integers[name]) for name in integers) < 1.5
