@@ -1,0 +1,108 @@
+"""Nearest-centroid coding of unit-variance coordinates, and table decoding straight from packed words."""
+
+from __future__ import annotations
+
+import functools
+from typing import Final
+
+import mlx.core as mx
+import numpy as np
+
+from veloxquant_mlx.packing import expand_table, table_group, unpack_groups
+from veloxquant_mlx.quantizers.lloyd_max import Codebook, Gaussian, SphereMarginal, lloyd_max
+
+BROADCAST_LIMIT: Final = 1 << 18
+"""Comparisons up to which one broadcast beats a chain of operations (dispatch outweighs arithmetic)."""
+
+CHAIN_LEVELS: Final = 32
+"""Levels up to which a chain of comparisons beats two table lookups on CPU."""
+
+CELLS: Final = 4096
+"""Cells of the lookup grid; fine enough that none holds two boundaries of a 256-level codebook."""
+
+
+@functools.cache
+def sphere_codebook(head_dim: int, levels: int) -> Codebook:
+    """Lloyd–Max codebook of a coordinate of a rotated unit-RMS vector."""
+    return lloyd_max(SphereMarginal(head_dim), levels)
+
+
+@functools.cache
+def gaussian_codebook(levels: int) -> Codebook:
+    """Lloyd–Max codebook of N(0, 1)."""
+    return lloyd_max(Gaussian(), levels)
+
+
+@functools.cache
+def _boundaries(codebook: Codebook) -> mx.array:
+    return mx.array(codebook.boundaries.astype(np.float32))
+
+
+@functools.cache
+def _grid(codebook: Codebook) -> tuple[float, float, mx.array, mx.array]:
+    edges = codebook.boundaries.astype(np.float32).astype(np.float64)
+    low, high = edges[0], edges[-1]
+    scale = (CELLS - 2) / (high - low)
+    slack = 1e-2  # cells; far above fp32 rounding of the cell index
+    cell_of_edge = (edges - low) * scale + 1
+    cells = np.arange(CELLS)
+    first = np.searchsorted(cell_of_edge, cells - slack, side="left")
+    if np.any(np.searchsorted(cell_of_edge, cells + 1 + slack, side="left") - first > 1):
+        raise ValueError(f"{CELLS} cells are too coarse for {len(edges) + 1} levels")
+    next_edge = np.append(edges, np.inf).astype(np.float32)
+    return float(scale), float(1 - low * scale), mx.array(first.astype(np.uint8)), mx.array(next_edge)
+
+
+def nearest_codes(y: mx.array, codebook: Codebook) -> mx.array:
+    """Index of the nearest centroid: the number of boundaries below each value.
+
+    Args:
+        y: any shape, fp32.
+        codebook: at most 256 levels.
+
+    Returns:
+        uint8 of the shape of ``y``.
+    """
+    n_edges = len(codebook.boundaries)
+    if y.size * n_edges <= BROADCAST_LIMIT:
+        below: mx.array = y[..., None] > _boundaries(codebook)
+        return mx.sum(below, axis=-1).astype(mx.uint8)
+    if n_edges < CHAIN_LEVELS:
+        edges = codebook.boundaries.astype(np.float32).tolist()
+        code = (y > edges[0]).astype(mx.uint8)
+        for edge in edges[1:]:
+            code = code + (y > edge)
+        return code
+    scale, shift, first, next_edge = _grid(codebook)
+    cell = mx.clip(y * scale + shift, 0, CELLS - 1).astype(mx.uint32)
+    code = mx.take(first, cell)
+    above: mx.array = y > mx.take(next_edge, code)
+    return code + above
+
+
+@functools.cache
+def centroids_array(codebook: Codebook) -> mx.array:
+    """The centroids, ``[levels]`` fp32."""
+    return mx.array(codebook.centroids.astype(np.float32))
+
+
+@functools.cache
+def _tuple_table(codebook: Codebook, group: int) -> mx.array:
+    return mx.array(expand_table(codebook.centroids.astype(np.float32), group))
+
+
+def decode_words(words: mx.array, codebook: Codebook, code_bits: int, n_codes: int) -> mx.array:
+    """Centroids of packed codes, several codes to one table lookup.
+
+    Args:
+        words: ``[..., W]`` uint32 of :func:`veloxquant_mlx.packing.pack_codes`.
+        codebook: ``2**code_bits`` levels.
+        code_bits: width of a code.
+        n_codes: codes in a row.
+
+    Returns:
+        ``[..., n_codes]`` fp32.
+    """
+    group = table_group(code_bits, n_codes)
+    index = unpack_groups(words, code_bits, n_codes, group)
+    return mx.take(_tuple_table(codebook, group), index, axis=0).reshape(*words.shape[:-1], n_codes)

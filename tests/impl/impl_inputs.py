@@ -1,0 +1,64 @@
+"""Small real architectures with seeded random weights, and NumPy inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+from mlx_lm.models import gemma3_text, llama
+
+
+def seeded(model: Any, seed: int) -> Any:
+    """Replace every weight by seeded NumPy normals of deviation 1/sqrt(fan-in); norms stay."""
+    rng = np.random.default_rng(seed)
+
+    def draw(weight: mx.array) -> mx.array:
+        if weight.ndim < 2:
+            return weight
+        noise = rng.standard_normal(weight.shape).astype(np.float32)
+        return mx.array(noise / np.sqrt(np.float32(weight.shape[-1])))
+
+    model.update(tree_map(draw, model.parameters()))
+    return model
+
+
+def tiny_llama(n_layers: int = 3, head_dim: int = 64, n_heads: int = 4, n_kv_heads: int = 2) -> Any:
+    """A llama of a few layers."""
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=96,
+        num_hidden_layers=n_layers,
+        intermediate_size=192,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        vocab_size=128,
+        rope_theta=10000.0,
+    )
+    return seeded(llama.Model(args), 1)
+
+
+def tiny_gemma3(window: int = 16) -> Any:
+    """A gemma3 with one global layer among sliding-window layers of ``window`` tokens."""
+    args = gemma3_text.ModelArgs(
+        model_type="gemma3_text",
+        hidden_size=96,
+        num_hidden_layers=4,
+        intermediate_size=192,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        vocab_size=128,
+        sliding_window=window,
+        sliding_window_pattern=3,
+    )
+    return seeded(gemma3_text.Model(args), 2)
+
+
+def gaussian(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Seeded N(0, 1) in fp32."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
