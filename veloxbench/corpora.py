@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -45,7 +45,7 @@ class SupportsEncode(Protocol):
 
     bos_token_id: int | None
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:
         """Token ids of a text."""
 
 
@@ -230,9 +230,9 @@ def token_block(
         raise UsageError(
             f"n_sequences={n_sequences}, length={length}, start={start}: need n_sequences >= 1, length >= 2, start >= 0"
         )
-    ids = np.asarray(tokenizer.encode(text.joined, add_special_tokens=False), dtype=np.int32)
-    has_bos = _adds_bos(tokenizer)
-    width = length - has_bos
+    ids = np.asarray(tokenizer.encode(text.joined, add_special_tokens=False, verbose=False), dtype=np.int32)
+    bos = _leading_bos(tokenizer)
+    width = length - len(bos)
     if start + n_sequences * width > len(ids):
         raise UsageError(
             f"text {text.name!r} ({text.role}) has {len(ids)} tokens; {n_sequences} windows of {width} tokens "
@@ -241,17 +241,16 @@ def token_block(
     stride = width if contiguous else (len(ids) - start) // n_sequences
     starts = tuple(start + i * stride for i in range(n_sequences))
     tokens = np.stack([ids[first : first + width] for first in starts])
-    if has_bos:
-        tokens = np.insert(tokens, 0, tokenizer.bos_token_id, axis=1)
-    tokens = np.ascontiguousarray(tokens, dtype="<i4")
+    tokens = np.concatenate([np.tile(np.asarray(bos, np.int32), (n_sequences, 1)), tokens], axis=1, dtype="<i4")
     tokens.flags.writeable = False
     digest = hashlib.sha256(repr(tokens.shape).encode() + tokens.tobytes()).hexdigest()
-    return TokenBlock(tokens, digest, text.name, text.role, starts, has_bos)
+    return TokenBlock(tokens, digest, text.name, text.role, starts, bool(bos))
 
 
-def _adds_bos(tokenizer: SupportsEncode) -> bool:
+def _leading_bos(tokenizer: SupportsEncode) -> list[int]:
+    """``[bos]`` where the tokenizer starts every text with it, else nothing."""
     bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer.encode("a")[:1] == [bos]
+    return [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
 
 
 def _load_known(spec: CorpusSpec, role: Role, reporter: Reporter) -> Text:
@@ -304,17 +303,19 @@ def _part(documents: Sequence[str], role: Role) -> list[str]:
 def _quiet_datasets() -> Iterator[Callable[..., Any]]:
     """``datasets.load_dataset`` without progress bars, telemetry or a cache outside ours."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import datasets  # takes seconds to import
+    # Imported here: it takes seconds.
+    from datasets.load import load_dataset
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     folder = str(cache_dir() / "datasets")
     try:
         with writable_cache():
-            yield lambda *args, **options: datasets.load_dataset(*args, cache_dir=folder, **options)
+            yield partial(load_dataset, cache_dir=folder)
     finally:
         if shown:
-            datasets.enable_progress_bars()
+            enable_progress_bars()
 
 
 def _read_file(path: Path) -> list[str]:

