@@ -54,7 +54,8 @@ class HeldArray:
 
 def arrays_of(cache: Any) -> list[mx.array]:
     """The arrays in a cache's declared state (to evaluate it)."""
-    return [leaf for _, leaf in tree_flatten(cache.state) if isinstance(leaf, mx.array)]
+    leaves: Any = tree_flatten(cache.state)
+    return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
 
 
 def _reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, mx.array]]:
@@ -113,7 +114,9 @@ def static_bytes(caches: Sequence[CacheUnderTest]) -> int:
     return sum(arrays.values())
 
 
-def engagement(caches: Sequence[CacheUnderTest], claimed: Sequence[bool], expected: type | tuple[type, ...]) -> list[LayerEngagement]:
+def engagement(
+    caches: Sequence[CacheUnderTest], claimed: Sequence[bool], expected: type | tuple[type, ...]
+) -> list[LayerEngagement]:
     """What holds each layer, in which dtypes, bits and bytes.
 
     Args:

@@ -194,7 +194,7 @@ def _settings(task: Protocol | Timing | MemorySpec) -> Mapping[str, Any]:
 
 
 def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Protocol | Timing | MemorySpec, int, int]]:
-    """``(suite, protocol name, task, sequences, tokens per sequence)``; one more token than is fed is the last target."""
+    """``(suite, protocol name, task, sequences, tokens each)``; one token more than is fed is the last target."""
     if "perplexity" in grid.suites:
         for protocol in grid.protocols:
             yield "perplexity", protocol.name, protocol, protocol.sequences, protocol.n_tokens + 1

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
 from veloxbench.adapter import arrays_of
@@ -113,7 +113,7 @@ class ScoredLogits:
 
 
 def feed(
-    model: nn.Module, caches: Sequence[Any], tokens: NDArray[np.int32], protocol: Protocol
+    model: Module, caches: Sequence[Any], tokens: NDArray[np.int32], protocol: Protocol
 ) -> Iterator[ScoredLogits | None]:
     """Feed ``tokens[:, :-1]`` through ``caches`` and yield each pass's scored logits, evaluated.
 

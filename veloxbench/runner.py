@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
 from mlx_lm.utils import load_tokenizer
 
 from veloxbench import environment
@@ -65,7 +65,7 @@ class Failure:
 class Outcome:
     """What a run did."""
 
-    planned: int
+    keys: tuple[str, ...]
     measured: int
     resumed: int
     failures: tuple[Failure, ...]
@@ -87,21 +87,27 @@ def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, acc
         store: open for appending; each record is durable when its measurement ends.
         accept_licence: download models whose licence must be accepted first.
     """
-    planned = measured = resumed = 0
+    measured = resumed = 0
+    keys: list[str] = []
     failures: list[Failure] = []
     # every model and text is there, and every window fits, before the first minute is spent
     handles = [resolve_model(name, reporter=reporter, accept_licence=accept_licence) for name in grid.models]
     plans = [(handle, _plan(grid, handle, reporter)) for handle in handles]
     for handle, plan in plans:
         pending = [item for item in plan if store.get(item.subject.key) is None]
-        planned, resumed = planned + len(plan), resumed + len(plan) - len(pending)
+        keys += [item.subject.key for item in plan]
+        resumed += len(plan) - len(pending)
         if not pending:
             progress.plan(handle.name, len(plan), len(plan), 0.0, "all of it is recorded already")
             continue
         session = Session.open(handle, grid.n_layers, progress)
         rates = session.rates()
         progress.plan(
-            handle.name, len(plan), len(plan) - len(pending), sum(rates.seconds(item) for item in pending), rates.describe()
+            handle.name,
+            len(plan),
+            len(plan) - len(pending),
+            sum(rates.seconds(item) for item in pending),
+            rates.describe(),
         )
         for item in pending:
             progress.begin(f"{handle.name} {item.label}")
@@ -118,12 +124,13 @@ def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, acc
             measured += 1
             progress.recorded(record)
         session.close()
-    return Outcome(planned, measured, resumed, tuple(failures))
+    return Outcome(tuple(keys), measured, resumed, tuple(failures))
 
 
 def _plan(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Measurement]:
     text = load_text(grid.corpus, "evaluation", reporter=reporter)
-    return measurements(grid, handle, text, load_tokenizer(handle.directory))
+    tokenizer = load_tokenizer(handle.directory)  # type: ignore[no-untyped-call]
+    return measurements(grid, handle, text, tokenizer)
 
 
 def _failure(item: Measurement, error: Exception, folder: Path) -> Failure:
@@ -144,7 +151,7 @@ class Rates:
 
     def describe(self) -> str:
         """For the line printed before the run."""
-        return f"{1 / self.token_seconds:.0f} tok/s in batches, {1 / self.step_seconds:.0f} tok/s one by one, as just probed"
+        return f"probed: {1 / self.token_seconds:.0f} tok/s in batches, {1 / self.step_seconds:.0f} tok/s one by one"
 
     def seconds(self, item: Measurement) -> float:
         """Estimated seconds of a measurement; a quantized cache is assumed to cost half as much again."""
@@ -185,7 +192,7 @@ class Session:
 
     handle: ModelHandle
     n_layers: int | None
-    model: nn.Module
+    model: Module
     context: BuildContext
     references: ReferenceCache
     pool: ThreadPoolExecutor
@@ -202,7 +209,7 @@ class Session:
     def close(self) -> None:
         """Free the weights before the next model is loaded."""
         self.pool.shutdown()
-        self.model = None
+        del self.model, self.context
         gc.collect()
         mx.clear_cache()
 
@@ -339,4 +346,3 @@ class Session:
         )
         reply = memory.measure(request)
         return memory.metrics(reply, item.arm.label, sizes.budget_gib), reply.final
-

@@ -25,9 +25,7 @@ def mean_interval(samples: ArrayLike, unit: str) -> Estimate:
     if values.size < 2:
         return Estimate(value=mean, unit=unit)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, values.size - 1) * stats.sem(values))
-    return Estimate(
-        value=mean, low=mean - half, high=mean + half, unit=unit, interval=f"Student t, n={values.size}"
-    )
+    return Estimate(value=mean, low=mean - half, high=mean + half, unit=unit, interval=f"Student t, n={values.size}")
 
 
 def quantile_interval(groups: Sequence[NDArray[np.float64]], quantile: float, unit: str, seed: int = 0) -> Estimate:

@@ -78,7 +78,9 @@ class Store:
             UnfitEnvironmentError: the line could not be written.
         """
         if record.key in self._records:
-            raise UsageError(f"key {record.key[:12]} ({record.subject.method.label}) is already recorded in {self.path}")
+            raise UsageError(
+                f"key {record.key[:12]} ({record.subject.method.label}) is already recorded in {self.path}"
+            )
         line = Record.from_line(record.to_line()).to_line().encode()
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -107,7 +109,9 @@ def open_store(folder: Path) -> Iterator[Store]:
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout as error:
-        raise UnfitEnvironmentError(f"another run is writing to {folder}; wait for it or choose another --out") from error
+        raise UnfitEnvironmentError(
+            f"another run is writing to {folder}; wait for it or choose another --out"
+        ) from error
     except OSError as error:
         raise UnfitEnvironmentError(f"cannot write to the output folder {folder}: {error.strerror or error}") from error
     try:

@@ -47,7 +47,10 @@ class PositionStats:
     def concatenate(parts: list[PositionStats]) -> PositionStats:
         """Join along the last axis."""
         return PositionStats(
-            *(np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in PositionStats.__annotations__)
+            *(
+                np.concatenate([getattr(part, name) for part in parts], axis=-1)
+                for name in PositionStats.__annotations__
+            )
         )
 
     def reshape(self, *shape: int) -> PositionStats:
@@ -98,7 +101,9 @@ def _log_sum_exp(rows: Floats, scratch: Floats) -> Floats:
     return total
 
 
-def reference_rows(logits: Floats, targets: NDArray[np.int32], out: NDArray[np.float16], pool: ThreadPoolExecutor) -> ReferenceRows:
+def reference_rows(
+    logits: Floats, targets: NDArray[np.int32], out: NDArray[np.float16], pool: ThreadPoolExecutor
+) -> ReferenceRows:
     """Log-probabilities of the reference arm, written to ``out`` as fp16.
 
     Args:
@@ -106,7 +111,7 @@ def reference_rows(logits: Floats, targets: NDArray[np.int32], out: NDArray[np.f
         targets: ``[N]``, the token that followed.
         out: ``[N, V]``, for example a slice of a memory map.
     """
-    n_rows, vocabulary = logits.shape
+    n_rows = logits.shape[0]
     normaliser, nll = np.empty(n_rows, np.float32), np.empty(n_rows, np.float32)
     top1 = np.empty(n_rows, np.int32)
 
@@ -124,7 +129,9 @@ def reference_rows(logits: Floats, targets: NDArray[np.int32], out: NDArray[np.f
     return ReferenceRows(out, normaliser, nll, top1)
 
 
-def compare_rows(reference: ReferenceRows, logits: Floats, targets: NDArray[np.int32], pool: ThreadPoolExecutor) -> PositionStats:
+def compare_rows(
+    reference: ReferenceRows, logits: Floats, targets: NDArray[np.int32], pool: ThreadPoolExecutor
+) -> PositionStats:
     """An arm's logits against the reference, on CPU.
 
     Args:
@@ -155,7 +162,9 @@ def compare_rows(reference: ReferenceRows, logits: Floats, targets: NDArray[np.i
     return PositionStats(nll, kld, same, np.exp(-nll))
 
 
-def compare(reference: ReferenceRows, logits: mx.array, targets: NDArray[np.int32], pool: ThreadPoolExecutor) -> PositionStats:
+def compare(
+    reference: ReferenceRows, logits: mx.array, targets: NDArray[np.int32], pool: ThreadPoolExecutor
+) -> PositionStats:
     """Compare ``[N, V]`` logits with the reference on whichever device computed them."""
     if mx.default_device() == mx.gpu:
         return compare_positions(mx.array(reference.log_probs), logits, mx.array(targets))

@@ -125,7 +125,8 @@ def measure_in_this_process(request: Request) -> Reply:
     handle = resolve_model(request.model)
     with phase("load"):
         model, tokenizer = load_model(handle, n_layers=request.n_layers)
-        mx.eval(model.parameters())
+        weights: Any = tree_flatten(model.parameters())  # type: ignore[no-untyped-call]
+        mx.eval([array for _, array in weights])
     arm = make_arm(request.method, request.target, **request.parameters)
     method = get_method(request.method)
     context = BuildContext(model, tokenizer, handle.weights_sha256, request.cache_folder)
@@ -155,7 +156,7 @@ def measure_in_this_process(request: Request) -> Reply:
         max_tokens=[getattr(cache.inner, "max_size", None) for cache in caches],
         n_values_per_token=[cache.n_values_per_token for cache in caches],
         static_bytes=static_bytes(caches),
-        weight_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
+        weight_bytes=sum(array.nbytes for _, array in weights),
     )
 
 
@@ -198,7 +199,10 @@ def check_formula(layers: Sequence[LayerEngagement], formula_bits: Sequence[str 
 def tokens_in_budget(reply: Reply, budget_bytes: int) -> int:
     """Tokens of one sequence whose caches fit beside the weights, sliding windows holding their share only."""
     room = budget_bytes - reply.weight_bytes - reply.static_bytes
-    per_token = [8 * layer.used_bytes / max(layer.n_values, 1) * n / 8 for layer, n in zip(reply.final, reply.n_values_per_token, strict=True)]
+    per_token = [
+        8 * layer.used_bytes / max(layer.n_values, 1) * n / 8
+        for layer, n in zip(reply.final, reply.n_values_per_token, strict=True)
+    ]
 
     def needed(tokens: int) -> float:
         limits = (tokens if limit is None else min(tokens, limit) for limit in reply.max_tokens)

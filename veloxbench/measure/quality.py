@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import mlx.nn as nn
 import numpy as np
+from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
 from veloxbench.adapter import CacheUnderTest, allocated_bits_per_value, bits_per_value, engagement
@@ -56,7 +56,7 @@ def run_reference(reference: Iterator[ReferenceRows], n_sequences: int, tick: Ti
 
 
 def run_arm(
-    model: nn.Module,
+    model: Module,
     arm: ArmCaches,
     tokens: NDArray[np.int32],
     protocol: Protocol,
@@ -87,7 +87,7 @@ def run_arm(
 
 
 def noise_floor(
-    model: nn.Module,
+    model: Module,
     arm: ArmCaches,
     tokens: NDArray[np.int32],
     protocol: Protocol,
@@ -104,7 +104,9 @@ def noise_floor(
     def first_sequences() -> Iterator[ReferenceRows]:
         for rows in reference:
             length = len(rows.nll) // n_sequences * n
-            yield ReferenceRows(rows.log_probs[:length], rows.normaliser[:length], rows.nll[:length], rows.top1[:length])
+            yield ReferenceRows(
+                rows.log_probs[:length], rows.normaliser[:length], rows.nll[:length], rows.top1[:length]
+            )
 
     stats, _ = run_arm(model, arm, tokens[:n], protocol, first_sequences(), pool, lambda _: None)
     return stats.kld_nats.astype(np.float64)
@@ -175,10 +177,13 @@ def _mapped(estimate: Estimate, function: Callable[[float], float], unit: str) -
         return None if value is None else function(value)
 
     return Estimate(
-        value=function(estimate.value), low=bound(estimate.low), high=bound(estimate.high), unit=unit, interval=estimate.interval
+        value=function(estimate.value),
+        low=bound(estimate.low),
+        high=bound(estimate.high),
+        unit=unit,
+        interval=estimate.interval,
     )
 
 
 def _exponential(mean_nll: Estimate) -> Estimate:
     return _mapped(mean_nll, lambda value: float(np.exp(value)), "ppl")
-

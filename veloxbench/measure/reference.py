@@ -79,11 +79,13 @@ class ReferenceCache:
                 yield rows
             np.savez(
                 partial / _STATS,
-                **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("normaliser", "nll", "top1")},
+                normaliser=np.concatenate([part.normaliser for part in parts]),
+                nll=np.concatenate([part.nll for part in parts]),
+                top1=np.concatenate([part.top1 for part in parts]),
             )
             (partial / _META).write_text(json.dumps({"shape": [n_rows, vocabulary], "written": time.time()}))
             if not self.has(key):
-                os.replace(partial, self.folder / key)
+                partial.replace(self.folder / key)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -91,7 +93,9 @@ class ReferenceCache:
         for stale in self.folder.glob(".partial-*"):
             if time.time() - stale.stat().st_mtime > 6 * 3600:  # a killed run's; a live one touches its folder
                 shutil.rmtree(stale, ignore_errors=True)
-        kept = sorted((place for place in self.folder.iterdir() if (place / _META).exists()), key=lambda p: p.stat().st_mtime)
+        kept = sorted(
+            (place for place in self.folder.iterdir() if (place / _META).exists()), key=lambda p: p.stat().st_mtime
+        )
         sizes = {place: (place / _ROWS).stat().st_size for place in kept}
         for place in kept:
             if sum(sizes.values()) + needed <= self.cap_bytes:
@@ -111,4 +115,3 @@ def lockstep(steps: Iterator[ScoredLogits | None], pool: ThreadPoolExecutor) -> 
 def vocabulary_of(model: object, tokens: NDArray[np.int32]) -> int:
     """Width of the model's logits, from the shape of a lazy one-token pass."""
     return int(model(mx.array(tokens[:1, :1])).shape[-1])  # type: ignore[operator]
-

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
 from veloxbench.adapter import arrays_of
@@ -57,7 +57,7 @@ class Prefilled:
     first_token_seconds: float
 
 
-def prefill(model: nn.Module, caches: Sequence[Any], prompt: NDArray[np.int32]) -> Prefilled:
+def prefill(model: Module, caches: Sequence[Any], prompt: NDArray[np.int32]) -> Prefilled:
     """As mlx-lm generates: all tokens but the last in chunks, then one step gives the first new token.
 
     Args:
@@ -76,7 +76,7 @@ def prefill(model: nn.Module, caches: Sequence[Any], prompt: NDArray[np.int32]) 
     return Prefilled(caches, filled - start, time.perf_counter() - start)
 
 
-def decode(model: nn.Module, saved: Sequence[Any], tokens: NDArray[np.int32]) -> float:
+def decode(model: Module, saved: Sequence[Any], tokens: NDArray[np.int32]) -> float:
     """Seconds for ``len(tokens) - 1`` single-token steps from a saved prefix, which stays as it was.
 
     The first step is not timed: it pays for copying the prefix's buffers.
@@ -95,7 +95,7 @@ def decode(model: nn.Module, saved: Sequence[Any], tokens: NDArray[np.int32]) ->
 
 
 def measure(
-    model: nn.Module,
+    model: Module,
     make_arm: Callable[[], Sequence[Any]],
     make_reference: Callable[[], Sequence[Any]],
     tokens: NDArray[np.int32],
@@ -113,7 +113,9 @@ def measure(
     """
     rng = np.random.default_rng(seed)
     prompt, steps = tokens[: timing.depth], tokens[timing.depth : timing.depth + timing.steps + 1]
-    seconds: dict[str, list[float]] = {f"{name}_{arm}": [] for name in ("prefill", "ttft", "decode") for arm in ("arm", "fp16")}
+    seconds: dict[str, list[float]] = {
+        f"{name}_{arm}": [] for name in ("prefill", "ttft", "decode") for arm in ("arm", "fp16")
+    }
     makers = {"arm": make_arm, "fp16": make_reference}
     saved: dict[str, Sequence[Any]] = {}
     for _ in range(timing.prefill_pairs):

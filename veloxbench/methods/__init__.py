@@ -4,6 +4,7 @@ group ``veloxbench.methods``) that decorates a factory with :func:`register`; no
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -11,12 +12,11 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from veloxbench.adapter import CacheUnderTest, arrays_of
@@ -30,7 +30,7 @@ TargetMeaning = Literal["code_bits", "bits_per_value"]
 class BuildContext:
     """What a factory may use: the loaded model and, for methods that calibrate, its tokenizer and files."""
 
-    model: nn.Module
+    model: Module
     tokenizer: Any
     model_id: str
     """Hash of the weights: the name under which calibration artefacts are kept."""
@@ -128,7 +128,7 @@ def register(
     return decorate
 
 
-@cache
+@functools.cache
 def _discover() -> None:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
@@ -160,11 +160,15 @@ def make_arm(name: str, target: float | None = None, **parameters: Any) -> Arm:
     defaults = method.parameter_defaults()
     for key in parameters:
         if key not in defaults:
-            raise unknown_name(f"parameter of {name}", key, defaults) if defaults else UsageError(
-                f"{name} has no parameters, but {key}={parameters[key]} was given"
+            raise (
+                unknown_name(f"parameter of {name}", key, defaults)
+                if defaults
+                else UsageError(f"{name} has no parameters, but {key}={parameters[key]} was given")
             )
     if (target is None) != (method.targets is None):
-        raise UsageError(f"{name} {'needs a target' if target is None else f'has no targets, but {target:g} was given'}")
+        raise UsageError(
+            f"{name} {'needs a target' if target is None else f'has no targets, but {target:g} was given'}"
+        )
     if target is not None and method.targets is not None and target not in method.targets:
         reachable = ", ".join(f"{t:g}" for t in method.targets)
         raise UsageError(f"{name} cannot meet target {target:g} ({method.target_means}); it has {reachable}")
@@ -203,11 +207,13 @@ def build(context: BuildContext, arm: Arm) -> tuple[list[CacheUnderTest], list[b
     claimed = [isinstance(cache, method.cache_classes) for cache in caches]
     if not any(claimed):
         kinds = ", ".join(sorted({type(cache).__name__ for cache in caches}))
-        raise UsageError(f"{arm.method}: the model has no standard attention layers that it can hold (its caches: {kinds})")
+        raise UsageError(
+            f"{arm.method}: the model has no standard attention layers that it can hold (its caches: {kinds})"
+        )
     return [CacheUnderTest(cache) for cache in caches], claimed
 
 
-def plain_caches(model: nn.Module, replace: Callable[[int], Any]) -> list[Any]:
+def plain_caches(model: Module, replace: Callable[[int], Any]) -> list[Any]:
     """The model's own caches, each plain ``KVCache`` replaced by ``replace(layer)``."""
     own = make_prompt_cache(model)
     return [replace(layer) if type(cache) is KVCache else cache for layer, cache in enumerate(own)]
@@ -229,7 +235,7 @@ def probe(context: BuildContext, arm: Arm) -> str | None:
     return None
 
 
-def geometry(caches: Sequence[CacheUnderTest], model: nn.Module) -> list[Geometry | None]:
+def geometry(caches: Sequence[CacheUnderTest], model: Module) -> list[Geometry | None]:
     """Stored shape of each attention layer, read from a one-token pass of the reference cache."""
     own = [CacheUnderTest(cache) for cache in make_prompt_cache(model)]
     mx.eval(model(mx.array([[0]]), cache=own))

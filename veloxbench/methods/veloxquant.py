@@ -7,10 +7,9 @@ from typing import Any
 
 import veloxquant_kernels
 import veloxquant_mlx
-from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
-
 from veloxbench.environment import source_hash
 from veloxbench.methods import BuildContext, Geometry, register
+from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 
 
 def _implementation() -> str:

@@ -1,0 +1,1 @@
+"""Reports: written from records alone; no number in them is typed by hand."""

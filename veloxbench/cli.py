@@ -1,0 +1,351 @@
+"""The command line: a thin front door over the runner, the reports and the registries."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from veloxbench import __version__
+from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError, VeloxError
+
+RESULTS = Path("results")
+PAGE = "BENCHMARK_RESULTS.md"
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="veloxbench",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _numbers(text: str | None, option: str) -> list[float]:
+    try:
+        return [float(part) for part in _listed(text)]
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} must be numbers separated by commas, for example 4,2") from error
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Benchmark and regression tests for KV-cache quantization on MLX.
+
+    Every figure is measured on a real model, through the real cache, in resident bytes, with an interval.
+
+    **Start here:** `veloxbench doctor`, then `veloxbench run --profile quick`.
+
+    Exit codes: 0 done, 1 a measurement failed or a report is stale, 2 inconclusive, 3 baseline, 4 usage,
+    5 the environment is unfit (network, disk, a damaged file), 130 interrupted.
+    """
+    if version:
+        print(f"veloxbench {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    profile: Annotated[
+        str, typer.Option(help="**quick** (minutes), **default** (about 20 minutes on two cores), **full** (hours).")
+    ] = "default",
+    models: Annotated[
+        str | None,
+        typer.Option(help="Names from `veloxbench models`, mlx-lm directories or hub ids, separated by commas."),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="From `veloxbench methods`, with parameters as `mlx-affine:group_size=32`. fp16 is in every run."
+        ),
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Code widths or bits_per_value, as the method understands them: `4,2`.")
+    ] = None,
+    suites: Annotated[str | None, typer.Option(help="Any of perplexity, memory, throughput.")] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="A name from `veloxbench corpora`, a .txt/.jsonl/.parquet file, or a hub dataset."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help=f"Folder for the records and {PAGE}.")] = RESULTS,
+    memory_budget: Annotated[
+        float | None, typer.Option(help="GiB that weights and cache may fill, for *tokens in budget*.")
+    ] = None,
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="Consent to the licence of a model that asks for it.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the records of this grid as JSON on standard output.")
+    ] = False,
+) -> None:
+    """Measure a model's caches: quality, memory and speed of every method and target.
+
+    Each measurement becomes one record in `OUT/records.jsonl` the moment it ends. Stop the run at any time and
+    type the same command again: it goes on where it was. The tables are in `OUT/BENCHMARK_RESULTS.md`.
+
+    **Examples**
+
+    `veloxbench run --profile quick`
+
+    `veloxbench run --models ~/models/mine --corpus notes.txt --methods mlx-affine,turboquant_mse --targets 4,2`
+
+    `veloxbench run --models mlx-community/Llama-3.2-3B-Instruct-4bit --suites perplexity`
+    """
+    from veloxbench.plan import customise, load_grid
+    from veloxbench.progress import default_reporter
+    from veloxbench.report.markdown import render
+    from veloxbench.run_progress import BarProgress, default_progress
+    from veloxbench.runner import run as run_grid
+    from veloxbench.store import open_store
+
+    grid = customise(
+        load_grid(profile),
+        models=_listed(models),
+        methods=_listed(methods),
+        targets=_numbers(targets, "--targets"),
+        suites=_listed(suites),
+        corpus=corpus,
+        budget_gib=memory_budget,
+    )
+    progress = default_progress()
+    with open_store(out) as store:
+        try:
+            outcome = run_grid(grid, store, default_reporter(), progress, accept_licence=accept_licence)
+        finally:
+            if isinstance(progress, BarProgress):
+                progress.stop()
+            if store.records():
+                write_text(out / PAGE, render(store.records()))
+        keys = set(outcome.keys)
+        records = [record for record in store.records() if record.key in keys]
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "records": [r.model_dump(mode="json") for r in records],
+                    "failures": [f.label for f in outcome.failures],
+                }
+            )
+        )
+    progress.message(
+        f"{outcome.measured} measured, {outcome.resumed} recorded before, {len(outcome.failures)} failed; "
+        f"tables in {out / PAGE}"
+    )
+    raise typer.Exit(int(outcome.exit_code))
+
+
+@app.command()
+def report(
+    records: Annotated[
+        list[Path] | None, typer.Argument(help="Folders or .jsonl files of records (default: results).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the page here instead of standard output.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Compare with this page; exit 1 if it is not what the records say.")
+    ] = None,
+) -> None:
+    """Write BENCHMARK_RESULTS.md from records alone.
+
+    **Examples**
+
+    `veloxbench report results`
+
+    `veloxbench report records --check BENCHMARK_RESULTS.md`
+    """
+    from veloxbench.report.markdown import render
+    from veloxbench.store import read_records
+
+    found = {}
+    for path in records or [RESULTS]:
+        if not path.exists():
+            raise UsageError(f"there are no records at {path}; `veloxbench run --out {path}` makes them")
+        found.update({record.key: record for record in read_records(path)})
+    page = render(list(found.values()))
+    if check is not None:
+        if not check.exists() or check.read_text(encoding="utf-8") != page:
+            print(f"{check} is stale: it is not what `veloxbench report` writes from these records", file=sys.stderr)
+            raise typer.Exit(int(ExitCode.REGRESSION))
+    elif out is not None:
+        write_text(out, page)
+    else:
+        print(page, end="")
+
+
+@app.command()
+def models(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Models to show (default: all that are known by name).")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch, verify and convert the named models now.")
+    ] = False,
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="Consent to the licence of a model that asks for it.")
+    ] = False,
+) -> None:
+    """The models known by name: licence, size, source. Any mlx-lm directory or hub id works in their place.
+
+    **Example:** `veloxbench models --download smollm2-135m`
+    """
+    from veloxbench.models import known_models, resolve_model
+    from veloxbench.progress import default_reporter
+
+    known = known_models()
+    if download:
+        for name in names or []:
+            handle = resolve_model(name, reporter=default_reporter(), accept_licence=accept_licence)
+            print(f"{handle.name}: {handle.directory} (weights sha256 {handle.weights_sha256[:16]}…)")
+        if not names:
+            raise UsageError("name the models to download, for example: veloxbench models --download smollm2-135m")
+        return
+    for name in names or []:
+        if name not in known:
+            from veloxbench.errors import unknown_name
+
+            raise unknown_name("model", name, known)
+    rows = [
+        (
+            spec.name,
+            spec.architecture,
+            f"{spec.context}",
+            f"{spec.download_nbytes / 1e6:.0f} MB",
+            spec.licence + (" (opt-in)" if spec.opt_in else ""),
+            "yes" if spec.is_cached else "no",
+            spec.source,
+        )
+        for spec in known.values()
+        if not names or spec.name in names
+    ]
+    _print_table(("model", "architecture", "context", "download", "licence", "here", "source"), rows)
+
+
+@app.command()
+def corpora() -> None:
+    """The texts known by name, with licences. Any .txt, .jsonl or .parquet file or hub dataset works in their place."""
+    from veloxbench.corpora import known_corpora
+
+    rows = [
+        (spec.name, spec.description, spec.licence, "yes" if spec.is_cached else "no", spec.source)
+        for spec in known_corpora().values()
+    ]
+    _print_table(("corpus", "what", "licence", "here", "source"), rows)
+
+
+@app.command()
+def methods() -> None:
+    """The caches that can be measured, and what a target means to each."""
+    from veloxbench.methods import all_methods
+
+    rows = [
+        (
+            method.name,
+            method.summary,
+            ", ".join(f"{target:g}" for target in method.targets or ()) or "none",
+            method.target_means or "",
+            ", ".join(f"{name}={value}" for name, value in method.parameter_defaults().items()),
+        )
+        for method in all_methods().values()
+    ]
+    _print_table(("method", "what", "targets", "a target is", "parameters"), rows)
+
+
+@app.command()
+def doctor() -> None:
+    """Is this machine fit to measure on? Shows hardware, BLAS with its measured speed, versions, caches and clashes."""
+    from veloxbench.doctor import examine
+
+    checks = list(examine())
+    signs = {True: "ok", False: "UNFIT", None: ""}
+    _print_table(("check", "", "found"), [(check.name, signs[check.ok], check.found) for check in checks])
+    unfit = [check.name for check in checks if check.ok is False and check.name != "load"]
+    if unfit:
+        raise UnfitEnvironmentError(f"not fit: {', '.join(unfit)}")
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a record line, as published in `schema/record.json`."""
+    from veloxbench.records import json_schema
+
+    print(json_schema(), end="")
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    wide = None if sys.stdout.isatty() else 200
+    Console(width=wide, highlight=False, markup=False).print(table)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UnfitEnvironmentError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(file.name).chmod(0o666 & ~umask)
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise UnfitEnvironmentError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line: one clear sentence and an exit code for every problem, never a traceback."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        result: Any = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except typer.TyperException as error:
+        print(f"veloxbench: {error.format_message()} (see veloxbench --help)", file=sys.stderr)
+        return int(ExitCode.USAGE)
+    except VeloxError as error:
+        print(f"veloxbench: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("veloxbench: stopped; type the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.PASS)
+    except Exception as error:
+        if os.environ.get("VELOXBENCH_TRACEBACK"):
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        print(
+            f"veloxbench: {type(error).__name__}: {first} (a defect of veloxbench; VELOXBENCH_TRACEBACK=1 shows where)",
+            file=sys.stderr,
+        )
+        return int(ExitCode.ENVIRONMENT)
+    return result if isinstance(result, int) else int(ExitCode.PASS)
+
+
+if __name__ == "__main__":
+    main()

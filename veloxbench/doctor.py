@@ -1,0 +1,81 @@
+"""Is this machine fit to measure on? Each check says what it saw and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+import veloxbench
+import veloxquant_mlx
+from veloxbench import environment
+from veloxbench.sources import cache_dir
+from veloxquant_kernels.blas import load_blas, measured_gflops
+
+SLOW_GFLOPS = 20.0
+"""MLX's reference BLAS reaches 2 to 6 on any machine; a real one passes 20 on a single old core."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. ``ok`` is None for a plain fact."""
+
+    name: str
+    ok: bool | None
+    found: str
+
+
+def examine() -> Iterator[Check]:
+    """Every check, in order."""
+    hardware, versions = environment.hardware(), environment.versions()
+    yield Check(
+        "machine", None, f"{hardware['chip']}, {hardware['physical_cores']} cores, {hardware['memory_gib']} GiB"
+    )
+    yield Check("mlx", None, f"{versions['mlx']} on {hardware['device']}, mlx-lm {versions['mlx-lm']}")
+    metal = mx.metal.is_available()
+    yield Check("metal", None, "available" if metal else "no Metal device: kernels run through their references")
+    yield _blas()
+    yield _implementation()
+    yield _disk()
+    state = environment.machine_state()
+    busy = state["load_1min"] > 0.5 * hardware["logical_cores"]
+    yield Check(
+        "load",
+        not busy,
+        f"{state['load_1min']} over the last minute" + ("; timings want a quiet machine" if busy else ""),
+    )
+    if state["on_battery"]:
+        yield Check("power", False, "on battery: timings will throttle")
+
+
+def _blas() -> Check:
+    status, gflops = load_blas(), measured_gflops()
+    where = f"{status.name}{f' ({status.path})' if status.path else ''}, {gflops:.0f} GFLOP/s in fp32"
+    if environment.hardware()["device"] == "gpu" or gflops >= SLOW_GFLOPS:
+        return Check("blas", True, where)
+    return Check(
+        "blas", False, f"{where}: {status.detail}. Install the mkl wheel or libopenblas; runs take 30 times as long"
+    )
+
+
+def _implementation() -> Check:
+    """``veloxquant_mlx`` is also the import name of another distribution (VeloxQuant-MLX)."""
+    found = Path(str(veloxquant_mlx.__file__)).resolve()
+    ours = Path(veloxbench.__file__).resolve().parents[1]
+    owners = set(importlib.metadata.packages_distributions().get("veloxquant_mlx", []))
+    others = sorted(owners - {"veloxbench"})
+    if found.is_relative_to(ours) and not others:
+        return Check("veloxquant_mlx", True, f"this project's own ({found.parent})")
+    clash = f"{', '.join(others) or 'another package'} also provides veloxquant_mlx; imported: {found.parent}"
+    return Check("veloxquant_mlx", False, f"{clash}. Install veloxbench in an environment of its own")
+
+
+def _disk() -> Check:
+    folder = cache_dir()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free / 2**30
+    return Check("cache", free > 3, f"{folder}, {free:.0f} GiB free")
