@@ -43,7 +43,7 @@ IOTA = np.arange(64, dtype=np.float32)
 TID = "uint i = thread_position_in_grid.x; uint t = thread_index_in_threadgroup;\n"
 
 
-# ---- faults, each seeded in a body that is right without it --------------------------------------------------------
+# ---- faults, each seeded in a body that is right without it --------------------------------------
 
 REVERSE = (
     TID
@@ -199,7 +199,7 @@ def test_threadgroup_memory_is_limited():
     run(body.replace("8193", "8192"))
 
 
-# ---- meaning ---------------------------------------------------------------------------------------------------------
+# ---- meaning -------------------------------------------------------------------------------------
 
 
 def test_thread_positions_of_an_uneven_grid():
@@ -310,7 +310,7 @@ def test_non_contiguous_inputs_are_read_in_row_order():
     np.testing.assert_array_equal(out.reshape(8, 8), np.arange(64).reshape(8, 8).T)
 
 
-# ---- traffic, cache, text --------------------------------------------------------------------------------------------
+# ---- traffic, cache, text ------------------------------------------------------------------------
 
 
 def test_traffic_is_counted():

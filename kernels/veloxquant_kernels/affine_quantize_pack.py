@@ -1,0 +1,87 @@
+"""Affine-quantize and pack, in groups of neighbouring channels of one token."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from veloxquant_kernels.kernel import Backend, Kernel, as_rows, check_float, check_not_empty, resolve_backend
+from veloxquant_kernels.pack_codes import check_code_bits, pack_codes_reference, packed_words
+from veloxquant_kernels.rotate_quantize_pack import SIMDGROUPS
+from veloxquant_kernels.rotation import MAX_HEAD_DIM
+
+_KERNEL = Kernel("affine_quantize_pack", ("x",), ("words", "scales", "biases"), ("exact", "packing", "affine"))
+
+Packed = tuple[mx.array, mx.array, mx.array]
+
+
+def affine_codes_reference(groups: mx.array, code_bits: int, axis: int) -> Packed:
+    """Codes, scales and biases of groups that lie along ``axis``; scales and biases keep that axis with size 1."""
+    levels = (1 << code_bits) - 1
+    groups = groups.astype(mx.float32)
+    low, high = mx.min(groups, axis=axis, keepdims=True), mx.max(groups, axis=axis, keepdims=True)
+    scales, biases = ((high - low) / levels).astype(mx.float16), low.astype(mx.float16)
+    scale = scales.astype(mx.float32)
+    codes = mx.clip(mx.round((groups - biases.astype(mx.float32)) / scale), 0, levels)
+    return mx.where(scale == 0, 0, codes).astype(mx.uint8), scales, biases
+
+
+def affine_quantize_pack_reference(x: mx.array, code_bits: int, group_size: int) -> Packed:
+    """The definition: groups along the last axis, ``code = round((x - bias) / scale)``."""
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+    codes, scales, biases = affine_codes_reference(groups, code_bits, axis=-1)
+    return pack_codes_reference(codes.reshape(x.shape), code_bits), scales[..., 0], biases[..., 0]
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise ValueError where rows of ``head_dim`` do not fit threadgroup memory."""
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM} to fit threadgroup memory, got {head_dim}")
+
+
+def affine_quantize_pack(x: mx.array, code_bits: int, group_size: int, *, backend: Backend | None = None) -> Packed:
+    """Quantize every group of ``group_size`` neighbouring channels between its own minimum and maximum.
+
+    ``scale = fp16((max - min) / (2**code_bits - 1))``, ``bias = fp16(min)``, ``code = round((x - bias) / scale)``.
+
+    Args:
+        x: ``[..., D]`` fp16, bf16 or fp32; D at most 512.
+        code_bits: width of a code, 1..8.
+        group_size: divides D.
+        backend: where to run; None takes Metal if there is a device, else the reference.
+
+    Returns:
+        words ``[..., ceil(D * code_bits / 32)]`` uint32, scales and biases ``[..., D // group_size]`` fp16:
+        ``code_bits + 32 / group_size`` bits per value.
+
+    Raises:
+        ValueError: a width outside 1..8, an empty array, or a group_size that does not divide D.
+        TypeError: x of another dtype.
+    """
+    check_code_bits(code_bits)
+    check_not_empty("x", x)
+    check_float("x", x)
+    head_dim = x.shape[-1]
+    check_head_dim(head_dim)
+    if group_size < 1 or head_dim % group_size:
+        raise ValueError(f"group_size must divide head_dim={head_dim}, got {group_size}")
+    backend = resolve_backend(backend)
+    if backend == "reference":
+        return affine_quantize_pack_reference(x, code_bits, group_size)
+    rows = as_rows(x)
+    n_rows, n_words, n_groups = rows.shape[0], packed_words(head_dim, code_bits), head_dim // group_size
+    words, scales, biases = _KERNEL(
+        [rows],
+        backend=backend,
+        template=[
+            ("HEAD_DIM", head_dim),
+            ("CODE_BITS", code_bits),
+            ("GROUP_SIZE", group_size),
+            ("SIMDGROUPS", SIMDGROUPS),
+        ],
+        grid=(-(-n_rows // SIMDGROUPS) * SIMDGROUPS * 32, 1, 1),
+        threadgroup=(SIMDGROUPS * 32, 1, 1),
+        output_shapes=[(n_rows, n_words), (n_rows, n_groups), (n_rows, n_groups)],
+        output_dtypes=[mx.uint32, mx.float16, mx.float16],
+    )
+    lead = x.shape[:-1]
+    return words.reshape(*lead, n_words), scales.reshape(*lead, n_groups), biases.reshape(*lead, n_groups)
