@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, get_args
+from typing import Final, Literal, cast, get_args
 
 import mlx.core as mx
 
@@ -117,14 +117,14 @@ class Kernel:
 
 @functools.cache
 def _metal(kernel: Kernel) -> Callable[..., list[mx.array]]:
-    launcher: Callable[..., list[mx.array]] = mx.fast.metal_kernel(
+    launcher = mx.fast.metal_kernel(
         name=kernel.stem,
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
         source=kernel.source,
         header=kernel.header,
     )
-    return launcher
+    return cast(Callable[..., list[mx.array]], launcher)
 
 
 def as_rows(x: mx.array) -> mx.array:
