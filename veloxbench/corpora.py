@@ -305,7 +305,7 @@ def _quiet_datasets() -> Iterator[Callable[..., Any]]:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Imported here: it takes seconds.
     from datasets.load import load_dataset
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
