@@ -2,14 +2,14 @@
 //
 //   x [rows, HEAD_DIM] fp16, bf16 or fp32
 //   -> words [rows, ceil(HEAD_DIM * CODE_BITS / 32)] uint32, in packing.metal's layout
-//   -> scales, biases [rows, HEAD_DIM / GROUP_SIZE] fp16
+//   -> scales, zeros [rows, ceil(HEAD_DIM / GROUP_SIZE)] fp16; the last group may be shorter
 //
 // One simdgroup per row, SIMDGROUPS rows per threadgroup.
 threadgroup float values[SIMDGROUPS * HEAD_DIM];
-threadgroup half group_scales[SIMDGROUPS * (HEAD_DIM / GROUP_SIZE)];
-threadgroup half group_biases[SIMDGROUPS * (HEAD_DIM / GROUP_SIZE)];
+threadgroup half group_scales[SIMDGROUPS * ((HEAD_DIM + GROUP_SIZE - 1) / GROUP_SIZE)];
+threadgroup half group_zeros[SIMDGROUPS * ((HEAD_DIM + GROUP_SIZE - 1) / GROUP_SIZE)];
 const uint n_words = (HEAD_DIM * CODE_BITS + 31) / 32;
-const uint n_groups = HEAD_DIM / GROUP_SIZE;
+const uint n_groups = (HEAD_DIM + GROUP_SIZE - 1) / GROUP_SIZE;
 const float levels = float((1u << CODE_BITS) - 1u);
 const uint lane = thread_index_in_simdgroup;
 const uint simdgroup = simdgroup_index_in_threadgroup;
@@ -24,22 +24,23 @@ simdgroup_barrier(mem_flags::mem_threadgroup);
 for (uint group = lane; group < n_groups; group += 32) {
   const uint begin = simdgroup * HEAD_DIM + group * GROUP_SIZE;
   float low = values[begin], high = values[begin];
-  for (uint i = 1; i < GROUP_SIZE; ++i) {
-    low = min(low, values[begin + i]);
-    high = max(high, values[begin + i]);
+  const uint end = min(begin + GROUP_SIZE, (simdgroup + 1) * HEAD_DIM);
+  for (uint i = begin + 1; i < end; ++i) {
+    low = min(low, values[i]);
+    high = max(high, values[i]);
   }
-  const half scale = half((high - low) / levels);
-  const half bias = half(low);
+  const half scale = affine_scale(low, high, levels);
+  const half zero = half(low);
   group_scales[simdgroup * n_groups + group] = scale;
-  group_biases[simdgroup * n_groups + group] = bias;
+  group_zeros[simdgroup * n_groups + group] = zero;
   scales[row * n_groups + group] = scale;
-  biases[row * n_groups + group] = bias;
+  zeros[row * n_groups + group] = zero;
 }
 simdgroup_barrier(mem_flags::mem_threadgroup);
 for (uint i = lane; i < HEAD_DIM; i += 32) {
   const uint group = simdgroup * n_groups + i / GROUP_SIZE;
   const uint at = simdgroup * HEAD_DIM + i;
-  values[at] = affine_code(values[at], group_scales[group], group_biases[group], levels);
+  values[at] = affine_code(values[at], group_scales[group], group_zeros[group], levels);
 }
 simdgroup_barrier(mem_flags::mem_threadgroup);
 for (uint word = lane; word < n_words; word += 32) {

@@ -4,43 +4,44 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from veloxquant_kernels.affine_quantize_pack import check_group_size
 from veloxquant_kernels.kernel import FLOAT_DTYPES, Backend, Kernel, as_rows, resolve_backend
 from veloxquant_kernels.unpack_codes import check_words, unpack_codes_reference
 
-_KERNEL = Kernel("affine_unpack_dequantize", ("words", "scales", "biases"), ("x",), ("exact", "packing", "affine"))
+_KERNEL = Kernel("affine_unpack_dequantize", ("words", "scales", "zeros"), ("x",), ("exact", "packing", "affine"))
 
 
 def _group_shape(words: mx.array, head_dim: int, group_size: int, per_channel: bool) -> tuple[int, ...]:
+    check_group_size(group_size)
     if per_channel:
-        if words.ndim < 2 or group_size < 1 or words.shape[-2] % group_size:
+        if words.ndim < 2 or words.shape[-2] % group_size:
             raise ValueError(f"group_size must divide the number of tokens of words {words.shape}, got {group_size}")
         return (*words.shape[:-2], words.shape[-2] // group_size, head_dim)
-    if group_size < 1 or head_dim % group_size:
-        raise ValueError(f"group_size must divide head_dim={head_dim}, got {group_size}")
-    return (*words.shape[:-1], head_dim // group_size)
+    return (*words.shape[:-1], -(-head_dim // group_size))
 
 
 def affine_unpack_dequantize_reference(
     words: mx.array,
     scales: mx.array,
-    biases: mx.array,
+    zeros: mx.array,
     code_bits: int,
     head_dim: int,
     group_size: int,
     dtype: mx.Dtype,
     per_channel: bool,
 ) -> mx.array:
-    """The definition: ``code * scale + bias`` in fp32, each value with its group's."""
+    """The definition: ``code * scale + zero`` in fp32, each value with its group's."""
     axis = -2 if per_channel else -1
-    scale, bias = (mx.repeat(table.astype(mx.float32), group_size, axis=axis) for table in (scales, biases))
+    scale, zero = (mx.repeat(table.astype(mx.float32), group_size, axis=axis) for table in (scales, zeros))
+    scale, zero = scale[..., :head_dim], zero[..., :head_dim]
     codes = unpack_codes_reference(words, code_bits, head_dim).astype(mx.float32)
-    return (codes * scale + bias).astype(dtype)
+    return (codes * scale + zero).astype(dtype)
 
 
 def affine_unpack_dequantize(
     words: mx.array,
     scales: mx.array,
-    biases: mx.array,
+    zeros: mx.array,
     code_bits: int,
     head_dim: int,
     group_size: int,
@@ -53,8 +54,9 @@ def affine_unpack_dequantize(
 
     Args:
         words: ``[..., T, ceil(head_dim * code_bits / 32)]`` uint32.
-        scales: fp16, ``[..., T, head_dim // group_size]``, with ``per_channel`` ``[..., T // group_size, head_dim]``.
-        biases: like ``scales``.
+        scales: fp16, ``[..., T, ceil(head_dim / group_size)]``, or with
+            ``per_channel`` ``[..., T // group_size, head_dim]``.
+        zeros: like ``scales``.
         code_bits: width of a code, 1..8.
         head_dim: values in a row.
         group_size: values that share a scale.
@@ -71,7 +73,7 @@ def affine_unpack_dequantize(
     """
     check_words(words, code_bits, head_dim)
     expected = _group_shape(words, head_dim, group_size, per_channel)
-    for name, table in (("scales", scales), ("biases", biases)):
+    for name, table in (("scales", scales), ("zeros", zeros)):
         if table.dtype != mx.float16 or tuple(table.shape) != expected:
             raise ValueError(f"{name} must be float16 of shape {expected}, got {table.dtype} {tuple(table.shape)}")
     if dtype not in FLOAT_DTYPES:
@@ -79,13 +81,13 @@ def affine_unpack_dequantize(
     backend = resolve_backend(backend)
     if backend == "reference":
         return affine_unpack_dequantize_reference(
-            words, scales, biases, code_bits, head_dim, group_size, dtype, per_channel
+            words, scales, zeros, code_bits, head_dim, group_size, dtype, per_channel
         )
     rows = as_rows(words)
     (x,) = _KERNEL(
-        [rows, as_rows(scales), as_rows(biases)],
+        [rows, as_rows(scales), as_rows(zeros)],
         backend=backend,
-        template=[("T", dtype), ("CODE_BITS", code_bits), ("PER_CHANNEL", per_channel)],
+        template=[("T", dtype), ("CODE_BITS", code_bits), ("GROUP_SIZE", group_size), ("PER_CHANNEL", per_channel)],
         grid=(head_dim, rows.shape[0], 1),
         threadgroup=(min(head_dim, 32), 8, 1),
         output_shapes=[(rows.shape[0], head_dim)],

@@ -3,7 +3,7 @@
 //
 //   x [blocks * GROUP_SIZE, HEAD_DIM] fp16, bf16 or fp32: GROUP_SIZE rows make a block
 //   -> words [blocks * GROUP_SIZE, ceil(HEAD_DIM * CODE_BITS / 32)] uint32, in packing.metal's layout
-//   -> scales, biases [blocks, HEAD_DIM] fp16
+//   -> scales, zeros [blocks, HEAD_DIM] fp16
 //
 // One threadgroup of HEAD_DIM threads per block; a thread owns a channel and reads it twice.
 threadgroup uchar codes[GROUP_SIZE * HEAD_DIM];
@@ -18,13 +18,13 @@ for (uint token = 1; token < GROUP_SIZE; ++token) {
   low = min(low, value);
   high = max(high, value);
 }
-const half scale = half((high - low) / levels);
-const half bias = half(low);
+const half scale = affine_scale(low, high, levels);
+const half zero = half(low);
 scales[block * HEAD_DIM + channel] = scale;
-biases[block * HEAD_DIM + channel] = bias;
+zeros[block * HEAD_DIM + channel] = zero;
 for (uint token = 0; token < GROUP_SIZE; ++token) {
   const float value = float(x[begin + token * HEAD_DIM]);
-  codes[token * HEAD_DIM + channel] = uchar(affine_code(value, scale, bias, levels));
+  codes[token * HEAD_DIM + channel] = uchar(affine_code(value, scale, zero, levels));
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 for (uint i = channel; i < GROUP_SIZE * n_words; i += HEAD_DIM) {

@@ -6,11 +6,11 @@ from typing import Final
 
 import mlx.core as mx
 
-from veloxquant_kernels.affine_quantize_pack import Packed, affine_codes_reference
+from veloxquant_kernels.affine_quantize_pack import Packed, affine_codes_reference, check_group_size
 from veloxquant_kernels.kernel import Backend, Kernel, as_rows, check_float, check_not_empty, resolve_backend
 from veloxquant_kernels.pack_codes import check_code_bits, pack_codes_reference, packed_words
 
-_KERNEL = Kernel("kivi_quantize_pack", ("x",), ("words", "scales", "biases"), ("exact", "packing", "affine"))
+_KERNEL = Kernel("kivi_quantize_pack", ("x",), ("words", "scales", "zeros"), ("exact", "packing", "affine"))
 
 MAX_BLOCK_VALUES: Final = 32 * 1024
 """A block's codes, a byte each, fill threadgroup memory."""
@@ -19,11 +19,11 @@ MAX_CHANNELS: Final = 1024
 
 
 def kivi_quantize_pack_reference(x: mx.array, code_bits: int, group_size: int) -> Packed:
-    """The definition: groups along the tokens, ``code = round((x - bias) / scale)``."""
+    """The definition: groups along the tokens, ``code = round((x - zero) / scale)``."""
     *lead, n_tokens, head_dim = x.shape
     groups = x.reshape(*lead, n_tokens // group_size, group_size, head_dim)
-    codes, scales, biases = affine_codes_reference(groups, code_bits, axis=-2)
-    return pack_codes_reference(codes.reshape(x.shape), code_bits), scales[..., 0, :], biases[..., 0, :]
+    codes, scales, zeros = affine_codes_reference(groups, code_bits, axis=-2)
+    return pack_codes_reference(codes.reshape(x.shape), code_bits), scales[..., 0, :], zeros[..., 0, :]
 
 
 def kivi_quantize_pack(x: mx.array, code_bits: int, group_size: int, *, backend: Backend | None = None) -> Packed:
@@ -39,7 +39,7 @@ def kivi_quantize_pack(x: mx.array, code_bits: int, group_size: int, *, backend:
         backend: where to run; None takes Metal if there is a device, else the reference.
 
     Returns:
-        words ``[..., T, ceil(D * code_bits / 32)]`` uint32, scales and biases ``[..., T // group_size, D]`` fp16:
+        words ``[..., T, ceil(D * code_bits / 32)]`` uint32, scales and zeros ``[..., T // group_size, D]`` fp16:
         ``code_bits + 32 / group_size`` bits per value.
 
     Raises:
@@ -53,7 +53,8 @@ def kivi_quantize_pack(x: mx.array, code_bits: int, group_size: int, *, backend:
     check_not_empty("x", x, min_ndim=2)
     check_float("x", x)
     *lead, n_tokens, head_dim = x.shape
-    if group_size < 1 or n_tokens % group_size:
+    check_group_size(group_size)
+    if n_tokens % group_size:
         raise ValueError(f"group_size must divide the number of tokens, {n_tokens}, got {group_size}")
     if group_size * head_dim > MAX_BLOCK_VALUES or head_dim > MAX_CHANNELS:
         raise ValueError(
@@ -65,7 +66,7 @@ def kivi_quantize_pack(x: mx.array, code_bits: int, group_size: int, *, backend:
         return kivi_quantize_pack_reference(x, code_bits, group_size)
     rows = as_rows(x)
     n_blocks, n_words = rows.shape[0] // group_size, packed_words(head_dim, code_bits)
-    words, scales, biases = _KERNEL(
+    words, scales, zeros = _KERNEL(
         [rows],
         backend=backend,
         template=[("HEAD_DIM", head_dim), ("CODE_BITS", code_bits), ("GROUP_SIZE", group_size)],
@@ -75,4 +76,4 @@ def kivi_quantize_pack(x: mx.array, code_bits: int, group_size: int, *, backend:
         output_dtypes=[mx.uint32, mx.float16, mx.float16],
     )
     tables = (*lead, n_tokens // group_size, head_dim)
-    return words.reshape(*lead, n_tokens, n_words), scales.reshape(tables), biases.reshape(tables)
+    return words.reshape(*lead, n_tokens, n_words), scales.reshape(tables), zeros.reshape(tables)

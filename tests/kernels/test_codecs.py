@@ -25,6 +25,7 @@ from veloxquant_kernels.rotation import hadamard_transform, rotate, unrotate
 from veloxquant_kernels.unpack_codes import unpack_codes
 from veloxquant_kernels.unpack_dequantize_unrotate import unpack_dequantize_unrotate
 from veloxquant_kernels.unpack_trits import unpack_trits
+from veloxquant_mlx.quantizers.affine import Affine, PerChannelAffine
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.transforms.rotation import rotation_matrix, rotation_signs
 
@@ -211,8 +212,8 @@ def test_a_transposed_input_is_encoded_in_row_order(checked):
 
 @cases
 def test_affine_matches_its_definition(code_bits, head_dim, length, dtype, checked):
-    """Codes, scales, biases and decoded values equal the reference bit for bit, groups along channels."""
-    x, group_size = gaussian((2, length, head_dim), dtype), 16
+    """Codes, scales, zeros and decoded values equal the reference bit for bit, groups along channels."""
+    x, group_size = gaussian((2, length, head_dim), dtype), 32  # does not divide 48 and 80
     packed = affine_quantize_pack(x, code_bits, group_size, backend="emulator")
     for ours, expected in zip(packed, affine_quantize_pack(x, code_bits, group_size, backend="reference"), strict=True):
         assert same(ours, expected)
@@ -234,28 +235,43 @@ def test_kivi_matches_its_definition(code_bits, head_dim, length, dtype, checked
     assert same(decoded, affine_unpack_dequantize(*arguments, per_channel=True, backend="reference"))
 
 
+@pytest.mark.parametrize("code_bits", WIDTHS)
+def test_affine_and_kivi_agree_with_the_quantizers(code_bits):
+    """The caches' own quantizers hold the same bits."""
+    x = gaussian((1, 2, 64, 80), mx.float16)
+    for ours, theirs in zip(
+        affine_quantize_pack(x, code_bits, 32, backend="reference"), Affine(code_bits, 32).encode(x).arrays, strict=True
+    ):
+        assert same(ours, theirs)
+    words, scales, zeros = kivi_quantize_pack(x, code_bits, 32, backend="reference")
+    expected = PerChannelAffine(code_bits, 32).encode(x).arrays
+    assert same(words.reshape(expected[0].shape), expected[0])
+    assert same(scales, expected[1])
+    assert same(zeros, expected[2])
+
+
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("code_bits", [2, 4, 8])
 def test_affine_error_is_half_a_step(code_bits, per_channel):
-    """Rounding to the nearest level leaves at most scale / 2, plus what fp16 scales and biases lose."""
+    """Rounding to the nearest level leaves at most scale / 2, plus what fp16 scales and zeros lose."""
     x = gaussian((1, 64, 64))
     quantize = kivi_quantize_pack if per_channel else affine_quantize_pack
-    words, scales, biases = quantize(x, code_bits, 32, backend="reference")
+    words, scales, zeros = quantize(x, code_bits, 32, backend="reference")
     decoded = affine_unpack_dequantize(
-        words, scales, biases, code_bits, 64, 32, mx.float32, per_channel=per_channel, backend="reference"
+        words, scales, zeros, code_bits, 64, 32, mx.float32, per_channel=per_channel, backend="reference"
     )
     step = mx.repeat(scales.astype(mx.float32), 32, axis=-2 if per_channel else -1)
     levels = 2**code_bits - 1
-    fp16 = 2.0**-11 * (levels * step + mx.max(mx.abs(x)))  # half an ulp of scale, levels times, and of bias
+    fp16 = 2.0**-11 * (levels * step + mx.max(mx.abs(x)))  # half an ulp of scale, levels times, and of zero
     assert bool(mx.all(mx.abs(decoded - x) <= step / 2 + fp16))
 
 
 def test_a_constant_group_has_scale_zero(checked):
     """Equal values come back exactly where fp16 holds them."""
     x = mx.full((2, 64), 3.5)
-    words, scales, biases = affine_quantize_pack(x, 4, 32, backend="emulator")
+    words, scales, zeros = affine_quantize_pack(x, 4, 32, backend="emulator")
     assert float(mx.max(mx.abs(scales))) == 0
-    decoded = affine_unpack_dequantize(words, scales, biases, 4, 64, 32, mx.float32, backend="emulator")
+    decoded = affine_unpack_dequantize(words, scales, zeros, 4, 64, 32, mx.float32, backend="emulator")
     assert same(decoded, x)
 
 
@@ -290,7 +306,7 @@ BAD = {
         lambda: unpack_dequantize_unrotate(WORDS, NORMS, mx.zeros((8,)), SIGNS, 4), ValueError, "centroids"),
     "result dtype": (
         lambda: unpack_dequantize_unrotate(WORDS, NORMS, mx.zeros((16,)), SIGNS, 4, mx.int32), TypeError, "dtype"),
-    "group": (lambda: affine_quantize_pack(X, 4, 24), ValueError, "group_size must divide head_dim=64, got 24"),
+    "group": (lambda: affine_quantize_pack(X, 4, 0), ValueError, "group_size must be a positive integer, got 0"),
     "block": (lambda: kivi_quantize_pack(mx.zeros((2, 33, 64)), 4, 32), ValueError, "number of tokens, 33"),
     "large block": (
         lambda: kivi_quantize_pack(mx.zeros((256, 256)), 4, 256), ValueError, r"got 256 \* 256"),
