@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import mlx.core as mx
@@ -19,36 +19,12 @@ from veloxquant_mlx.allocators.ratequant import (
     shuffled,
 )
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance
-from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
+from veloxquant_mlx.quantizers.turboquant_static import TurboQuantStatic
 
 HEAD_DIM = 128
 
 SPHERE_DISTORTION = {1: 0.36089, 2: 0.11600, 3: 0.03397, 4: 0.00931}
 """Lloyd-Max distortion of one coordinate of a uniform vector on the 128-sphere, by numeric integration."""
-
-
-@dataclass(frozen=True)
-class ConstantCode:
-    """A code of no bits: every vector is decoded as the zero vector."""
-
-    def encode(self, x):
-        return x.shape
-
-    def decode(self, codes):
-        return mx.zeros(codes)
-
-    def bits_per_value(self, head_dim):
-        return Fraction(0)
-
-
-def static_scale_code(bits):
-    """Width 0 stores nothing, other widths are TurboQuant at an overhead-free price (for cost arithmetic only)."""
-
-    class Priced(TurboQuantMSE):
-        def bits_per_value(self, head_dim):
-            return Fraction(self.code_bits)
-
-    return ConstantCode() if bits == 0 else Priced(bits)
 
 
 def sensitivities_of(weights, sigmas, *, head_dim=HEAD_DIM, tokens=256, seed=0):
@@ -60,7 +36,10 @@ def sensitivities_of(weights, sigmas, *, head_dim=HEAD_DIM, tokens=256, seed=0):
             x = rng.standard_normal((2, len(w), tokens, head_dim)) * np.array(s)[:, None, None]
             heads.append(
                 HeadSensitivities(
-                    layer, kind, np.array([w, w], dtype=float), mx.array(x.astype(np.float16)), mx.zeros(x.shape)
+                    layer,
+                    kind,
+                    np.broadcast_to(np.array(w, dtype=float)[:, None], x.shape[:3]),
+                    mx.array(x.astype(np.float16)),
                 )
             )
     return Sensitivities(tuple(heads), Provenance("m", "t", 2, tokens, "llama", len(weights)))
@@ -100,7 +79,7 @@ def test_costs_are_the_quantizers_own():
     """TurboQuant MSE at head_dim 128: b + 16/128 bits."""
     curves = fit_distortion_curve(random_sensitivities(1, 1), widths=[1, 2, 4])
     assert curves.costs == {128: (Fraction(9, 8), Fraction(17, 8), Fraction(33, 8))}
-    assert curves.quantizer == "TurboQuantMSE"
+    assert curves.quantizer == "turboquant_mse"
 
 
 def test_exponential_fit_recovers_its_own_parameters():
@@ -144,6 +123,61 @@ def test_curves_follow_the_vectors():
     for a, b in zip(before.curves, after.curves, strict=True):
         ratio = 4.0 if a.kind == "keys" else 1.0
         np.testing.assert_allclose(b.distortions, np.array(a.distortions) * ratio, rtol=2e-3)
+
+
+def sink_sensitivities():
+    """One head of 64 tokens: the first has a gradient 10^4 times the others' and a vector of length zero."""
+    base = sensitivities_of([[[1.0], [1.0]]], [[[1.0], [1.0]]], tokens=64)
+    heads = []
+    for head in base.heads:
+        squares = np.ones_like(head.squared_gradients)
+        squares[:, :, 0] = 1e4
+        vectors = np.array(head.vectors)
+        vectors[:, :, 0] = 0
+        heads.append(replace(head, squared_gradients=squares, vectors=mx.array(vectors)))
+    return replace(base, heads=tuple(heads))
+
+
+def test_token_weighting_pairs_each_gradient_with_its_own_error():
+    """A sensitive token that is stored without error costs nothing: loss = 1/2 * 63/64 * mse of the others."""
+    for curve in fit_distortion_curve(sink_sensitivities(), widths=[1, 2]).curves:
+        others = np.array(curve.distortions) * 64 / 63
+        np.testing.assert_allclose(curve.losses, 0.5 * others * 63 / 64, rtol=1e-6)
+
+
+def test_product_weighting_is_the_papers_and_overrates_sinks():
+    """w * D / 2 with w = (10^4 + 63)/64: 157 times what the tokens with errors can cost."""
+    for curve in fit_distortion_curve(sink_sensitivities(), widths=[1, 2], weighting="product").curves:
+        assert curve.weight == pytest.approx((1e4 + 63) / 64)
+        np.testing.assert_allclose(curve.losses, 0.5 * curve.weight * np.array(curve.distortions), rtol=1e-12)
+
+
+def test_sinks_are_left_out_of_weights_and_curves():
+    """Kept in fp16, the first token adds no loss; the other 63 of 64 tokens have weight 1."""
+    for curve in fit_distortion_curve(sink_sensitivities(), widths=[1, 2], sinks=1).curves:
+        assert curve.weight == pytest.approx(63 / 64)
+        np.testing.assert_allclose(curve.losses, 0.5 * curve.weight * np.array(curve.distortions), rtol=1e-12)
+
+
+def test_sinks_are_paid_for_at_the_stated_length():
+    """4 fp16 tokens of 64 at 2 + 16/128 bits: (60 * 2.125 + 4 * 16) / 64 = 2.9921875."""
+    curves = fit_distortion_curve(sink_sensitivities(), widths=[1, 2], sinks=4)
+    result = allocate_bits_ratequant(curves, 2.9921875, min_bits=2, max_bits=2, at_tokens=64)
+    assert result.bits_per_value == Fraction(383, 128)
+    assert (result.sinks, result.at_tokens) == (4, 64)
+    with pytest.raises(ValueError, match=r"already costs 2\.99219"):
+        allocate_bits_ratequant(curves, 2.9, min_bits=2, max_bits=2, at_tokens=64)
+
+
+def test_a_quantizer_that_calibrates_does_so_on_its_first_tokens():
+    """64 tokens of scale 1, then tokens of scale 3: the scale of the first is kept, as a cache would."""
+    base = sensitivities_of([[[1.0], [1.0]]], [[[1.0], [1.0]]], tokens=1024)
+    scale = np.where(np.arange(1024) < 64, 1.0, 3.0).astype(np.float16)[:, None]
+    moved = replace(base, heads=tuple(replace(h, vectors=h.vectors * mx.array(scale)) for h in base.heads))
+    curves = fit_distortion_curve(moved, TurboQuantStatic, widths=[4, 5])
+    fitted = fit_distortion_curve(moved, lambda bits: TurboQuantStatic(bits, 1024), widths=[4, 5])
+    for early, late in zip(curves.curves, fitted.curves, strict=True):
+        assert early.distortions[0] > 3 * late.distortions[0]
 
 
 @pytest.mark.parametrize("widths", [[1, 1], [9], [-1, 2], [1.5, 2]])
@@ -210,7 +244,7 @@ def test_an_allocation_forecasts_less_than_its_shuffles(curves):
     """The optimum over all allocations is at most any permutation of itself."""
     tables = {f"layer_{i}": [] for i in range(6)}
     for curve in curves.curves:
-        tables[f"layer_{curve.layer}"].append(0.5 * curve.weight * np.array(curve.distortions))
+        tables[f"layer_{curve.layer}"].append(np.array(curve.losses))
     result = allocate_bits_ratequant(curves, 2.125)
 
     def forecast(allocation):
@@ -233,7 +267,7 @@ def test_a_target_above_the_largest_width_is_not_met_in_silence(curves):
 
 def test_target_one_is_reached_by_a_code_that_costs_one_bit():
     """Widths 0..4 without overhead: exactly 1.0, by any unit."""
-    curves = fit_distortion_curve(random_sensitivities(), static_scale_code, widths=range(5))
+    curves = fit_distortion_curve(random_sensitivities(), TurboQuantStatic, widths=range(5))
     for unit in ("layer", "layer_kv", "head"):
         result = allocate_bits_ratequant(curves, 1.0, min_bits=0, max_bits=4, unit=unit)
         assert result.bits_per_value == 1
@@ -249,7 +283,7 @@ def test_coarse_widths_warn_with_the_realised_cost():
 
 def test_decimal_targets_admit_their_exact_cost():
     """2.1 as binary lies above or below 21/10; one layer in ten at 3 bits costs exactly 2.1 and is admitted."""
-    curves = fit_distortion_curve(random_sensitivities(10), static_scale_code, widths=[2, 3])
+    curves = fit_distortion_curve(random_sensitivities(10), TurboQuantStatic, widths=[2, 3])
     assert allocate_bits_ratequant(curves, 2.1, min_bits=2, max_bits=3).bits_per_value == Fraction(21, 10)
 
 
@@ -267,6 +301,15 @@ def test_decimal_targets_admit_their_exact_cost():
 def test_arguments_out_of_range_are_named(curves, options, message):
     with pytest.raises(ValueError, match=message):
         allocate_bits_ratequant(curves, **({"target_bits": 2.0} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"sinks": 64}, r"sinks=64 must lie in 0\.\.63"), ({"weighting": "sum"}, "weighting='sum' must be one of")],
+)
+def test_curve_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit_distortion_curve(random_sensitivities(1), **options)
 
 
 def test_a_weight_that_is_nan_is_named(curves):

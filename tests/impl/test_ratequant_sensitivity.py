@@ -15,6 +15,7 @@ from veloxquant_mlx.allocators.sensitivity import (
     bundled_texts,
     calibration_sequences,
     probe_layers,
+    sequence_gradients,
     sequence_loss,
 )
 
@@ -84,12 +85,13 @@ def the(sensitivities, layer, kind):
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["keys", "values"])
-def test_gradients_agree_with_central_differences(model, sensitivities, layer, kind, rank):
+def test_gradients_agree_with_central_differences(model, layer, kind, rank):
     """dL/dx of the entries of largest and sixth largest gradient equals a difference quotient of the loss."""
     tokens = mx.array(calibration_sequences(ByteTokenizer(), bundled_texts(), num_samples=3, seq_len=24)[0])
     layers = probe_layers(model)
     _, seen = sequence_loss(model, tokens, None, layers)
-    gradients = np.array(the(sensitivities, layer, kind).gradients[0])
+    _, all_gradients = sequence_gradients(model, tokens, layers)
+    gradients = np.array(all_gradients[2 * layer + (kind == "values")][0])
     position = np.unravel_index(np.argsort(-np.abs(gradients), axis=None)[rank], gradients.shape)
     h = 0.03
 
@@ -106,27 +108,33 @@ def test_gradients_agree_with_central_differences(model, sensitivities, layer, k
     assert difference == pytest.approx(gradients[position].item(), rel=0.01, abs=rounding)
 
 
-def test_weights_are_the_mean_squared_gradient_per_token(sensitivities):
+@pytest.fixture(scope="module")
+def gradients(model):
+    """Keys and values of each layer in turn, ``[1, H, T, D]`` of the first calibration sequence."""
+    tokens = calibration_sequences(ByteTokenizer(), bundled_texts(), num_samples=3, seq_len=24)[0]
+    _, result = sequence_gradients(model, mx.array(tokens), probe_layers(model))
+    return [np.array(g, dtype=np.float64) for g in result]
+
+
+def test_weights_are_the_mean_squared_gradient_per_token(sensitivities, gradients):
     """w = (1/T) sum over tokens of the squared norm of dL/dk (RateQuant, section 3)."""
-    for head in sensitivities.heads:
-        gradients = np.array(head.gradients, dtype=np.float64)
-        expected = (gradients**2).sum(axis=-1).mean(axis=-1)
-        np.testing.assert_allclose(head.weights, expected, rtol=1e-5)
+    for head, gradient in zip(sensitivities.heads, gradients, strict=True):
+        squares = (gradient[0] ** 2).sum(axis=-1)
+        np.testing.assert_allclose(head.squared_gradients[0], squares, rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(head.weights[0], squares.mean(axis=-1), rtol=1e-5)
         assert (head.weights > 0).all()
 
 
-def test_key_gradients_of_a_head_sum_to_zero(sensitivities):
+def test_key_gradients_of_a_head_sum_to_zero(gradients):
     """Softmax ignores one vector added to every key, so the gradients of a head's keys cancel over tokens."""
-    for layer in sensitivities.layers:
-        gradients = np.array(the(sensitivities, layer, "keys").gradients, dtype=np.float64)
-        total = np.abs(gradients.sum(axis=2)).max()
-        assert total < 1e-4 * np.abs(gradients).sum(axis=2).max()
+    for gradient in gradients[::2]:
+        assert np.abs(gradient.sum(axis=2)).max() < 1e-4 * np.abs(gradient).sum(axis=2).max()
 
 
 def test_the_last_token_is_never_read_by_a_prediction(sensitivities):
     """T tokens give T - 1 predictions; the last key and value can influence none."""
     for head in sensitivities.heads:
-        assert mx.abs(head.gradients[:, :, -1]).max().item() == 0.0
+        assert (head.squared_gradients[:, :, -1] == 0).all()
 
 
 def test_kept_vectors_are_what_the_model_caches(model, sensitivities):
@@ -165,24 +173,37 @@ def test_other_parameters_give_other_weights_and_another_hash(sensitivities):
         assert not np.allclose(a.weights.mean(axis=0), b.weights.mean(axis=0), rtol=1e-3)
 
 
+def test_kept_sequences_are_spread_over_the_texts_and_come_first(model):
+    """Of 4 sequences, keeping 2 puts the first and the third first."""
+    result = calibrate(model, num_samples=4, kept_sequences=2)
+    every = calibrate(model, num_samples=4, kept_sequences=4)
+    for a, b in zip(result.heads, every.heads, strict=True):
+        assert a.vectors.shape[0] == 2
+        np.testing.assert_allclose(a.squared_gradients, b.squared_gradients[[0, 2, 1, 3]], rtol=1e-5)
+        assert mx.array_equal(a.vectors, b.vectors[mx.array([0, 2])])
+
+
+def test_more_kept_sequences_than_samples_is_an_error(model):
+    with pytest.raises(ValueError, match=r"kept_sequences=4 must lie in 1\.\.num_samples=3"):
+        calibrate(model, kept_sequences=4)
+
+
 def test_saved_sensitivities_load_unchanged(sensitivities, tmp_path):
-    """Vectors and gradients bit for bit, weights to fp32."""
+    """Squared gradients and vectors come back bit for bit."""
     sensitivities.save(tmp_path / "s.safetensors")
     loaded = Sensitivities.load(tmp_path / "s.safetensors")
     assert loaded.provenance == sensitivities.provenance
     for a, b in zip(loaded.heads, sensitivities.heads, strict=True):
         assert (a.layer, a.kind) == (b.layer, b.kind)
-        np.testing.assert_allclose(a.weights, b.weights, rtol=2**-23)
+        np.testing.assert_array_equal(a.squared_gradients, b.squared_gradients)
         assert mx.array_equal(a.vectors, b.vectors)
-        assert mx.array_equal(a.gradients, b.gradients)
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
 def test_a_weight_that_is_no_weight_is_named(value):
-    weights = np.ones((2, 2))
-    weights[1, 1] = value
-    vectors = mx.zeros((2, 2, 4, 8))
-    head = HeadSensitivities(5, "values", weights, vectors, vectors)
+    squares = np.ones((2, 2, 4))
+    squares[1, 1, 2] = value
+    head = HeadSensitivities(5, "values", squares, mx.zeros((2, 2, 4, 8)))
     with pytest.raises(ValueError, match=rf"layer_5\.values\.head_1 .* got {value}"):
         Sensitivities((head,), Provenance("", "", 2, 4, "llama", 6))
 

@@ -267,6 +267,8 @@ class BitAllocation(Mapping[str, int]):
         unit: what a unit is: ``layer``, ``layer_kv`` or ``head``.
         quantizer: name of the quantizer whose costs and distortions were used.
         target_bits: the bits_per_value that was asked for.
+        sinks: first tokens that the cache keeps in fp16, which the entries' costs count.
+        at_tokens: sequence length at which those costs hold.
         forecast_nats: loss increase per token that the curves predict; absent if not from curves.
     """
 
@@ -274,6 +276,8 @@ class BitAllocation(Mapping[str, int]):
     unit: str
     quantizer: str
     target_bits: float
+    sinks: int = 0
+    at_tokens: int = 2048
     forecast_nats: float | None = None
 
     def __post_init__(self) -> None:
@@ -312,6 +316,8 @@ class BitAllocation(Mapping[str, int]):
                 "unit": self.unit,
                 "quantizer": self.quantizer,
                 "target_bits": self.target_bits,
+                "sinks": self.sinks,
+                "at_tokens": self.at_tokens,
                 "forecast_nats": self.forecast_nats,
                 "entries": [{**vars(entry), "bits_per_value": str(entry.bits_per_value)} for entry in self.entries],
             },

@@ -12,32 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, get_args
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance, Sensitivities
+from veloxquant_mlx.quantizers.base import Quantizer
+from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 
 Floats = NDArray[np.float64]
 
 
-class Quantizer(Protocol):
-    """What a curve is measured with: the package's quantizers, or anything shaped like them."""
-
-    def encode(self, x: mx.array) -> Any:
-        """Codes of ``[B, H, T, D]``."""
-
-    def decode(self, codes: Any) -> mx.array:
-        """``[B, H, T, D]`` of the codes."""
-
-    def bits_per_value(self, head_dim: int) -> Fraction:
-        """Real cost of one value, everything counted."""
-
-
 QuantizerFactory = Callable[[int], Quantizer]
 """Code width -> quantizer; the quantizer classes themselves serve."""
+
+Weighting = Literal["token", "product"]
+"""How gradients meet errors: token by token, or as a product of means (the paper's)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +69,7 @@ def exponential_fit(widths: Sequence[int], distortions: ArrayLike) -> Exponentia
 
 @dataclass(frozen=True)
 class DistortionCurve:
-    """One head's keys or values: what an error costs and how much error each width leaves.
+    """One head's keys or values: how much error each width leaves, and what that costs.
 
     Attributes:
         layer: index of the layer's cache.
@@ -85,10 +77,10 @@ class DistortionCurve:
         head: index of the KV head.
         head_dim: length of its vectors.
         weight: gradient sensitivity w.
-        variance: mean square per coordinate around the head's mean vector, D(0) of a code that stores nothing
-            but that mean.
+        variance: mean square per coordinate around the head's mean vector: D(0).
         distortions: measured mean square error per coordinate at each of the set's widths.
-        fit: exponential through the widths above zero.
+        losses: forecast of the loss increase at each width, in nats per token; what allocation minimises.
+        fit: exponential through the distortions above zero bits.
     """
 
     layer: int
@@ -98,14 +90,19 @@ class DistortionCurve:
     weight: float
     variance: float
     distortions: tuple[float, ...]
+    losses: tuple[float, ...]
     fit: ExponentialFit
 
     def __post_init__(self) -> None:
         name = f"layer_{self.layer}.{self.kind}.head_{self.head}"
-        if not (np.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"weight of {name} must be finite and not negative, got {self.weight}")
-        if not all(np.isfinite(d) and d >= 0 for d in self.distortions):
-            raise ValueError(f"distortions of {name} must be finite and not negative, got {self.distortions}")
+        for field, values in (
+            ("weight", [self.weight]),
+            ("distortions", self.distortions),
+            ("losses", self.losses),
+        ):
+            bad = [value for value in values if not (np.isfinite(value) and value >= 0)]
+            if bad:
+                raise ValueError(f"{field} of {name} must be finite and not negative, got {bad[0]}")
 
 
 @dataclass(frozen=True)
@@ -117,6 +114,8 @@ class DistortionCurves:
         widths: code widths measured, ascending.
         costs: for every head_dim, the quantizer's real bits_per_value at each width.
         quantizer: its name.
+        sinks: first tokens of every sequence that were left out, because the cache keeps them in fp16.
+        weighting: how losses were formed from gradients and errors.
         provenance: of the sensitivities.
     """
 
@@ -124,6 +123,8 @@ class DistortionCurves:
     widths: tuple[int, ...]
     costs: dict[int, tuple[Fraction, ...]]
     quantizer: str
+    sinks: int
+    weighting: Weighting
     provenance: Provenance
 
     def save(self, path: str | Path) -> None:
@@ -136,49 +137,69 @@ class DistortionCurves:
     def load(cls, path: str | Path) -> DistortionCurves:
         """Read what :meth:`save` wrote."""
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        curves = tuple(
+            DistortionCurve(
+                **curve
+                | {
+                    "distortions": tuple(curve["distortions"]),
+                    "losses": tuple(curve["losses"]),
+                    "fit": ExponentialFit(**curve["fit"]),
+                }
+            )
+            for curve in fields["curves"]
+        )
+        costs = {int(dim): tuple(map(Fraction, row)) for dim, row in fields["costs"].items()}
         return cls(
-            curves=tuple(
-                DistortionCurve(
-                    **{
-                        **curve,
-                        "distortions": tuple(curve["distortions"]),
-                        "fit": ExponentialFit(**curve["fit"]),
-                    }
-                )
-                for curve in fields["curves"]
-            ),
-            widths=tuple(fields["widths"]),
-            costs={int(dim): tuple(map(Fraction, row)) for dim, row in fields["costs"].items()},
-            quantizer=fields["quantizer"],
-            provenance=Provenance(**fields["provenance"]),
+            **fields
+            | {
+                "curves": curves,
+                "widths": tuple(fields["widths"]),
+                "costs": costs,
+                "provenance": Provenance(**fields["provenance"]),
+            }
         )
 
 
-def measured_distortion(quantizer: Quantizer, vectors: mx.array) -> Floats:
-    """Mean square error per coordinate that encoding and decoding leaves on each head.
+def squared_errors(quantizer: Quantizer, vectors: mx.array) -> Floats:
+    """Mean square error per coordinate that storing each token leaves.
 
     Args:
-        quantizer: what to measure.
-        vectors: ``[B, H, T, D]``.
+        quantizer: what to measure; one that calibrates does so on its first tokens, as in a cache.
+        vectors: ``[B, H, T, D]``; tokens beyond whole blocks of the quantizer stay exact, as in a cache.
 
     Returns:
-        ``[H]``.
+        ``[B, H, T]``.
     """
-    x = vectors.astype(mx.float32)
-    error = quantizer.decode(quantizer.encode(vectors)).astype(mx.float32) - x
-    return np.array(mx.mean(error * error, axis=(0, 2, 3)), dtype=np.float64)
-
-
-def _variance(vectors: mx.array) -> Floats:
-    return np.array(mx.mean(mx.var(vectors.astype(mx.float32), axis=(0, 2)), axis=-1), dtype=np.float64)
+    coded = vectors.shape[2] // quantizer.block_tokens * quantizer.block_tokens
+    x = vectors[:, :, :coded]
+    static = quantizer.calibrate(x[:, :, : quantizer.calibration_tokens or None])
+    error = quantizer.decode(quantizer.encode(x, static)).astype(mx.float32) - x.astype(mx.float32)
+    per_token = np.array(mx.mean(mx.square(error), axis=-1), dtype=np.float64)
+    return np.pad(per_token, [(0, 0), (0, 0), (0, vectors.shape[2] - coded)])
 
 
 def _head_curves(
-    entry: HeadSensitivities, quantizers: Sequence[Quantizer], widths: Sequence[int]
+    entry: HeadSensitivities,
+    quantizers: Sequence[Quantizer],
+    widths: Sequence[int],
+    sinks: int,
+    weighting: Weighting,
 ) -> list[DistortionCurve]:
-    variance = _variance(entry.vectors)
-    weight = entry.weights.mean(axis=0)
-    table = np.stack([measured_distortion(quantizer, entry.vectors) for quantizer in quantizers], axis=1)
+    vectors = entry.vectors[:, :, sinks:]
+    squares = entry.squared_gradients[:, :, sinks:]
+    share = squares.shape[2] / entry.squared_gradients.shape[2]  # fp16 tokens cost no loss
+    weight = squares.mean(axis=(0, 2)) * share
+    errors = np.stack([squared_errors(quantizer, vectors) for quantizer in quantizers], axis=-1)
+    distortions = errors.mean(axis=(0, 2))
+    if weighting == "token":
+        # A ratio to the kept tokens' own gradients, so that the weight still rests on all sequences.
+        kept = squares[: errors.shape[0]]
+        gradients = kept.sum(axis=(0, 2))
+        seen = np.einsum("sht,shtw->hw", kept, errors) / np.where(gradients > 0, gradients, 1)[:, None]
+    else:
+        seen = distortions
+    losses = 0.5 * weight[:, None] * seen
+    variance = np.array(mx.var(vectors.astype(mx.float32), axis=(0, 2)).mean(axis=-1), dtype=np.float64)
     return [
         DistortionCurve(
             layer=entry.layer,
@@ -187,8 +208,9 @@ def _head_curves(
             head_dim=entry.head_dim,
             weight=float(weight[head]),
             variance=float(variance[head]),
-            distortions=tuple(table[head].tolist()),
-            fit=exponential_fit(widths, table[head]),
+            distortions=tuple(distortions[head].tolist()),
+            losses=tuple(losses[head].tolist()),
+            fit=exponential_fit(widths, distortions[head]),
         )
         for head in range(entry.n_kv_heads)
     ]
@@ -196,37 +218,51 @@ def _head_curves(
 
 def fit_distortion_curve(
     sensitivities: Sensitivities,
-    quantizer: QuantizerFactory | None = None,
+    quantizer: QuantizerFactory = TurboQuantMSE,
     *,
     widths: Sequence[int] = tuple(range(1, 9)),
+    sinks: int = 0,
+    weighting: Weighting = "token",
 ) -> DistortionCurves:
     """Measure D(b) of a quantizer on the model's own keys and values, head by head.
 
+    The loss that a width causes is forecast as ``½ E[(1/T) Σ_t ‖∂L/∂x_t‖² · mse_t(b)]``, gradients and errors
+    paired token by token. RateQuant multiplies their means instead (``weighting="product"``), which overrates
+    heads whose sensitive tokens have small vectors: attention sinks, above all in the values.
+
     Args:
         sensitivities: from :func:`~veloxquant_mlx.allocators.ratequant.calibrate_layer_sensitivities`.
-        quantizer: makes the quantizer of a code width, the one that the cache will use; by default TurboQuant
-            MSE.
+        quantizer: makes the quantizer of a code width: the one that the cache will use.
         widths: code widths to measure, 0..8; 0 only where ``quantizer`` has a code of no bits.
+        sinks: first tokens that the cache will keep in fp16.
+        weighting: ``token`` or ``product``.
 
     Returns:
         Measured tables with their real costs, and an exponential fit of each for reading.
 
     Raises:
-        ValueError: widths that are not distinct integers in 0..8, or whatever ``quantizer`` raises for one.
+        ValueError: widths that are not distinct integers in 0..8, sinks that leave no token, an unknown
+            weighting, or whatever ``quantizer`` raises for a width.
     """
     ordered = tuple(sorted(widths))
     if len(set(ordered)) < len(ordered) or not all(isinstance(b, int) and 0 <= b <= 8 for b in ordered):
         raise ValueError(f"widths must be distinct integers in 0..8, got {tuple(widths)}")
-    if quantizer is None:
-        from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
-
-        quantizer = TurboQuantMSE
+    if not 0 <= sinks < sensitivities.provenance.seq_len:
+        raise ValueError(f"sinks={sinks} must lie in 0..{sensitivities.provenance.seq_len - 1}")
+    if weighting not in get_args(Weighting):
+        raise ValueError(f"weighting={weighting!r} must be one of {', '.join(get_args(Weighting))}")
     quantizers = [quantizer(bits) for bits in ordered]
     head_dims = sorted({entry.head_dim for entry in sensitivities.heads})
     return DistortionCurves(
-        curves=tuple(curve for entry in sensitivities.heads for curve in _head_curves(entry, quantizers, ordered)),
+        curves=tuple(
+            curve
+            for entry in sensitivities.heads
+            for curve in _head_curves(entry, quantizers, ordered, sinks, weighting)
+        ),
         widths=ordered,
         costs={dim: tuple(q.bits_per_value(dim) for q in quantizers) for dim in head_dims},
-        quantizer=type(quantizers[-1]).__name__,
+        quantizer=quantizers[-1].name,
+        sinks=sinks,
+        weighting=weighting,
         provenance=sensitivities.provenance,
     )

@@ -68,9 +68,12 @@ class _Unit:
     losses: NDArray[np.float64]
 
 
-def _units(curves: DistortionCurves, unit: str, widths: Iterable[int]) -> list[_Unit]:
+def _units(curves: DistortionCurves, unit: str, widths: Iterable[int], at_tokens: int) -> list[_Unit]:
     if unit not in UNITS:
         raise ValueError(f"unit={unit!r} must be one of {', '.join(UNITS)}")
+    if at_tokens <= curves.sinks:
+        raise ValueError(f"at_tokens={at_tokens} must exceed the {curves.sinks} sinks")
+    exact = Fraction(curves.sinks, at_tokens)  # share of the tokens that stay in fp16
     columns = [curves.widths.index(bits) for bits in widths]
     units = []
     for name, group in groupby(curves.curves, key=UNITS[unit]):
@@ -81,10 +84,16 @@ def _units(curves: DistortionCurves, unit: str, widths: Iterable[int]) -> list[_
                 n_values=sum(curve.head_dim for curve in members),
                 head_dim=members[0].head_dim,
                 costs=tuple(
-                    sum((curves.costs[curve.head_dim][i] * curve.head_dim for curve in members), Fraction(0))
+                    sum(
+                        (
+                            curve.head_dim * ((1 - exact) * curves.costs[curve.head_dim][i] + exact * 16)
+                            for curve in members
+                        ),
+                        Fraction(0),
+                    )
                     for i in columns
                 ),
-                losses=np.array([sum(0.5 * curve.weight * curve.distortions[i] for curve in members) for i in columns]),
+                losses=np.array([sum(curve.losses[i] for curve in members) for i in columns]),
             )
         )
     return units
@@ -127,6 +136,7 @@ def allocate_bits_ratequant(
     *,
     unit: str = "layer",
     solver: str = "optimal",
+    at_tokens: int = 2048,
 ) -> BitAllocation:
     """Integer widths that minimise the forecast loss at a real cost of at most ``target_bits``.
 
@@ -138,6 +148,8 @@ def allocate_bits_ratequant(
         unit: ``layer`` (``layer_3``: one width for its keys and values), ``layer_kv`` (``layer_3.keys``) or
             ``head`` (``layer_3.keys.head_0``).
         solver: ``optimal`` (exact) or ``greedy`` (marginal steps on the lower convex hull, as in the paper).
+        at_tokens: sequence length at which the target holds; it matters only where the curves have ``sinks``,
+            whose fp16 tokens weigh less in longer sequences.
 
     Returns:
         A mapping from unit to width that knows its realised ``bits_per_value``, never above the target.
@@ -151,7 +163,7 @@ def allocate_bits_ratequant(
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} must be one of {', '.join(SOLVERS)}")
     widths = _check_widths(curves, min_bits, max_bits)
-    units = _units(curves, unit, widths)
+    units = _units(curves, unit, widths, at_tokens)
     values = _check_target(units, target_bits, min_bits, max_bits)
     # The decimal that was typed, not its binary neighbour: 1.2 must admit a cost of exactly 6/5.
     budget = Fraction(str(target_bits)) * values
@@ -164,6 +176,8 @@ def allocate_bits_ratequant(
         unit=unit,
         quantizer=curves.quantizer,
         target_bits=float(target_bits),
+        sinks=curves.sinks,
+        at_tokens=at_tokens,
         forecast_nats=float(sum(u.losses[c] for u, c in zip(units, chosen, strict=True))),
     )
     realised = float(allocation.bits_per_value)
@@ -182,6 +196,7 @@ def allocate_bits_continuous(
     max_bits: int = 4,
     *,
     unit: str = "layer",
+    at_tokens: int = 2048,
 ) -> dict[str, float]:
     """Real-valued widths by the closed form, from exponential fits: what the integers approximate.
 
@@ -191,6 +206,7 @@ def allocate_bits_continuous(
         min_bits: smallest width.
         max_bits: largest width.
         unit: as in :func:`allocate_bits_ratequant`.
+        at_tokens: likewise.
 
     Returns:
         Width by unit; its size-weighted mean plus the quantizer's mean overhead is ``target_bits``.
@@ -199,7 +215,7 @@ def allocate_bits_continuous(
         ValueError: as :func:`allocate_bits_ratequant`, or a unit whose loss is zero.
     """
     widths = _check_widths(curves, min_bits, max_bits)
-    units = _units(curves, unit, widths)
+    units = _units(curves, unit, widths, at_tokens)
     _check_target(units, target_bits, min_bits, max_bits)
     sizes = np.array([u.n_values for u in units], dtype=np.float64)
     overhead = [np.mean([float(cost / u.n_values) - b for cost, b in zip(u.costs, widths, strict=True)]) for u in units]

@@ -94,16 +94,19 @@ class HeadSensitivities:
     Attributes:
         layer: index of the layer's cache.
         kind: ``keys`` or ``values``.
-        weights: ``[S, H]`` (1/T) Σ_t ‖∂L/∂x_t‖² of each calibration sequence and head, in nats² per unit².
-        vectors: ``[S', H, T, D]`` fp16, what the model cached on the first S' sequences.
-        gradients: ``[S', H, T, D]`` fp32, ∂L/∂x of the same tokens.
+        squared_gradients: ``[S, H, T]`` ‖∂L/∂x_t‖² of every token of the S calibration sequences.
+        vectors: ``[S', H, T, D]`` fp16, what the model cached on the first S' of them.
     """
 
     layer: int
     kind: str
-    weights: Floats
+    squared_gradients: Floats
     vectors: mx.array
-    gradients: mx.array
+
+    @property
+    def weights(self) -> Floats:
+        """``[S, H]``: (1/T) Σ_t ‖∂L/∂x_t‖² of each sequence; their mean over S is RateQuant's w."""
+        return np.asarray(self.squared_gradients.mean(axis=-1))
 
     @property
     def n_kv_heads(self) -> int:
@@ -130,12 +133,12 @@ class Sensitivities:
 
     def __post_init__(self) -> None:
         for entry in self.heads:
-            bad = np.flatnonzero(~(np.isfinite(entry.weights) & (entry.weights >= 0)).all(axis=0))
+            squares = entry.squared_gradients
+            bad = np.argwhere(~(np.isfinite(squares) & (squares >= 0)))
             if bad.size:
-                values = entry.weights[:, bad[0]]
                 raise ValueError(
-                    f"sensitivity of layer_{entry.layer}.{entry.kind}.head_{bad[0]} must be finite and not "
-                    f"negative, got {values[~(np.isfinite(values) & (values >= 0))][0]}"
+                    f"sensitivity of layer_{entry.layer}.{entry.kind}.head_{bad[0][1]} must be finite and not "
+                    f"negative, got {squares[tuple(bad[0])]}"
                 )
 
     @property
@@ -148,9 +151,8 @@ class Sensitivities:
         arrays: dict[str, mx.array] = {}
         for entry in self.heads:
             name = f"{entry.layer}.{entry.kind}"
-            # fp32 holds nine decimal digits of a weight; its own noise is in the first or second.
-            arrays[f"{name}.weights"] = mx.array(entry.weights.astype(np.float32))
-            arrays[f"{name}.vectors"], arrays[f"{name}.gradients"] = entry.vectors, entry.gradients
+            arrays[f"{name}.squared_gradients"] = mx.array(entry.squared_gradients.astype(np.float32))
+            arrays[f"{name}.vectors"] = entry.vectors
         mx.save_safetensors(str(path), arrays, {"provenance": json.dumps(asdict(self.provenance))})
 
     @classmethod
@@ -163,9 +165,8 @@ class Sensitivities:
             HeadSensitivities(
                 layer=int(layer),
                 kind=kind,
-                weights=np.array(arrays[f"{layer}.{kind}.weights"], dtype=np.float64),
+                squared_gradients=np.array(arrays[f"{layer}.{kind}.squared_gradients"], dtype=np.float64),
                 vectors=arrays[f"{layer}.{kind}.vectors"],
-                gradients=arrays[f"{layer}.{kind}.gradients"],
             )
             for layer, kind in sorted(names, key=lambda name: (int(name[0]), name[1]))
         )
@@ -259,6 +260,28 @@ def sequence_loss(
     return loss, seen
 
 
+def sequence_gradients(model: Module, tokens: mx.array, layers: Sequence[int]) -> tuple[list[mx.array], list[mx.array]]:
+    """Cached vectors of one sequence and the gradients of :func:`sequence_loss` with respect to them.
+
+    Args:
+        model: an mlx-lm model.
+        tokens: ``[T]`` ids.
+        layers: indices of the caches to probe.
+
+    Returns:
+        Keys and values of each of ``layers`` in turn, ``[1, H, T, D]``, and the fp32 gradients in the same order.
+    """
+    _, shapes = sequence_loss(model, tokens[:2], None, layers)
+    # fp32 zeros: gradients arrive in fp32 even where the model computes in fp16.
+    deltas = [tuple(mx.zeros((*x.shape[:2], tokens.size, x.shape[3])) for x in pair) for pair in shapes]
+
+    def loss_of(deltas: Any) -> tuple[mx.array, list[tuple[mx.array, mx.array]]]:
+        return sequence_loss(model, tokens, deltas, layers)
+
+    (_, seen), gradients = mx.value_and_grad(loss_of)(deltas)
+    return [x for pair in seen for x in pair], [g for pair in gradients for g in pair]
+
+
 def calibrate_layer_sensitivities(
     model: Module,
     tokenizer: Any,
@@ -266,7 +289,7 @@ def calibrate_layer_sensitivities(
     *,
     seq_len: int = 256,
     texts: Iterable[str] | None = None,
-    kept_sequences: int = 8,
+    kept_sequences: int | None = None,
     quiet: bool = False,
 ) -> Sensitivities:
     """Measure, by gradients, how much the loss minds errors in every head's keys and values.
@@ -280,11 +303,11 @@ def calibrate_layer_sensitivities(
         num_samples: calibration sequences.
         seq_len: tokens of each.
         texts: documents to calibrate on, best like what will be served; by default :func:`bundled_texts`.
-        kept_sequences: how many sequences' keys, values and gradients are kept to measure distortion on.
+        kept_sequences: how many sequences' keys and values are kept to measure distortion on; absent: up to 8.
         quiet: no progress bar.
 
     Returns:
-        Weights per sequence and head, keys and values apart, with the kept tensors; ``save`` writes them.
+        Squared gradients per head and token, keys and values apart, with the kept vectors; ``save`` writes them.
 
     Raises:
         ValueError: texts too short, a model without a KV cache, a gradient that is not finite (named).
@@ -295,38 +318,27 @@ def calibrate_layer_sensitivities(
     layers = probe_layers(model)
     if not layers:
         raise ValueError(f"model {type(model).__name__} has no layer with a KV cache")
-    if kept_sequences < 1:
-        raise ValueError(f"kept_sequences={kept_sequences} must be at least 1")
-    _, shapes = sequence_loss(model, mx.array(sequences[0]), None, layers)
-    # fp32 zeros: the gradient is accumulated and squared in fp32 even where the model computes in fp16.
-    deltas = [(mx.zeros(k.shape), mx.zeros(v.shape)) for k, v in shapes]
-
-    def loss_of(
-        deltas: list[tuple[mx.array, mx.array]], tokens: mx.array
-    ) -> tuple[mx.array, list[tuple[mx.array, mx.array]]]:
-        return sequence_loss(model, tokens, deltas, layers)
-
-    gradient_of = mx.value_and_grad(loss_of)
-    weights: list[list[mx.array]] = [[] for _ in range(2 * len(layers))]
-    kept: list[list[tuple[mx.array, mx.array]]] = [[] for _ in range(2 * len(layers))]
+    kept_sequences = min(8, num_samples) if kept_sequences is None else kept_sequences
+    if not 1 <= kept_sequences <= num_samples:
+        raise ValueError(f"kept_sequences={kept_sequences} must lie in 1..num_samples={num_samples}")
+    # The kept ones first, evenly spaced over the texts.
+    kept_rows = np.linspace(0, num_samples, kept_sequences, endpoint=False).astype(int)
+    sequences = np.concatenate([sequences[kept_rows], np.delete(sequences, kept_rows, axis=0)])
+    squares: list[list[mx.array]] = [[] for _ in range(2 * len(layers))]
+    kept: list[list[mx.array]] = [[] for _ in range(2 * len(layers))]
     for index, sequence in enumerate(track(sequences, "calibrating", disable=quiet)):
-        (_, seen), gradients = gradient_of(deltas, mx.array(sequence))
-        flat = [pair for xs, gs in zip(seen, gradients, strict=True) for pair in zip(xs, gs, strict=True)]
-        step = []
-        for slot, (x, g) in enumerate(flat):
-            weights[slot].append(mx.mean(mx.sum(g[0] * g[0], axis=-1), axis=-1))
-            step.append(weights[slot][-1])
+        vectors, gradients = sequence_gradients(model, mx.array(sequence), layers)
+        for slot, (x, g) in enumerate(zip(vectors, gradients, strict=True)):
+            squares[slot].append(mx.sum(mx.square(g[0]), axis=-1))
             if index < kept_sequences:
-                kept[slot].append((x[0].astype(mx.float16), g[0]))
-                step += kept[slot][-1]
-        mx.eval(step)
+                kept[slot].append(x[0].astype(mx.float16))
+        mx.eval(squares, kept)
     heads = tuple(
         HeadSensitivities(
             layer=layer,
             kind=kind,
-            weights=np.stack([np.array(w, dtype=np.float64) for w in weights[2 * i + j]]),
-            vectors=mx.stack([x for x, _ in kept[2 * i + j]]),
-            gradients=mx.stack([g for _, g in kept[2 * i + j]]),
+            squared_gradients=np.stack([np.array(s, dtype=np.float64) for s in squares[2 * i + j]]),
+            vectors=mx.stack(kept[2 * i + j]),
         )
         for i, layer in enumerate(layers)
         for j, kind in enumerate(KINDS)
