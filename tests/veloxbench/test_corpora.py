@@ -1,0 +1,266 @@
+"""Texts by name, by file and by hub id; parts that never overlap; windows of tokens."""
+
+import json
+
+import datasets.load
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict
+from mlx_lm.utils import load_tokenizer
+
+from veloxbench.corpora import EVALUATION_SHARE, Text, known_corpora, load_text, token_block
+from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError
+from veloxbench.models import resolve_model
+from veloxbench.sources import cache_dir
+
+STORY = "".join(f"Sentence number {i} says something about the number {i * i}.\n" for i in range(500))
+
+
+class Characters:
+    """A tokenizer with one token per character, and optionally one at the beginning."""
+
+    def __init__(self, bos_token_id=None):
+        self.bos_token_id = bos_token_id
+
+    def encode(self, text, *, add_special_tokens=True, verbose=True):
+        first = [self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []
+        return [*first, *(ord(character) for character in text)]
+
+
+def a_text(characters):
+    return Text("story", "evaluation", (STORY[:characters],), "none", "test")
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VELOXBENCH_CACHE", str(tmp_path / "cache"))
+
+
+def test_wikitext_is_the_rows_of_the_parquet_file_joined():
+    """The text that is tokenized is every row of test.parquet, in order, with nothing between."""
+    text = load_text("wikitext-2")
+    rows = pq.read_table(known_corpora()["wikitext-2"].files["evaluation"].path)["text"].to_pylist()
+    assert len(rows) == 4358  # the data set's card
+    assert text.joined == "".join(rows)
+    assert text.licence.startswith("CC BY-SA")
+
+
+def test_wikitext_parts_share_no_article():
+    """Test evaluates, validation calibrates: no article's title line is in both."""
+    titles = [
+        {
+            row
+            for row in load_text("wikitext-2", role).documents
+            if row.startswith(" = ") and not row.startswith(" = = ")
+        }
+        for role in ("evaluation", "calibration")
+    ]
+    assert min(map(len, titles)) >= 60
+    assert titles[0].isdisjoint(titles[1])
+
+
+def test_wikitext_in_smollm2_tokens():
+    """The first 4097 tokens as one sequence, as published protocols take them, are the text's own beginning."""
+    tokenizer = load_tokenizer(resolve_model("smollm2-135m").directory)
+    text = load_text("wikitext-2")
+    block = token_block(text, tokenizer, n_sequences=1, length=4097, contiguous=True)
+    assert block.tokens.shape == (1, 4097)
+    assert not block.has_bos
+    assert text.joined.startswith(tokenizer.decode(block.tokens[0].tolist()))
+
+
+@pytest.mark.slow
+def test_gutenberg_parts_share_no_paragraph():
+    """Different books: no paragraph of 200 characters or more is in both parts."""
+    paragraphs = [
+        {paragraph for paragraph in load_text("gutenberg", role).joined.split("\n\n") if len(paragraph) >= 200}
+        for role in ("evaluation", "calibration")
+    ]
+    assert min(map(len, paragraphs)) > 1000
+    assert paragraphs[0].isdisjoint(paragraphs[1])
+
+
+def test_name_of_the_hub_configuration():
+    """The name that the hub gives WikiText-2 means the pinned text."""
+    assert load_text("wikitext-2-raw", "calibration") == load_text("wikitext-2", "calibration")
+
+
+def test_unknown_name_lists_near_ones():
+    """A typing error gets the name that was meant."""
+    with pytest.raises(UsageError, match=r"'wikitext-3'; did you mean wikitext-2\?") as caught:
+        load_text("wikitext-3")
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def write(path, documents):
+    if path.suffix == ".txt":
+        path.write_text("".join(documents))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)))
+    else:
+        pq.write_table(pa.table({"id": list(range(len(documents))), "text": documents}), path)
+    return path
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+def test_local_file_is_cut_in_two(tmp_path, suffix):
+    """The first 80% evaluate, the rest calibrates; together they are the text, so they share nothing."""
+    path = write(tmp_path / f"story{suffix}", STORY.splitlines(keepends=True))
+    evaluation, calibration = load_text(str(path)), load_text(str(path), "calibration")
+    assert evaluation.joined + calibration.joined == STORY
+    assert abs(len(evaluation.joined) / len(STORY) - EVALUATION_SHARE) < 0.01
+    assert evaluation.sha256 != calibration.sha256
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_documents_without_line_ends_are_kept_apart(tmp_path):
+    """Rows that do not end their line are joined with a blank line, not glued word to word."""
+    path = write(tmp_path / "rows.jsonl", ["one", "two", "three\n", "", "four five six seven eight"])
+    assert load_text(str(path)).joined.startswith("one\n\ntwo\n\nthree\nfour ")
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_changed_file_is_read_again(tmp_path):
+    """The cache of `datasets` does not hide an edit, and lies in our cache."""
+    path = write(tmp_path / "story.txt", [STORY])
+    before = load_text(str(path))
+    write(path, [STORY.upper()])
+    after = load_text(str(path))
+    assert after.joined == before.joined.upper()
+    assert after.sha256 != before.sha256
+    assert (cache_dir() / "datasets").is_dir()
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("story.pdf", b"x", r"suffix '\.pdf' is none of \.txt"),
+        ("bad.parquet", b"not parquet", "cannot be read as parquet"),
+        ("bad.jsonl", b'{"text": "a"}\n{half', "cannot be read as json"),
+        ("latin.txt", "caf\u00e9".encode("latin-1") * 50, "cannot be read as text: .*utf-8"),
+        ("columns.jsonl", b'{"title": "a", "body": "b"}\n', r"no column 'text'.*\['title', 'body'\]"),
+        ("numbers.jsonl", b'{"n": 1}\n', "no column 'text'"),
+        ("empty.txt", b"", "is empty|cannot be read"),
+        ("blank.txt", b"  \n \n", "is empty"),
+    ],
+)
+def test_file_that_is_no_text(tmp_path, name, content, sentence):
+    """One sentence that names the file and what is wrong with it."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=sentence) as caught:
+        load_text(str(tmp_path / name))
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "./no/such/file", "~/missing.jsonl", "folder/missing.txt"])
+def test_missing_file(name):
+    """A path that is not there is called a file."""
+    with pytest.raises(UsageError, match="is not a file"):
+        load_text(name)
+
+
+def test_hub_without_network(monkeypatch):
+    """A hub id without network: one sentence that names it and what is known offline, exit code 5."""
+
+    def unreachable(*args, **options):
+        raise ConnectionError("Name or service not known\nand more")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    with pytest.raises(UnfitEnvironmentError, match=r"'org/corpus'.* hub cannot be reached.*wikitext-2") as caught:
+        load_text("org/corpus")
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize(
+    ("splits", "evaluation", "calibration"),
+    [
+        (("train", "validation", "test"), "test", "validation"),
+        (("train", "test"), "test", "train"),
+        (("train", "validation"), "validation", "train"),
+        (("train",), "train", "train"),
+    ],
+)
+def test_hub_splits(monkeypatch, splits, evaluation, calibration):
+    """Of a hub data set's splits two different ones are taken; a single one is cut."""
+    content = DatasetDict({split: Dataset.from_dict({"text": [f"{split} {STORY}"]}) for split in splits})
+    information = huggingface_hub.DatasetInfo(id="org/corpus", downloads=0, likes=0, tags=[], private=False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **options: information)
+    monkeypatch.setattr(datasets.load, "load_dataset", lambda *args, **options: content)
+    parts = [load_text("org/corpus:config", role) for role in ("evaluation", "calibration")]
+    assert parts[0].source == f"hub org/corpus ({evaluation})"
+    assert parts[1].source == f"hub org/corpus ({calibration})"
+    if evaluation == calibration:
+        assert parts[0].joined + parts[1].joined == f"{evaluation} {STORY}"
+
+
+def test_windows_are_disjoint_and_spread():
+    """Four windows of 100 over 1000 tokens begin at 0, 250, 500 and 750."""
+    block = token_block(a_text(1000), Characters(), n_sequences=4, length=100)
+    assert block.starts == (0, 250, 500, 750)
+    for row, start in zip(block.tokens, block.starts, strict=True):
+        assert "".join(map(chr, row)) == STORY[start : start + 100]
+
+
+def test_contiguous_windows():
+    """Two windows of 100 from token 50 are the text from 50 to 250."""
+    block = token_block(a_text(1000), Characters(), n_sequences=2, length=100, start=50, contiguous=True)
+    assert "".join(map(chr, block.tokens.ravel())) == STORY[50:250]
+
+
+def test_every_window_starts_with_bos_where_the_tokenizer_does():
+    """A tokenizer that begins every text with BOS: column 0 is BOS, the other columns are text."""
+    block = token_block(a_text(1000), Characters(bos_token_id=2), n_sequences=3, length=100)
+    assert block.has_bos
+    assert block.tokens.shape == (3, 100)
+    assert (block.tokens[:, 0] == 2).all()
+    assert "".join(map(chr, block.tokens[1, 1:])) == STORY[333:432]
+
+
+def test_bos_that_the_tokenizer_does_not_add_is_not_added():
+    """SmolLM2 has a BOS token but does not begin texts with it."""
+    tokenizer = load_tokenizer(resolve_model("smollm2-135m").directory)
+    assert tokenizer.bos_token_id == 1
+    block = token_block(load_text("bundled"), tokenizer, n_sequences=2, length=16)
+    assert not block.has_bos
+    assert not (block.tokens == 1).any()
+
+
+def test_token_hash_follows_tokens_and_shape():
+    """The same windows have the same hash; another window, or the same tokens in another shape, another."""
+    take = [
+        token_block(a_text(1000), Characters(), n_sequences=n, length=length, contiguous=True).sha256
+        for n, length in ((4, 100), (4, 100), (2, 200), (4, 101))
+    ]
+    assert take[0] == take[1]
+    assert len(set(take)) == 3
+
+
+def test_tokens_cannot_be_changed():
+    """A block's tokens are read-only int32, as their hash says."""
+    block = token_block(a_text(1000), Characters(), n_sequences=1, length=10)
+    assert block.tokens.dtype == np.int32
+    with pytest.raises(ValueError, match="read-only"):
+        block.tokens[0, 0] = 1
+
+
+def test_text_that_is_too_short():
+    """A text shorter than the windows: what it has and what is needed."""
+    with pytest.raises(UsageError, match=r"'story' \(evaluation\) has 300 tokens; 4 windows of 100 .* need 400"):
+        token_block(a_text(300), Characters(), n_sequences=4, length=100)
+
+
+@pytest.mark.parametrize("wrong", [{"n_sequences": 0}, {"length": 1}, {"start": -1}])
+def test_impossible_windows(wrong):
+    """Sizes below the least are named."""
+    sizes = {"n_sequences": 1, "length": 10, "start": 0} | wrong
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(UsageError, match=f"{name}={value}"):
+        token_block(a_text(300), Characters(), **sizes)
