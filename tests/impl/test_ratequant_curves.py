@@ -169,6 +169,16 @@ def test_sinks_are_paid_for_at_the_stated_length():
         allocate_bits_ratequant(curves, 2.9, min_bits=2, max_bits=2, at_tokens=64)
 
 
+def test_sliding_window_layers_have_no_sinks():
+    """Their first tokens leave the window, so nothing is left out and nothing is paid."""
+    base = sink_sensitivities()
+    moved = replace(base, heads=tuple(replace(head, max_size=32) for head in base.heads))
+    curves = fit_distortion_curve(moved, widths=[1, 2], sinks=4)
+    assert [curve.sinks for curve in curves.curves] == [0, 0]
+    result = allocate_bits_ratequant(curves, 2.125, min_bits=2, max_bits=2, at_tokens=64)
+    assert result.bits_per_value == Fraction(17, 8)
+
+
 def test_a_quantizer_that_calibrates_does_so_on_its_first_tokens():
     """64 tokens of scale 1, then tokens of scale 3: the scale of the first is kept, as a cache would."""
     base = sensitivities_of([[[1.0], [1.0]]], [[[1.0], [1.0]]], tokens=1024)

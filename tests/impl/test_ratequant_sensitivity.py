@@ -28,7 +28,7 @@ class ByteTokenizer:
     def __init__(self, bos: bool = False):
         self.bos_token_id = 0 if bos else None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, verbose: bool = True) -> list[int]:
         return [0] * (self.bos_token_id is not None) + [1 + b % (VOCABULARY - 1) for b in text.encode()]
 
 
@@ -194,7 +194,7 @@ def test_saved_sensitivities_load_unchanged(sensitivities, tmp_path):
     loaded = Sensitivities.load(tmp_path / "s.safetensors")
     assert loaded.provenance == sensitivities.provenance
     for a, b in zip(loaded.heads, sensitivities.heads, strict=True):
-        assert (a.layer, a.kind) == (b.layer, b.kind)
+        assert (a.layer, a.kind, a.max_size) == (b.layer, b.kind, b.max_size)
         np.testing.assert_array_equal(a.squared_gradients, b.squared_gradients)
         assert mx.array_equal(a.vectors, b.vectors)
 
@@ -231,6 +231,7 @@ def test_sliding_window_layers_are_probed_with_their_own_mask():
         sliding_window_pattern=2,
     )
     model = randomised(gemma3_text.Model(args))
+    assert [head.max_size for head in calibrate(model).heads] == [8, 8, None, None]
     tokens = mx.array(calibration_sequences(ByteTokenizer(), bundled_texts(), num_samples=1, seq_len=24)[0])
     loss, _ = sequence_loss(model, tokens, None, probe_layers(model))
     logits = model(tokens[None], cache=model.make_cache())[0, :-1]

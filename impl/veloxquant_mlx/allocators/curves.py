@@ -76,6 +76,7 @@ class DistortionCurve:
         kind: ``keys`` or ``values``.
         head: index of the KV head.
         head_dim: length of its vectors.
+        sinks: first tokens left out, because the cache keeps them in fp16.
         weight: gradient sensitivity w.
         variance: mean square per coordinate around the head's mean vector: D(0).
         distortions: measured mean square error per coordinate at each of the set's widths.
@@ -87,6 +88,7 @@ class DistortionCurve:
     kind: str
     head: int
     head_dim: int
+    sinks: int
     weight: float
     variance: float
     distortions: tuple[float, ...]
@@ -114,7 +116,7 @@ class DistortionCurves:
         widths: code widths measured, ascending.
         costs: for every head_dim, the quantizer's real bits_per_value at each width.
         quantizer: its name.
-        sinks: first tokens of every sequence that were left out, because the cache keeps them in fp16.
+        sinks: first tokens that full-attention layers keep in fp16.
         weighting: how losses were formed from gradients and errors.
         provenance: of the sensitivities.
     """
@@ -185,6 +187,7 @@ def _head_curves(
     sinks: int,
     weighting: Weighting,
 ) -> list[DistortionCurve]:
+    sinks = sinks if entry.max_size is None else 0  # the first tokens of a sliding window leave it
     vectors = entry.vectors[:, :, sinks:]
     squares = entry.squared_gradients[:, :, sinks:]
     share = squares.shape[2] / entry.squared_gradients.shape[2]  # fp16 tokens cost no loss
@@ -206,6 +209,7 @@ def _head_curves(
             kind=entry.kind,
             head=head,
             head_dim=entry.head_dim,
+            sinks=sinks,
             weight=float(weight[head]),
             variance=float(variance[head]),
             distortions=tuple(distortions[head].tolist()),
@@ -234,7 +238,7 @@ def fit_distortion_curve(
         sensitivities: from :func:`~veloxquant_mlx.allocators.ratequant.calibrate_layer_sensitivities`.
         quantizer: makes the quantizer of a code width: the one that the cache will use.
         widths: code widths to measure, 0..8; 0 only where ``quantizer`` has a code of no bits.
-        sinks: first tokens that the cache will keep in fp16.
+        sinks: first tokens that the cache will keep in fp16, on layers of full attention.
         weighting: ``token`` or ``product``.
 
     Returns:

@@ -68,12 +68,17 @@ class _Unit:
     losses: NDArray[np.float64]
 
 
+def _cost(curves: DistortionCurves, curve: DistortionCurve, column: int, at_tokens: int) -> Fraction:
+    """Bits per token of one head at a width, its fp16 sinks spread over ``at_tokens``."""
+    exact = Fraction(curve.sinks, at_tokens)
+    return curve.head_dim * ((1 - exact) * curves.costs[curve.head_dim][column] + exact * 16)
+
+
 def _units(curves: DistortionCurves, unit: str, widths: Iterable[int], at_tokens: int) -> list[_Unit]:
     if unit not in UNITS:
         raise ValueError(f"unit={unit!r} must be one of {', '.join(UNITS)}")
     if at_tokens <= curves.sinks:
         raise ValueError(f"at_tokens={at_tokens} must exceed the {curves.sinks} sinks")
-    exact = Fraction(curves.sinks, at_tokens)  # share of the tokens that stay in fp16
     columns = [curves.widths.index(bits) for bits in widths]
     units = []
     for name, group in groupby(curves.curves, key=UNITS[unit]):
@@ -84,14 +89,7 @@ def _units(curves: DistortionCurves, unit: str, widths: Iterable[int], at_tokens
                 n_values=sum(curve.head_dim for curve in members),
                 head_dim=members[0].head_dim,
                 costs=tuple(
-                    sum(
-                        (
-                            curve.head_dim * ((1 - exact) * curves.costs[curve.head_dim][i] + exact * 16)
-                            for curve in members
-                        ),
-                        Fraction(0),
-                    )
-                    for i in columns
+                    sum((_cost(curves, curve, i, at_tokens) for curve in members), Fraction(0)) for i in columns
                 ),
                 losses=np.array([sum(curve.losses[i] for curve in members) for i in columns]),
             )

@@ -24,7 +24,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.losses import cross_entropy
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import create_attention_mask, make_prompt_cache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, create_attention_mask, make_prompt_cache
 from numpy.typing import NDArray
 from rich.progress import track
 
@@ -96,12 +96,14 @@ class HeadSensitivities:
         kind: ``keys`` or ``values``.
         squared_gradients: ``[S, H, T]`` ‖∂L/∂x_t‖² of every token of the S calibration sequences.
         vectors: ``[S', H, T, D]`` fp16, what the model cached on the first S' of them.
+        max_size: the layer's sliding window in tokens, None for full attention.
     """
 
     layer: int
     kind: str
     squared_gradients: Floats
     vectors: mx.array
+    max_size: int | None = None
 
     @property
     def weights(self) -> Floats:
@@ -153,7 +155,11 @@ class Sensitivities:
             name = f"{entry.layer}.{entry.kind}"
             arrays[f"{name}.squared_gradients"] = mx.array(entry.squared_gradients.astype(np.float32))
             arrays[f"{name}.vectors"] = entry.vectors
-        mx.save_safetensors(str(path), arrays, {"provenance": json.dumps(asdict(self.provenance))})
+        metadata = {
+            "provenance": json.dumps(asdict(self.provenance)),
+            "max_sizes": json.dumps({str(entry.layer): entry.max_size for entry in self.heads}),
+        }
+        mx.save_safetensors(str(path), arrays, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivities:
@@ -161,12 +167,14 @@ class Sensitivities:
         loaded: Any = mx.load(str(path), return_metadata=True)
         arrays, metadata = loaded
         names = {tuple(name.split(".")[:2]) for name in arrays}
+        max_sizes = json.loads(metadata["max_sizes"])
         heads = tuple(
             HeadSensitivities(
                 layer=int(layer),
                 kind=kind,
                 squared_gradients=np.array(arrays[f"{layer}.{kind}.squared_gradients"], dtype=np.float64),
                 vectors=arrays[f"{layer}.{kind}.vectors"],
+                max_size=max_sizes[layer],
             )
             for layer, kind in sorted(names, key=lambda name: (int(name[0]), name[1]))
         )
@@ -194,7 +202,7 @@ def calibration_sequences(tokenizer: Any, texts: Iterable[str], *, num_samples: 
     """Cut texts into sequences, evenly spaced over all of them.
 
     Args:
-        tokenizer: with ``encode``; a BOS that it prepends is put before every sequence.
+        tokenizer: with transformers' ``encode``; a BOS that it prepends is put before every sequence.
         texts: documents; a sequence never spans two of them.
         num_samples: sequences wanted.
         seq_len: tokens of each, BOS included.
@@ -213,7 +221,7 @@ def calibration_sequences(tokenizer: Any, texts: Iterable[str], *, num_samples: 
     bos = getattr(tokenizer, "bos_token_id", None)
     chunks: list[list[int]] = []
     for text in texts:
-        tokens = list(tokenizer.encode(text))
+        tokens = list(tokenizer.encode(text, verbose=False))  # a document may be longer than the context
         prefix = tokens[:1] if bos is not None and tokens[:1] == [bos] else []
         body, step = tokens[len(prefix) :], seq_len - len(prefix)
         chunks += [prefix + body[i : i + step] for i in range(0, len(body) - step + 1, step)]
@@ -223,9 +231,15 @@ def calibration_sequences(tokenizer: Any, texts: Iterable[str], *, num_samples: 
     return np.array([chunks[i] for i in picked], dtype=np.int32)
 
 
+def _attention_part(cache: Any) -> Any:
+    """The keys and values among a layer's caches (a hybrid layer has several), or None."""
+    parts = cache.caches if isinstance(cache, CacheList) else [cache]
+    return next((part for part in parts if type(part) in (KVCache, RotatingKVCache)), None)
+
+
 def probe_layers(model: Module) -> tuple[int, ...]:
     """Indices of the model's caches that hold keys and values (a state-space layer's does not)."""
-    return tuple(i for i, cache in enumerate(make_prompt_cache(model)) if hasattr(cache, "update_and_fetch"))
+    return tuple(i for i, cache in enumerate(make_prompt_cache(model)) if _attention_part(cache) is not None)
 
 
 def sequence_loss(
@@ -249,7 +263,10 @@ def sequence_loss(
     caches = list(make_prompt_cache(model))
     probes = [ProbeCache(delta) for delta in (deltas if deltas is not None else [None] * len(layers))]
     for layer, probe in zip(layers, probes, strict=True):
-        caches[layer] = probe
+        own = caches[layer]
+        parts = own.caches if isinstance(own, CacheList) else [own]
+        probed = [probe if part is _attention_part(own) else part for part in parts]
+        caches[layer] = CacheList(*probed) if isinstance(own, CacheList) else probe  # type: ignore[no-untyped-call]
     logits = model(tokens[None], cache=caches)[0, :-1].astype(mx.float32)
     loss = cross_entropy(logits, tokens[1:], reduction="sum")
     seen = []
@@ -324,6 +341,8 @@ def calibrate_layer_sensitivities(
     # The kept ones first, evenly spaced over the texts.
     kept_rows = np.linspace(0, num_samples, kept_sequences, endpoint=False).astype(int)
     sequences = np.concatenate([sequences[kept_rows], np.delete(sequences, kept_rows, axis=0)])
+    own = [_attention_part(cache) for cache in make_prompt_cache(model)]
+    max_sizes = [getattr(own[layer], "max_size", None) for layer in layers]
     squares: list[list[mx.array]] = [[] for _ in range(2 * len(layers))]
     kept: list[list[mx.array]] = [[] for _ in range(2 * len(layers))]
     for index, sequence in enumerate(track(sequences, "calibrating", disable=quiet)):
@@ -339,6 +358,7 @@ def calibrate_layer_sensitivities(
             kind=kind,
             squared_gradients=np.stack([np.array(s, dtype=np.float64) for s in squares[2 * i + j]]),
             vectors=mx.stack(kept[2 * i + j]),
+            max_size=max_sizes[i],
         )
         for i, layer in enumerate(layers)
         for j, kind in enumerate(KINDS)
