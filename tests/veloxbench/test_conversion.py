@@ -21,7 +21,7 @@ from veloxbench.progress import SilentReporter
 # Largest error of mlx-lm's fp32 logits against an fp64 pass. NumPy's own fp32 pass over the same tokens rounds as
 # often, in another order, and is the noise floor (1.6e-4, 5.8e-5, 7.0e-5 on the three models); mlx-lm measured
 # 1.1, 1.9 and 1.8 times that.
-TOLERANCE = {"fp32 noise floors": 4.0, "largest fp32 noise floor": 1e-3}
+TOLERANCE = {"fp32 noise floors": 4.0, "largest fp32 noise floor": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,7 @@ def test_other_architectures_match_numpy(name, n_tokens):
 def test_transformers_reads_the_same_gguf():
     """transformers' own GGUF reader and SmolLM2 give mlx-lm's logits on 64 real tokens."""
     torch = pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
     handle = resolve_model("smollm2-135m")
     model, tokenizer = load_model(handle)
@@ -203,7 +204,7 @@ def test_transformers_reads_the_same_gguf():
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
-    assert np.abs(ours - expected).max() <= 2 * TOLERANCE["fp32 noise floors"] * TOLERANCE["largest fp32 noise floor"]
+    assert np.abs(ours - expected).max() <= TOLERANCE["fp32 noise floors"] * TOLERANCE["largest fp32 noise floor"]
 
 
 def test_halves_from_pairs_by_hand():
