@@ -62,3 +62,17 @@ def tiny_gemma3(window: int = 16) -> Any:
 def gaussian(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """Seeded N(0, 1) in fp32."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+ALL_METHODS: dict[str, dict[str, Any]] = {
+    "turboquant_mse": {"code_bits": 3},
+    "turboquant_prod": {"code_bits": 3},
+    "turboquant_prod_adaptive": {"block_size": 8, "distortion_threshold": 0.1},
+    "rvq": {"code_bits": 2},
+    "affine": {"code_bits": 4, "group_size": 16},
+    "kivi": {"code_bits": 2, "group_size": 8, "window": 16},
+    "ternary": {},
+    "turboquant_static": {"code_bits": 2, "calibration": 16},
+    "ratequant": {"bit_allocation": {"layer_0": 2, "layer_1": 4, "layer_2": 1}},
+}
+"""Every registered method with small blocks, so that short sequences reach all code paths (three layers)."""

@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
+from veloxquant_mlx.cache.batch import BatchPackedKVCache
 from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache
+from veloxquant_mlx.cache.persistence import load_prompt_cache, save_prompt_cache
 from veloxquant_mlx.cache.storage import HeldArray
-from veloxquant_mlx.methods import METHODS, MethodOptions, Role
+from veloxquant_mlx.methods import MethodOptions, Role, make_options
+from veloxquant_mlx.observers.distortion import DistortionObserver
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
 from veloxquant_mlx.quantizers.base import Quantizer
-from veloxquant_mlx.registry import near_matches
+from veloxquant_mlx.quantizers.per_head import PerHead
 
-__all__ = ["HeldArray", "KVCacheBuilder", "KVCacheConfig", "LayerSpec", "PackedKVCache"]
+__all__ = [
+    "BatchPackedKVCache",
+    "HeldArray",
+    "KVCacheBuilder",
+    "KVCacheConfig",
+    "LayerSpec",
+    "PackedKVCache",
+    "load_prompt_cache",
+    "save_prompt_cache",
+]
+
+_UNIT = re.compile(r"layer_(?P<layer>\d+)(\.(?P<role>keys|values)(\.head_(?P<head>\d+))?)?")
+
+Widths = int | tuple[int, ...] | None
+"""Code width of one side of a layer: one, one per KV head, or the method's own."""
 
 
-@dataclasses.dataclass(frozen=True, init=False, eq=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class KVCacheConfig:
     """A method, what all methods share, and the chosen method's own options.
 
     Args:
         method: a name of ``veloxquant_mlx.methods.METHODS``.
-        bit_allocation: code width per layer, ``{"layer_0": 4, ...}`` with every layer of the model named once;
-            absent: the method's ``code_bits`` everywhere.
+        bit_allocation: code widths by unit: ``layer_3``, or ``layer_3.keys`` and ``layer_3.values``, or
+            ``layer_3.keys.head_0`` and so on for every head. Every layer of the model must be named. Absent: the
+            method's ``code_bits`` everywhere.
         value_bits: code width of all values; absent: the layer's width.
-        sinks: first tokens kept in fp16, paid for in bytes.
+        outlier_observer: flags tokens, which are then kept at ``outlier_bits`` as well.
+        outlier_bits: code width of flagged tokens, keys and values; 8 where an observer is given without it.
+        distortion_observer: is told of everything that is encoded.
+        sinks: first tokens kept in fp16, paid for in bytes; none on sliding-window layers.
         window: last tokens kept in fp16, paid for in bytes; absent: the method's default (0 for most).
-        seed: of rotations and projections.
+        seed: of rotations and sketches.
         **options: fields of the method's options class.
 
     Raises:
@@ -39,6 +62,9 @@ class KVCacheConfig:
     method: str
     bit_allocation: Mapping[str, int] | None
     value_bits: int | None
+    outlier_observer: KeyNormObserver | None
+    outlier_bits: int | None
+    distortion_observer: DistortionObserver | None
     sinks: int
     window: int
     seed: int
@@ -50,27 +76,30 @@ class KVCacheConfig:
         *,
         bit_allocation: Mapping[str, int] | None = None,
         value_bits: int | None = None,
+        outlier_observer: KeyNormObserver | None = None,
+        outlier_bits: int | None = None,
+        distortion_observer: DistortionObserver | None = None,
         sinks: int = 0,
         window: int | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        options_class = METHODS[method]
-        known = {field.name for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]
-        common = {field.name for field in dataclasses.fields(KVCacheConfig)} - {"options"}
-        for name in options:
-            if name not in known:
-                raise TypeError(
-                    f"method {method!r} has no field {name!r}; did you mean {near_matches(name, known | common)}?"
-                )
-        for name, value in (("sinks", sinks), ("window", window), ("seed", seed)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
-        made = options_class(**options)
+        common = frozenset(field.name for field in dataclasses.fields(KVCacheConfig)) - {"options"}
+        made = make_options(method, options, common)
+        for name, count in (("sinks", sinks), ("window", window), ("seed", seed)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+                raise ValueError(f"{name} must be an int of at least 0, got {count!r}")
+        if outlier_bits is not None and outlier_observer is None:
+            raise ValueError("outlier_bits needs an outlier_observer that flags tokens")
+        if outlier_observer is not None and outlier_bits is None:
+            outlier_bits = 8
         fields: dict[str, Any] = {
             "method": method,
             "bit_allocation": bit_allocation,
             "value_bits": value_bits,
+            "outlier_observer": outlier_observer,
+            "outlier_bits": outlier_bits,
+            "distortion_observer": distortion_observer,
             "sinks": sinks,
             "window": made.default_window if window is None else window,
             "seed": seed,
@@ -78,11 +107,13 @@ class KVCacheConfig:
         }
         for name, field in fields.items():
             object.__setattr__(self, name, field)
-        self._check_width("code_bits", made.code_bits)
-        if value_bits is not None:
-            self._check_width("value_bits", value_bits)
-        for layer, bits in (bit_allocation or {}).items():
-            self._check_width(f"bit_allocation[{layer!r}]", bits)
+        for name, bits in (("value_bits", value_bits), ("outlier_bits", outlier_bits)):
+            if bits is not None:
+                self._check_width(name, bits)
+        if bit_allocation is not None:
+            self._check_allocation(bit_allocation)
+        elif made.needs_allocation:
+            raise ValueError(f"method {method!r} needs a bit_allocation")
 
     def _check_width(self, name: str, bits: object) -> None:
         widths = self.options.widths
@@ -91,32 +122,99 @@ class KVCacheConfig:
         if bits not in widths:
             raise ValueError(f"{name} must be within {widths.start}..{widths.stop - 1} for {self.method}, got {bits}")
 
-    def layer_bits(self, n_layers: int) -> list[int]:
-        """Code width per layer of a model with ``n_layers`` layers.
+    def _check_allocation(self, allocation: Mapping[str, int]) -> None:
+        if not self.options.allocatable:
+            raise ValueError(f"method {self.method!r} has no width that a bit_allocation could set")
+        for unit, bits in allocation.items():
+            if _UNIT.fullmatch(unit) is None:
+                raise ValueError(
+                    f"bit_allocation names {unit!r}; units are layer_3, layer_3.keys or layer_3.keys.head_0"
+                )
+            self._check_width(f"bit_allocation[{unit!r}]", bits)
+        if self.value_bits is not None and any(".values" in unit for unit in allocation):
+            raise ValueError("value_bits and a bit_allocation that names values exclude each other")
+
+    def layer_widths(self, quantized: list[bool]) -> list[tuple[Widths, Widths]]:
+        """Widths of keys and values per layer.
+
+        Args:
+            quantized: for each layer of the model, whether its cache can be quantized.
 
         Raises:
-            ValueError: the allocation names a layer that the model does not have, or misses one.
+            ValueError: the allocation names a layer that the model does not have or that cannot be quantized,
+                or misses one that can.
         """
+        n_layers = len(quantized)
         if self.bit_allocation is None:
-            return [self.options.code_bits] * n_layers
-        names = [f"layer_{i}" for i in range(n_layers)]
-        unknown = [name for name in self.bit_allocation if name not in names]
-        if unknown:
+            return [(None, self.value_bits)] * n_layers
+        units: list[dict[str, dict[int | None, int]]] = [{} for _ in range(n_layers)]
+        strangers = []
+        for unit, bits in self.bit_allocation.items():
+            match = _UNIT.fullmatch(unit)
+            assert match is not None  # checked on construction
+            layer = int(match["layer"])
+            if layer >= n_layers or not quantized[layer]:
+                strangers.append(unit)
+                continue
+            head = None if match["head"] is None else int(match["head"])
+            units[layer].setdefault(match["role"] or "both", {})[head] = bits
+        if strangers:
             raise ValueError(
-                f"bit_allocation names {', '.join(map(repr, unknown))}, but the model has {n_layers} layers "
-                f"(layer_0 to layer_{n_layers - 1})"
+                f"bit_allocation names {', '.join(map(repr, strangers))}, but the model has {n_layers} layers "
+                f"(layer_0 to layer_{n_layers - 1}), {sum(quantized)} of which can be quantized"
             )
-        missing = [name for name in names if name not in self.bit_allocation]
+        missing = [f"layer_{i}" for i in range(n_layers) if quantized[i] and not units[i]]
         if missing:
             raise ValueError(f"bit_allocation misses {', '.join(map(repr, missing))}")
-        return [self.bit_allocation[name] for name in names]
+        return [self._sides(f"layer_{i}", unit) if unit else (None, None) for i, unit in enumerate(units)]
 
-    def quantizer(self, role: Role, layer_bits: int) -> Quantizer:
-        """The quantizer of one side of a layer whose allocated width is ``layer_bits``."""
-        bits = layer_bits
-        if role == "values" and self.value_bits is not None:
-            bits = self.value_bits
-        return self.options.quantizer(role, bits, self.seed)
+    def _sides(self, layer: str, units: dict[str, dict[int | None, int]]) -> tuple[Widths, Widths]:
+        if "both" in units:
+            if len(units) > 1:
+                raise ValueError(f"bit_allocation names {layer!r} and parts of it")
+            bits = units["both"][None]
+            return bits, bits if self.value_bits is None else self.value_bits
+        if "values" not in units and self.value_bits is not None:
+            units = {**units, "values": {None: self.value_bits}}
+        for role in ("keys", "values"):
+            if role not in units:
+                raise ValueError(f"bit_allocation misses '{layer}.{role}'")
+        return _side_widths(f"{layer}.keys", units["keys"]), _side_widths(f"{layer}.values", units["values"])
+
+    def quantizer(self, role: Role, widths: Widths) -> Quantizer:
+        """The quantizer of one side of a layer."""
+        if isinstance(widths, tuple):
+            return PerHead(tuple(self.options.quantizer(role, bits, self.seed) for bits in widths))
+        return self.options.quantizer(role, widths, self.seed)
+
+    def layer_spec(self, layer: int, keys: Widths, values: Widths, max_size: int | None) -> LayerSpec:
+        """How to store one attention layer, ``max_size`` its sliding window if it has one."""
+        outliers: dict[str, Quantizer] = {}
+        if self.outlier_bits is not None:
+            outliers = {
+                "outlier_keys": self.options.outlier_quantizer("keys", self.outlier_bits, self.seed),
+                "outlier_values": self.options.outlier_quantizer("values", self.outlier_bits, self.seed),
+            }
+        return LayerSpec(
+            keys=self.quantizer("keys", keys),
+            values=self.quantizer("values", values),
+            sinks=0 if max_size is not None else self.sinks,
+            window=self.window,
+            max_size=max_size,
+            layer=layer,
+            **outliers,
+        )
+
+
+def _side_widths(name: str, heads: dict[int | None, int]) -> Widths:
+    if None in heads:
+        if len(heads) > 1:
+            raise ValueError(f"bit_allocation names {name!r} and heads of it")
+        return heads[None]
+    for head in range(len(heads)):
+        if head not in heads:
+            raise ValueError(f"bit_allocation misses '{name}.head_{head}'")
+    return tuple(heads[head] for head in range(len(heads)))
 
 
 class KVCacheBuilder:
@@ -126,33 +224,36 @@ class KVCacheBuilder:
     def build(model: Any, config: KVCacheConfig) -> list[Any]:
         """One cache per layer of ``model``, for ``prompt_cache=`` of mlx-lm.
 
-        Full and sliding-window attention layers get a :class:`PackedKVCache`; a layer whose state is something else
-        (convolution, recurrence) keeps mlx-lm's own cache.
+        Full and sliding-window attention layers get a :class:`PackedKVCache`. A layer whose state is something
+        else (convolution, recurrence) keeps mlx-lm's own cache; in a layer with several states, attention is packed.
 
         Raises:
             ValueError: the bit allocation does not fit the model's layers.
         """
         own = make_prompt_cache(model)
+        widths = config.layer_widths([_attention_caches(cache) > 0 for cache in own])
         return [
-            KVCacheBuilder.build_layer(config, bits, cache)
-            for bits, cache in zip(config.layer_bits(len(own)), own, strict=True)
+            KVCacheBuilder._packed(config, layer, pair, cache)
+            for layer, (pair, cache) in enumerate(zip(widths, own, strict=True))
         ]
 
     @staticmethod
-    def build_layer(config: KVCacheConfig, bits: int, own: Any) -> Any:
-        """The cache that stands in for mlx-lm's ``own`` on a layer of code width ``bits``."""
-        if type(own) is KVCache:
-            max_size = None
-        elif type(own) is RotatingKVCache and own.keep == 0:
-            max_size = own.max_size
-        else:
+    def _packed(config: KVCacheConfig, layer: int, widths: tuple[Widths, Widths], own: Any) -> Any:
+        if isinstance(own, CacheList):
+            cache_list: Any = CacheList
+            return cache_list(*(KVCacheBuilder._packed(config, layer, widths, part) for part in own.caches))
+        if not _attention_caches(own):
             return own
+        max_size = own.max_size if isinstance(own, RotatingKVCache) else None
         return PackedKVCache(
-            LayerSpec(
-                keys=config.quantizer("keys", bits),
-                values=config.quantizer("values", bits),
-                sinks=0 if max_size is not None else config.sinks,
-                window=config.window,
-                max_size=max_size,
-            )
+            config.layer_spec(layer, *widths, max_size),
+            outlier_observer=config.outlier_observer,
+            distortion_observer=config.distortion_observer,
         )
+
+
+def _attention_caches(cache: Any) -> int:
+    """How many caches of keys and values, of the kinds that can be packed, a layer's cache holds."""
+    if isinstance(cache, CacheList):
+        return sum(_attention_caches(part) for part in cache.caches)
+    return int(type(cache) is KVCache or (type(cache) is RotatingKVCache and cache.keep == 0))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any, Self
 
 import mlx.core as mx
 from mlx_lm.models import base as mlx_lm_base
 
-from veloxquant_mlx.cache.storage import HeldArray, Side
-from veloxquant_mlx.quantizers.base import Quantizer
+from veloxquant_mlx.cache.outliers import OutlierTokens
+from veloxquant_mlx.cache.storage import HeldArray, OnEncoded, Side
+from veloxquant_mlx.observers.distortion import DistortionObserver
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
+from veloxquant_mlx.quantizers.base import Quantizer, quantizer_from_spec
+from veloxquant_mlx.quantizers.mixed import MixedQuantizer
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,9 @@ class LayerSpec:
         sinks: first tokens kept in fp16 (0 on sliding-window layers, whose first tokens leave).
         window: last tokens kept in fp16.
         max_size: sliding window of the layer in tokens, None for full attention.
+        outlier_keys: quantizer of the keys of flagged tokens, None without an outlier observer.
+        outlier_values: likewise of their values.
+        layer: index of the layer, for observers.
     """
 
     keys: Quantizer
@@ -29,6 +40,9 @@ class LayerSpec:
     sinks: int = 0
     window: int = 0
     max_size: int | None = None
+    outlier_keys: Quantizer | None = None
+    outlier_values: Quantizer | None = None
+    layer: int = 0
 
     def __post_init__(self) -> None:
         for name in ("sinks", "window"):
@@ -37,16 +51,27 @@ class LayerSpec:
                 raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
         if self.max_size is not None and self.sinks:
             raise ValueError(f"sinks must be 0 on a sliding-window layer, got {self.sinks}")
+        if (self.outlier_keys is None) != (self.outlier_values is None):
+            raise ValueError("outlier_keys and outlier_values go together")
 
     def expected_nbytes(
         self, tokens: int, *, n_batch: int = 1, n_kv_heads: int = 1, key_dim: int, value_dim: int
     ) -> int:
-        """Bytes in use after ``tokens`` tokens were appended (none trimmed), from the quantizers' formulas alone."""
+        """Bytes in use after ``tokens`` tokens were appended (none trimmed), from the quantizers' formulas alone.
+
+        Raises:
+            ValueError: the bytes also depend on the data (adaptive widths, outliers):
+                :meth:`PackedKVCache.formula_nbytes` knows them.
+        """
+        if self.outlier_keys is not None or isinstance(self.keys, MixedQuantizer):
+            raise ValueError("adaptive widths and outliers make the bytes depend on the data; see formula_nbytes")
         per_head = Fraction(0)
         for quantizer, head_dim in ((self.keys, key_dim), (self.values, value_dim)):
             block = quantizer.block_tokens
             sinks = min(tokens, self.sinks)
             coded = max(0, tokens - sinks - self.window) // block
+            if coded * block < quantizer.calibration_tokens:
+                coded = 0
             dropped = 0 if self.max_size is None else max(0, tokens - self.max_size)
             tail = min(tokens - sinks - coded * block, tokens - dropped)
             live = coded - min(coded, dropped // block)
@@ -54,10 +79,24 @@ class LayerSpec:
             per_head += live * block * head_dim * quantizer.bits_per_value(head_dim) / 8
         return int(per_head * n_batch * n_kv_heads)
 
+    def to_json(self) -> str:
+        """This spec as JSON text, for saved caches."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return json.dumps({k: v.spec() if isinstance(v, Quantizer) else v for k, v in fields.items()})
 
-def causal_mask(n_new: int, offset: int, window_size: int | None) -> mx.array:
-    """mlx-lm's boolean causal mask, ``[n_new, offset + n_new]``."""
-    mask: mx.array = mlx_lm_base.create_causal_mask(n_new, offset, window_size=window_size)
+    @staticmethod
+    def from_json(text: str) -> LayerSpec:
+        """The inverse of :meth:`to_json`."""
+        fields: dict[str, Any] = {
+            key: quantizer_from_spec(value) if isinstance(value, Mapping) else value
+            for key, value in json.loads(text).items()
+        }
+        return LayerSpec(**fields)
+
+
+def causal_mask(n_new: int, offset: int, window_size: int | None, left_padding: mx.array | None = None) -> mx.array:
+    """mlx-lm's boolean causal mask, ``[n_new, offset + n_new]``, with a batch axis where there is padding."""
+    mask: mx.array = mlx_lm_base.create_causal_mask(n_new, offset, window_size=window_size, left_padding=left_padding)
     return mask
 
 
@@ -66,38 +105,114 @@ def fetch_dtype(dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu, 0) else dtype
 
 
+def bits_in_use(held: Sequence[HeldArray]) -> Fraction:
+    """Bits of the used slots of arrays."""
+    return sum((Fraction(h.array.nbytes * h.used_slots * 8, h.slots) for h in held), Fraction(0))
+
+
 class PackedKVCache:
     """Packed keys and values of one layer for one sequence, or for several in lockstep.
 
     ``update_and_fetch`` stores the new tokens and returns all of them decoded, so that attention reads what the cache
     holds; nothing decoded is kept. Keys and values enter as fp16. Works wherever mlx-lm 0.32 takes a
     ``KVCache`` or, with ``spec.max_size``, a ``RotatingKVCache``.
+
+    Args:
+        spec: how to store.
+        outlier_observer: flags tokens for ``spec.outlier_keys`` and ``spec.outlier_values``.
+        distortion_observer: is told of everything that is encoded.
     """
 
-    def __init__(self, spec: LayerSpec) -> None:
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        outlier_observer: KeyNormObserver | None = None,
+        distortion_observer: DistortionObserver | None = None,
+    ) -> None:
         self.spec = spec
         self.offset = 0
-        self._keys = Side(spec.keys, sinks=spec.sinks, window=spec.window)
-        self._values = Side(spec.values, sinks=spec.sinks, window=spec.window)
+        self.outlier_observer = outlier_observer
+        self.distortion_observer = distortion_observer
+        self.dtype_name = "float16"
+        self._keys = self._side(spec.keys, "keys")
+        self._values = self._side(spec.values, "values")
+        self._tracker = None if outlier_observer is None else outlier_observer.tracker(spec.layer)
+        self._outliers: OutlierTokens | None = None
+        if spec.outlier_keys is not None and spec.outlier_values is not None:
+            self._outliers = OutlierTokens(spec.outlier_keys, spec.outlier_values)
+
+    def _side(self, quantizer: Quantizer, role: str) -> Side:
+        observer = self.distortion_observer
+        on_encoded: OnEncoded | None = None
+        if observer is not None:
+
+            def on_encoded(x: mx.array, decoded: mx.array, used: Quantizer) -> None:
+                observer.observe(x, decoded, quantizer=used, layer=self.spec.layer, role=role)
+
+        return Side(quantizer, sinks=self.spec.sinks, window=self.spec.window, on_encoded=on_encoded)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``[B, H, L, D]`` and return everything attention may read, ``[B, H, T, D]`` each.
 
-        On a sliding-window layer that is the last ``max_size`` tokens for one new token and
-        ``max_size - 1`` before the new ones for several, oldest first.
+        On a sliding-window layer that is the last ``max_size`` tokens for one new token and ``max_size - 1`` before
+        the new ones for several, oldest first.
         """
-        dtype = fetch_dtype(keys.dtype)
         new = keys.shape[2]
-        self._keys.append(keys.astype(mx.float16))
-        self._values.append(values.astype(mx.float16))
-        self.offset += new
+        self.store(keys, values)
         max_size = self.spec.max_size
-        last = None if max_size is None else max_size - 1 + new
-        fetched = self._keys.fetch(dtype, last), self._values.fetch(dtype, last)
-        if max_size is not None:
-            self._keys.drop_front(max_size)
-            self._values.drop_front(max_size)
+        wanted = self.offset if max_size is None else min(self.offset, max_size - 1 + new)
+        fetched = self.fetch(wanted, fetch_dtype(keys.dtype))
+        self.drop_old()
         return fetched
+
+    def store(self, keys: mx.array, values: mx.array) -> None:
+        """Append ``[B, H, L, D]``."""
+        self.dtype_name = str(keys.dtype).removeprefix("mlx.core.")
+        keys, values = keys.astype(mx.float16), values.astype(mx.float16)
+        if self._tracker is not None and self._outliers is not None:
+            self._outliers.add(self._tracker.flag(keys), self.offset, keys, values)
+        self._keys.append(keys)
+        self._values.append(values)
+        self.offset += keys.shape[2]
+
+    def fetch(self, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Decode the last ``tokens`` tokens to ``[B, H, tokens, D]``."""
+        fetched = []
+        for side, kept in self._sides():
+            skip = side.tokens - tokens
+            x = side.fetch(dtype, skip)
+            if self._outliers is not None and kept is not None:
+                x = self._outliers.overlay(x, kept, side, self.offset - side.tokens, skip)
+            fetched.append(x)
+        return fetched[0], fetched[1]
+
+    def _sides(self) -> list[tuple[Side, Any]]:
+        kept = self._outliers
+        return [(self._keys, kept and kept.keys), (self._values, kept and kept.values)]
+
+    def drop_old(self) -> None:
+        """Free what a sliding window has left behind, in steps."""
+        if self.spec.max_size is None:
+            return
+        for side, _ in self._sides():
+            side.drop_front(self.spec.max_size)
+        if self._outliers is not None:
+            self._outliers.drop_before(self.offset - self.spec.max_size)
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Everything attention may read, decoded, in the dtype that was last stored."""
+        return self.fetch(self.size(), getattr(mx, self.dtype_name))
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The decoded keys, None when empty."""
+        return None if self.empty() else self.keys_and_values()[0]
+
+    @property
+    def values(self) -> mx.array | None:
+        """The decoded values, None when empty."""
+        return None if self.empty() else self.keys_and_values()[1]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """The mask for ``N`` tokens that are about to be appended, in mlx-lm's form."""
@@ -125,7 +240,7 @@ class PackedKVCache:
 
     def empty(self) -> bool:
         """Whether nothing was ever stored."""
-        return not self.held_arrays()
+        return self._keys.shape is None
 
     def is_trimmable(self) -> bool:
         """Whether tokens can be taken back: always, but for a sliding window that has dropped some."""
@@ -135,37 +250,105 @@ class PackedKVCache:
         """Forget the last ``n`` tokens; returns how many were forgotten."""
         n = min(self.offset, n)
         self.offset -= n
-        self._keys.trim(n)
-        self._values.trim(n)
+        for side, _ in self._sides():
+            side.trim(n)
+        if self._outliers is not None:
+            self._outliers.truncate(self.offset)
         return n
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Arrays and scalars from which :meth:`from_state` restores the cache (not its observers)."""
+        keys, values = self._keys.state(), self._values.state()
+        outliers = [] if self._outliers is None else self._outliers.state()
+        counts = (len(keys), len(values), self.offset, self.dtype_name)
+        return *keys, *values, *outliers, *counts, self.spec.to_json()
+
+    @state.setter
+    def state(self, state: Sequence[Any]) -> None:
+        *arrays, n_keys, n_values, offset, dtype_name, spec = state
+        if getattr(self, "spec", None) != LayerSpec.from_json(spec):
+            PackedKVCache.__init__(self, LayerSpec.from_json(spec))
+        self.offset = offset
+        self.dtype_name = dtype_name
+        self._keys.load_state(arrays[:n_keys])
+        self._values.load_state(arrays[n_keys : n_keys + n_values])
+        if self._outliers is not None:
+            self._outliers.load_state(arrays[n_keys + n_values :])
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> Self:
+        """The cache that has this :attr:`state`."""
+        made = cls.__new__(cls)
+        made.state = tuple(state)
+        return made
+
+    def rows(self, index: slice) -> PackedKVCache:
+        """A cache of some sequences of a lockstep batch, with the same observers."""
+        part = copy.copy(self)
+        part._keys, part._values = copy.deepcopy(self._keys), copy.deepcopy(self._values)
+        part._outliers, part._tracker = copy.deepcopy(self._outliers), copy.deepcopy(self._tracker)
+        part._keys.rows(index)
+        part._values.rows(index)
+        if part._outliers is not None:
+            part._outliers.rows(index)
+        return part
+
+    @property
+    def n_batch(self) -> int:
+        """Sequences in lockstep; 1 when empty."""
+        return 1 if self._keys.shape is None else self._keys.shape[0]
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """``(B, H, D)`` of keys and values; empty when nothing was ever stored."""
+        return [side.shape for side, _ in self._sides() if side.shape is not None]
+
+    @classmethod
+    def merge(cls, caches: Sequence[PackedKVCache]) -> Any:
+        """A batch form of several caches."""
+        from veloxquant_mlx.cache.batch import BatchPackedKVCache
+
+        return BatchPackedKVCache.merge(caches)
+
+    def _skip(self, side: Side) -> int:
+        return side.tokens - self.size()
 
     def held_arrays(self) -> list[HeldArray]:
         """Every array that is held for tokens."""
-        live = self.spec.max_size
-        return self._keys.held_arrays("keys", live) + self._values.held_arrays("values", live)
+        held = self._keys.held_arrays("keys", self._skip(self._keys))
+        held += self._values.held_arrays("values", self._skip(self._values))
+        return held if self._outliers is None else held + self._outliers.held_arrays()
 
     def static_arrays(self) -> list[mx.array]:
-        """Codebooks and rotations in use: shared between layers, not growing with tokens."""
-        found: dict[int, mx.array] = {}
-        for side in (self._keys, self._values):
-            if side.coded.head_dim:
-                arrays = side.coded.quantizer.static_arrays(side.coded.head_dim)
-                found.update((id(array), array) for array in arrays)
-        return list(found.values())
+        """Codebooks, rotations and calibrations in use: not growing with tokens."""
+        arrays = self._keys.coded.static_arrays() + self._values.coded.static_arrays()
+        if self._outliers is not None:
+            arrays += self._outliers.static_arrays()
+        return list({id(array): array for array in arrays}.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for tokens."""
         return sum(held.array.nbytes for held in self.held_arrays())
 
+    def values_held(self) -> int:
+        """Stored values: batch x heads x tokens x (key_dim + value_dim)."""
+        return sum(side.values_held(self._skip(side)) for side, _ in self._sides())
+
+    def formula_nbytes(self) -> Fraction:
+        """Bytes in use from token counts and the quantizers' formulas alone, no array asked."""
+        total = sum((side.formula_bytes(self._skip(side)) for side, _ in self._sides()), Fraction(0))
+        if self._outliers is not None and self._keys.shape is not None:
+            total += self._outliers.formula_bytes(self._keys.shape[1])
+        return total
+
     def bits_per_value(self) -> Fraction:
         """Bits in use per stored key or value, from the arrays held.
 
         Raises:
-            ValueError: the cache is empty.
+            ValueError: the cache holds no token.
         """
-        values = sum(side.values_held(self.spec.max_size) for side in (self._keys, self._values))
+        values = self.values_held()
         if not values:
-            raise ValueError("an empty cache has no bits per value")
-        used = sum((Fraction(h.array.nbytes * h.used_slots, h.slots) for h in self.held_arrays()), Fraction(0))
-        return used * 8 / values
+            raise ValueError("a cache without tokens has no bits per value")
+        return bits_in_use(self.held_arrays()) / values

@@ -1,21 +1,32 @@
 """Growing packed storage of one side (keys or values) of one layer.
 
 Tokens lie in time order as ``[sinks | coded blocks | tail]``: the first ``sinks`` tokens and the last ``window``
-ones in fp16, all between as packed codes. The tail also holds tokens that do not fill a block yet. Buffers grow
-by at least ``STEP`` tokens and by an eighth of their size, so that appending T tokens copies O(T) bytes.
+ones in fp16, all between as packed codes. The tail also holds tokens that do not fill a block yet, or that a
+calibration still waits for. Buffers grow by at least ``STEP`` tokens and by an eighth of their size, so that
+appending T tokens copies O(T) bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from fractions import Fraction
+from typing import Any, Final
 
 import mlx.core as mx
+import numpy as np
 
-from veloxquant_mlx.quantizers.base import Codes, Quantizer
+from veloxquant_mlx.quantizers.base import Arrays, Codes, Quantizer
+from veloxquant_mlx.quantizers.mixed import MixedQuantizer
 
 STEP: Final = 256
 """Tokens by which a buffer grows at least."""
+
+OnEncoded = Callable[[mx.array, mx.array, Quantizer], None]
+"""Called with vectors, what they decode to, and the quantizer, for every block that is encoded."""
+
+State = list[Any]
+"""Arrays and scalars of a saved object, in the order of its ``load_state``."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,25 @@ def grown_slots(needed: int, used: int, step: int) -> int:
     return -(-wanted // step) * step
 
 
+def appended(buffer: mx.array | None, new: mx.array, used: int, step: int) -> mx.array:
+    """``buffer`` with ``new`` written behind its first ``used`` slots of axis 2, grown where it must."""
+    total = used + new.shape[2]
+    if buffer is None or total > buffer.shape[2]:
+        room = list(new.shape)
+        room[2] = grown_slots(total, used, step) - used
+        empty = mx.zeros(room, dtype=new.dtype)
+        buffer = empty if buffer is None or used == 0 else mx.concatenate([buffer[:, :, :used], empty], axis=2)
+    buffer[:, :, used:total] = new
+    return buffer
+
+
 class CodedBlocks:
     """Packed blocks of tokens in growing buffers ``[B, H, slots, width]``, oldest first."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
-        self.arrays: tuple[mx.array, ...] = ()
+        self.arrays: Arrays = ()
+        self.static: Arrays | None = None
         self.head_dim = 0
         self.blocks = 0
 
@@ -49,50 +73,200 @@ class CodedBlocks:
         return self.blocks * self.quantizer.block_tokens
 
     @property
-    def slots(self) -> int:
-        """Blocks that fit in what is allocated."""
-        return self.arrays[0].shape[2] if self.arrays else 0
+    def step(self) -> int:
+        """Blocks by which buffers grow at least."""
+        return max(1, STEP // self.quantizer.block_tokens)
 
-    def append(self, x: mx.array) -> None:
-        """Encode ``[B, H, T, D]`` (whole blocks) behind what is held."""
-        codes = self.quantizer.encode(x)
+    def append(self, x: mx.array, on_encoded: OnEncoded | None = None) -> None:
+        """Encode ``[B, H, T, D]`` (whole blocks) behind what is held; the first call also calibrates."""
+        if self.static is None:
+            first = self.quantizer.calibration_tokens
+            self.static = self.quantizer.calibrate(x[:, :, :first] if first else x)
+            self.head_dim = x.shape[-1]
+        codes = self.quantizer.encode(x, self.static)
+        if on_encoded is not None:
+            on_encoded(x, self.quantizer.decode(codes, mx.float32), self.quantizer)
+        self.extend(codes)
+
+    def extend(self, codes: Codes) -> None:
+        """Put encoded blocks behind what is held."""
         self.head_dim = codes.head_dim
-        added = x.shape[2] // self.quantizer.block_tokens
-        total = self.blocks + added
-        if total > self.slots:
-            self._grow(codes, total)
-        for buffer, new in zip(self.arrays, codes.arrays, strict=True):
-            buffer[:, :, self.blocks : total] = new
-        self.blocks = total
-
-    def _grow(self, like: Codes, total: int) -> None:
-        step = max(1, STEP // self.quantizer.block_tokens)
-        slots = grown_slots(total, self.blocks, step)
-        grown = []
-        for i, new in enumerate(like.arrays):
-            n_batch, n_heads, _, width = new.shape
-            room = mx.zeros((n_batch, n_heads, slots - self.blocks, width), dtype=new.dtype)
-            held = [self.arrays[i][:, :, : self.blocks]] if self.blocks else []
-            grown.append(mx.concatenate([*held, room], axis=2))
-        self.arrays = tuple(grown)
+        held: Sequence[mx.array | None] = self.arrays or [None] * len(codes.arrays)
+        self.arrays = tuple(
+            appended(buffer, new, self.blocks, self.step) for buffer, new in zip(held, codes.arrays, strict=True)
+        )
+        self.blocks += codes.n_tokens // self.quantizer.block_tokens
 
     def decode(self, dtype: mx.Dtype, first: int = 0, last: int | None = None) -> mx.array:
         """Decode blocks ``first`` up to ``last`` (all held by default) to ``[B, H, T, D]``."""
         last = self.blocks if last is None else last
-        return self.quantizer.decode(Codes(self.arrays, self.head_dim).map(lambda a: a[:, :, first:last]), dtype)
+        n_tokens = (last - first) * self.quantizer.block_tokens
+        arrays = tuple(array[:, :, first:last] for array in self.arrays)
+        return self.quantizer.decode(Codes(arrays, self.head_dim, n_tokens, self.static or ()), dtype)
+
+    def truncate(self, blocks: int) -> None:
+        """Forget all but the first ``blocks`` blocks; with the last one goes the calibration."""
+        self.blocks = blocks
+        if not blocks:
+            self.static = None
+
+    def drop_front(self, blocks: int) -> None:
+        """Forget the first ``blocks`` blocks and free their room."""
+        left = self.blocks - blocks
+        keep = grown_slots(left, 0, self.step)
+        self.arrays = tuple(mx.contiguous(array[:, :, blocks : blocks + keep]) for array in self.arrays)
+        self.blocks = left
+
+    def held_arrays(self, name: str, skip: int = 0) -> list[HeldArray]:
+        """The buffers; the first ``skip`` blocks do not count as used."""
+        layout = self.quantizer.layout(self.head_dim) if self.arrays else ()
+        return [
+            HeldArray(f"{name}.{spec.name}", array, self.blocks - skip, array.shape[2])
+            for spec, array in zip(layout, self.arrays, strict=True)
+        ]
+
+    def formula_bits(self, skip: int = 0) -> Fraction:
+        """Bits per head in use by the quantizer's own formula, without its first ``skip`` blocks."""
+        values = (self.blocks - skip) * self.quantizer.block_tokens * self.head_dim
+        return values * self.quantizer.bits_per_value(self.head_dim) if values else Fraction(0)
+
+    def static_arrays(self) -> list[mx.array]:
+        """The quantizer's tables and this cache's calibration."""
+        if self.static is None:
+            return []
+        return [*self.quantizer.static_arrays(self.head_dim), *self.static]
+
+    def state(self) -> State:
+        """Buffers first, then calibration and counts."""
+        calibrated = self.static is not None
+        return [*self.arrays, *(self.static or ()), len(self.arrays), calibrated, self.head_dim, self.blocks]
+
+    def load_state(self, state: State) -> None:
+        """Take what :meth:`state` gave."""
+        *arrays, n_arrays, calibrated, self.head_dim, self.blocks = state
+        self.arrays = tuple(arrays[:n_arrays])
+        self.static = tuple(arrays[n_arrays:]) if calibrated else None
+
+    def rows(self, index: slice) -> None:
+        """Keep only some sequences of the batch."""
+        self.arrays = tuple(mx.contiguous(array[index]) for array in self.arrays)
+        if self.static is not None:
+            self.static = tuple(mx.contiguous(array[index]) for array in self.static)
+
+
+class MixedBlocks:
+    """Blocks of a :class:`MixedQuantizer`: one stream of blocks per variant, and each block's choice."""
+
+    def __init__(self, quantizer: MixedQuantizer) -> None:
+        self.quantizer = quantizer
+        self.streams = [CodedBlocks(variant) for variant in quantizer.variants]
+        self.choices: mx.array | None = None
+        self.blocks = 0
+        self.head_dim = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held."""
+        return self.blocks * self.quantizer.block_tokens
+
+    def append(self, x: mx.array, on_encoded: OnEncoded | None = None) -> None:
+        """Choose and encode whole blocks of ``[B, H, T, D]`` behind what is held."""
+        self.head_dim = x.shape[-1]
+        choices, parts = self.quantizer.split(x)
+        self.choices = appended(
+            self.choices,
+            mx.array(choices).reshape(1, 1, -1, 1),
+            self.blocks,
+            max(1, STEP // self.quantizer.block_tokens),
+        )
+        self.blocks += len(choices)
+        for index, (stream, codes) in enumerate(zip(self.streams, parts, strict=True)):
+            if codes is None:
+                continue
+            stream.static = ()
+            stream.extend(codes)
+            if on_encoded is not None:
+                vectors = self.quantizer.take_blocks(x, np.flatnonzero(choices == index))
+                on_encoded(vectors, stream.quantizer.decode(codes, mx.float32), stream.quantizer)
+
+    def _chosen(self) -> np.ndarray:
+        assert self.choices is not None
+        return np.array(self.choices[0, 0, : self.blocks, 0])
+
+    def _counts(self, blocks: int) -> list[int]:
+        if not blocks:
+            return [0] * len(self.streams)
+        counts: list[int] = np.bincount(self._chosen()[:blocks], minlength=len(self.streams)).tolist()
+        return counts
+
+    def decode(self, dtype: mx.Dtype, first: int = 0, last: int | None = None) -> mx.array:
+        """Decode blocks ``first`` up to ``last`` (all held by default) to ``[B, H, T, D]``."""
+        last = self.blocks if last is None else last
+        size = self.quantizer.block_tokens
+        decoded = [
+            stream.decode(dtype, begin * size, end * size)
+            for stream, begin, end in zip(self.streams, self._counts(first), self._counts(last), strict=True)
+            if end > begin
+        ]
+        return self.quantizer.join(self._chosen()[first:last], decoded)
 
     def truncate(self, blocks: int) -> None:
         """Forget all but the first ``blocks`` blocks."""
+        for stream, count in zip(self.streams, self._counts(blocks), strict=True):
+            stream.truncate(count * self.quantizer.block_tokens)
         self.blocks = blocks
 
     def drop_front(self, blocks: int) -> None:
         """Forget the first ``blocks`` blocks and free their room."""
-        step = max(1, STEP // self.quantizer.block_tokens)
-        left = self.blocks - blocks
-        slots = min(self.slots, grown_slots(left, left, step))
-        end = min(self.slots, blocks + slots)
-        self.arrays = tuple(mx.contiguous(array[:, :, blocks:end]) for array in self.arrays)
-        self.blocks = left
+        for stream, count in zip(self.streams, self._counts(blocks), strict=True):
+            if count:
+                stream.drop_front(count * self.quantizer.block_tokens)
+        assert self.choices is not None
+        self.choices = mx.contiguous(self.choices[:, :, blocks:])
+        self.blocks -= blocks
+
+    def held_arrays(self, name: str, skip: int = 0) -> list[HeldArray]:
+        """The choices and the streams' buffers; the first ``skip`` blocks do not count as used."""
+        if self.choices is None:
+            return []
+        held = [HeldArray(f"{name}.choices", self.choices, self.blocks - skip, self.choices.shape[2])]
+        for stream, count in zip(self.streams, self._counts(skip), strict=True):
+            bits = getattr(stream.quantizer, "code_bits", stream.quantizer.name)
+            held.extend(stream.held_arrays(f"{name}.{bits}", count * self.quantizer.block_tokens))
+        return held
+
+    def formula_bits(self, skip: int = 0) -> Fraction:
+        """Bits per head in use by the variants' formulas, without the choices and the first ``skip`` blocks."""
+        skipped = [count * self.quantizer.block_tokens for count in self._counts(skip)]
+        return sum((s.formula_bits(n) for s, n in zip(self.streams, skipped, strict=True)), Fraction(0))
+
+    def static_arrays(self) -> list[mx.array]:
+        """The variants' tables."""
+        return [array for stream in self.streams for array in stream.static_arrays()]
+
+    def state(self) -> State:
+        """The streams' states one after the other, then the choices and counts."""
+        states = [stream.state() for stream in self.streams]
+        flat = [item for state in states for item in state]
+        return [*flat, self.choices, *[len(state) for state in states], self.head_dim, self.blocks]
+
+    def load_state(self, state: State) -> None:
+        """Take what :meth:`state` gave."""
+        n_streams = len(self.streams)
+        self.head_dim, self.blocks = state[-2:]
+        lengths = state[-2 - n_streams : -2]
+        self.choices = state[-3 - n_streams]
+        start = 0
+        for stream, length in zip(self.streams, lengths, strict=True):
+            stream.load_state(state[start : start + length])
+            start += length
+
+    def rows(self, index: slice) -> None:
+        """Keep only some sequences of the batch; their blocks keep the choices they were coded with."""
+        for stream in self.streams:
+            stream.rows(index)
+        if self.choices is not None:
+            self.choices = mx.contiguous(self.choices)
 
 
 class Side:
@@ -102,110 +276,154 @@ class Side:
         quantizer: codes the middle.
         sinks: first tokens kept in fp16.
         window: last tokens kept in fp16.
+        on_encoded: is told of every block that is encoded.
     """
 
-    def __init__(self, quantizer: Quantizer, *, sinks: int = 0, window: int = 0) -> None:
-        self.coded = CodedBlocks(quantizer)
+    def __init__(
+        self, quantizer: Quantizer, *, sinks: int = 0, window: int = 0, on_encoded: OnEncoded | None = None
+    ) -> None:
+        self.coded = MixedBlocks(quantizer) if isinstance(quantizer, MixedQuantizer) else CodedBlocks(quantizer)
         self.sinks = sinks
         self.window = window
+        self.on_encoded = on_encoded
         self.sink: mx.array | None = None
         self.tail: mx.array | None = None
+        self.shape: tuple[int, int, int] | None = None
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """What codes the middle."""
+        return self.coded.quantizer
 
     @property
     def tokens(self) -> int:
         """Tokens held."""
         return _tokens(self.sink) + self.coded.tokens + _tokens(self.tail)
 
+    @property
+    def coded_range(self) -> tuple[int, int]:
+        """First held token that is coded, and the first behind it that is not."""
+        start = _tokens(self.sink)
+        return start, start + self.coded.tokens
+
     def append(self, x: mx.array) -> None:
         """Store ``[B, H, T, D]`` fp16 behind what is held."""
+        self.shape = (x.shape[0], x.shape[1], x.shape[3])
         room = self.sinks - _tokens(self.sink)
         if room > 0 and not self.coded.blocks and self.tail is None:
             self.sink = _joined([self.sink, x[:, :, :room]])
             x = x[:, :, room:]
         if x.shape[2] == 0:
             return
-        block = self.coded.quantizer.block_tokens
-        if self.tail is not None:
-            x = _joined([self.tail, x])
+        x = _joined([self.tail, x])
+        block = self.quantizer.block_tokens
         n_coded = max(0, x.shape[2] - self.window) // block * block
+        if n_coded < self.quantizer.calibration_tokens and not self.coded.blocks:
+            n_coded = 0
         if n_coded:
-            self.coded.append(x[:, :, :n_coded])
+            self.coded.append(x[:, :, :n_coded], self.on_encoded)
         self.tail = mx.contiguous(x[:, :, n_coded:]) if n_coded < x.shape[2] else None
 
-    def fetch(self, dtype: mx.Dtype, last: int | None = None) -> mx.array:
-        """Decode what is stored, or its ``last`` tokens, to ``[B, H, T, D]``."""
-        skip = 0 if last is None else max(0, self.tokens - last)
+    def fetch(self, dtype: mx.Dtype, skip: int = 0) -> mx.array:
+        """Decode what is held but its first ``skip`` tokens to ``[B, H, T, D]``."""
         parts: list[mx.array | None] = []
-        if self.sink is not None:
-            parts.append(self.sink[:, :, skip:].astype(dtype) if skip < _tokens(self.sink) else None)
-            skip = max(0, skip - _tokens(self.sink))
-        if skip < self.coded.tokens:
-            block = self.coded.quantizer.block_tokens
-            decoded = self.coded.decode(dtype, skip // block)
-            parts.append(decoded[:, :, skip % block :] if skip % block else decoded)
-        skip = max(0, skip - self.coded.tokens)
+        if self.sink is not None and skip < self.sink.shape[2]:
+            parts.append(self.sink[:, :, skip:].astype(dtype))
+        start, stop = self.coded_range
+        if skip < stop and stop > start:
+            first, rest = divmod(max(0, skip - start), self.quantizer.block_tokens)
+            decoded = self.coded.decode(dtype, first)
+            parts.append(decoded[:, :, rest:] if rest else decoded)
         if self.tail is not None:
-            parts.append(self.tail[:, :, skip:].astype(dtype))
+            parts.append(self.tail[:, :, max(0, skip - stop) :].astype(dtype))
         return _joined(parts)
 
     def trim(self, n: int) -> None:
         """Forget the last ``n`` tokens. What is left of a block that is cut returns to the tail as decoded."""
         from_tail = min(n, _tokens(self.tail))
-        if self.tail is not None and from_tail:
-            kept = self.tail.shape[2] - from_tail
-            self.tail = mx.contiguous(self.tail[:, :, :kept]) if kept else None
+        if from_tail:
+            self.tail = _first(self.tail, -from_tail)
         n -= from_tail
         from_coded = min(n, self.coded.tokens)
         if from_coded:
-            block = self.coded.quantizer.block_tokens
-            whole, rest = divmod(self.coded.tokens - from_coded, block)
+            whole, rest = divmod(self.coded.tokens - from_coded, self.quantizer.block_tokens)
             if rest:
                 self.tail = mx.contiguous(self.coded.decode(mx.float16, whole, whole + 1)[:, :, :rest])
             self.coded.truncate(whole)
         n -= from_coded
-        if n and self.sink is not None:
-            kept = self.sink.shape[2] - n
-            self.sink = mx.contiguous(self.sink[:, :, :kept]) if kept > 0 else None
+        if n:
+            self.sink = _first(self.sink, -n)
 
-    def drop_front(self, live: int) -> None:
-        """Free tokens older than the last ``live`` once they fill a step; sinks do not exist on such layers."""
-        block = self.coded.quantizer.block_tokens
-        dead = min((self.tokens - live) // block, self.coded.blocks)
-        if dead * block >= STEP:
-            self.coded.drop_front(dead)
-
-    def values_held(self, live: int | None = None) -> int:
-        """Stored values (batch x heads x tokens x head_dim), of the last ``live`` tokens where given."""
-        arrays = [array for array in (self.sink, *self.coded.arrays[:1], self.tail) if array is not None]
-        if not arrays:
+    def drop_front(self, live: int) -> int:
+        """Free tokens older than the last ``live`` once they fill a step; returns how many went."""
+        block = self.quantizer.block_tokens
+        dead = min(max(0, self.tokens - live) // block, self.coded.blocks)
+        if dead * block < STEP:
             return 0
-        n_batch, n_heads = arrays[0].shape[:2]
-        dense = self.tail if self.tail is not None else self.sink
-        head_dim = dense.shape[3] if dense is not None else self.coded.head_dim
-        tokens = self.tokens if live is None else min(self.tokens, live)
-        return n_batch * n_heads * tokens * head_dim
+        self.coded.drop_front(dead)
+        return dead * block
 
-    def held_arrays(self, name: str, live: int | None = None) -> list[HeldArray]:
-        """Every array with its used slots; ``live`` counts only the last tokens as used (sliding windows)."""
+    def values_held(self, skip: int = 0) -> int:
+        """Stored values (batch x heads x tokens x head_dim) behind the first ``skip`` tokens."""
+        if self.shape is None:
+            return 0
+        n_batch, n_heads, head_dim = self.shape
+        return n_batch * n_heads * (self.tokens - skip) * head_dim
+
+    def held_arrays(self, name: str, skip: int = 0) -> list[HeldArray]:
+        """Every array with its used slots; the first ``skip`` tokens do not count as used."""
         held = []
-        skip = 0 if live is None else max(0, self.tokens - live)
         if self.sink is not None:
             held.append(HeldArray(f"{name}.sinks", self.sink, self.sink.shape[2], self.sink.shape[2]))
-        if self.coded.arrays:
-            used = self.coded.blocks - min(self.coded.blocks, skip // self.coded.quantizer.block_tokens)
-            layout = self.coded.quantizer.layout(self.coded.head_dim)
-            for spec, array in zip(layout, self.coded.arrays, strict=True):
-                held.append(HeldArray(f"{name}.{spec.name}", array, used, array.shape[2]))
+        held.extend(self.coded.held_arrays(name, self._dead_blocks(skip)))
         if self.tail is not None:
             used = self.tail.shape[2] - max(0, skip - self.coded.tokens)
             held.append(HeldArray(f"{name}.window", self.tail, used, self.tail.shape[2]))
         return held
+
+    def _dead_blocks(self, skip: int) -> int:
+        return min(self.coded.blocks, skip // self.quantizer.block_tokens)
+
+    def formula_bytes(self, skip: int = 0) -> Fraction:
+        """Bytes in use from token counts and the quantizer's formula alone."""
+        if self.shape is None:
+            return Fraction(0)
+        n_batch, n_heads, head_dim = self.shape
+        dense = _tokens(self.sink) + _tokens(self.tail) - max(0, skip - self.coded.tokens)
+        dead = self._dead_blocks(skip)
+        choices = self.coded.blocks - dead if isinstance(self.coded, MixedBlocks) else 0
+        return n_batch * n_heads * (dense * head_dim * 2 + self.coded.formula_bits(dead) / 8) + choices
+
+    def state(self) -> State:
+        """The coded blocks' state, then sinks, tail, counts."""
+        coded = self.coded.state()
+        return [*coded, self.sink, self.tail, *(self.shape or (0, 0, 0)), len(coded)]
+
+    def load_state(self, state: State) -> None:
+        """Take what :meth:`state` gave."""
+        *coded, self.sink, self.tail, n_batch, n_heads, head_dim, n_coded = state
+        self.shape = (n_batch, n_heads, head_dim) if n_batch else None
+        self.coded.load_state(coded[:n_coded])
+
+    def rows(self, index: slice) -> None:
+        """Keep only some sequences of the batch."""
+        if self.shape is not None:
+            self.shape = (len(range(*index.indices(self.shape[0]))), *self.shape[1:])
+        self.sink = None if self.sink is None else mx.contiguous(self.sink[index])
+        self.tail = None if self.tail is None else mx.contiguous(self.tail[index])
+        self.coded.rows(index)
 
 
 def _tokens(array: mx.array | None) -> int:
     return 0 if array is None else array.shape[2]
 
 
-def _joined(parts: list[mx.array | None]) -> mx.array:
+def _first(array: mx.array | None, stop: int) -> mx.array | None:
+    if array is None or array.shape[2] + stop <= 0:
+        return None
+    return mx.contiguous(array[:, :, :stop])
+
+
+def _joined(parts: Sequence[mx.array | None]) -> mx.array:
     present = [part for part in parts if part is not None]
     return present[0] if len(present) == 1 else mx.concatenate(present, axis=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
@@ -30,27 +30,34 @@ class ArraySpec(NamedTuple):
         return self.width * self.dtype.size * 8
 
 
+Arrays = tuple[mx.array, ...]
+
+
 class Codes(NamedTuple):
     """Encoded vectors: packed arrays ``[B, H, blocks, width]`` in the order of the quantizer's layout.
 
     Axis 2 counts blocks of ``block_tokens`` tokens (1 for per-token quantizers), so that a storage can slice and
     concatenate without knowing what the arrays mean.
+
+    Attributes:
+        arrays: one array per entry of the layout.
+        head_dim: length of the vectors.
+        n_tokens: tokens encoded.
+        static: what the quantizer calibrated on its first tokens, ``[B, H, 1, *]`` each; empty for most.
     """
 
-    arrays: tuple[mx.array, ...]
+    arrays: Arrays
     head_dim: int
-
-    def map(self, function: Callable[[mx.array], mx.array]) -> Codes:
-        """The same codes with ``function`` applied to every array."""
-        return Codes(tuple(function(array) for array in self.arrays), self.head_dim)
+    n_tokens: int
+    static: Arrays = ()
 
 
 @dataclass(frozen=True)
 class Quantizer(ABC):
     """Encode, decode and the exact cost of what is kept.
 
-    Subclasses are frozen dataclasses whose fields are JSON values, other quantizers, or tuples of these; equal fields
-    give equal codes.
+    Subclasses are frozen dataclasses whose compared fields are JSON values, other quantizers, or tuples of these; equal
+    fields give equal codes.
     """
 
     name: ClassVar[str]
@@ -64,17 +71,51 @@ class Quantizer(ABC):
     def layout(self, head_dim: int) -> tuple[ArraySpec, ...]:
         """The packed arrays of one block of one head, in the order of :attr:`Codes.arrays`."""
 
-    @abstractmethod
-    def encode(self, x: mx.array) -> Codes:
-        """Encode ``x`` of shape ``[B, H, T, D]``, T a multiple of :attr:`block_tokens`."""
+    @property
+    def calibration_tokens(self) -> int:
+        """Tokens that a cache waits for (in fp16) to calibrate on, 0 for most."""
+        return 0
 
-    @abstractmethod
+    def calibrate(self, x: mx.array) -> Arrays:
+        """What :attr:`Codes.static` holds, from the vectors ``[B, H, T, D]``."""
+        return ()
+
+    def encode(self, x: mx.array, static: Arrays | None = None) -> Codes:
+        """Encode vectors.
+
+        Args:
+            x: ``[B, H, T, D]`` of any float dtype, T a multiple of :attr:`block_tokens`.
+            static: an earlier calibration; absent: :meth:`calibrate` on ``x``.
+
+        Returns:
+            Packed arrays.
+
+        Raises:
+            ValueError: another shape.
+        """
+        self.check_tokens(x)
+        static = self.calibrate(x) if static is None else static
+        return Codes(self._encode(x, static), x.shape[-1], x.shape[2], static)
+
     def decode(self, codes: Codes, dtype: mx.Dtype = mx.float16) -> mx.array:
         """Decode to ``[B, H, T, D]`` of ``dtype``."""
+        return self._decode(codes).astype(dtype)
 
-    def static_arrays(self, head_dim: int) -> tuple[mx.array, ...]:
-        """Tables that do not grow with tokens: codebooks, rotations, calibrated scales."""
+    @abstractmethod
+    def _encode(self, x: mx.array, static: Arrays) -> Arrays:
+        """The packed arrays of checked vectors."""
+
+    @abstractmethod
+    def _decode(self, codes: Codes) -> mx.array:
+        """``[B, H, T, D]`` fp32."""
+
+    def static_arrays(self, head_dim: int) -> Arrays:
+        """Tables that do not grow with tokens, shared by all caches: codebooks, rotations."""
         return ()
+
+    def expected_distortion(self, head_dim: int) -> float | None:
+        """Mean squared error over mean square of Gaussian input in theory; None where there is no theory."""
+        return None
 
     def bits_per_value(self, head_dim: int) -> Fraction:
         """Exact cost of a stored value in bits: codes with word padding, scales, norms."""
@@ -89,7 +130,9 @@ class Quantizer(ABC):
 
     def spec(self) -> dict[str, Any]:
         """A JSON value from which :func:`quantizer_from_spec` rebuilds this quantizer."""
-        fields = {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        fields = {
+            field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self) if field.compare
+        }
         return {"quantizer": self.name, **fields}
 
 

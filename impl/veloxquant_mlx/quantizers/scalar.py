@@ -21,16 +21,24 @@ CELLS: Final = 4096
 """Cells of the lookup grid; fine enough that none holds two boundaries of a 256-level codebook."""
 
 
-@functools.cache
+SMALLEST_SPHERE: Final = 8
+"""head_dim below which the Gaussian codebook is used: the sphere's density then has edges, not tails."""
+
+
 def sphere_codebook(head_dim: int, levels: int) -> Codebook:
     """Lloyd–Max codebook of a coordinate of a rotated unit-RMS vector."""
-    return lloyd_max(SphereMarginal(head_dim), levels)
+    return lloyd_max(SphereMarginal(head_dim) if head_dim >= SMALLEST_SPHERE else Gaussian(), levels)
 
 
-@functools.cache
 def gaussian_codebook(levels: int) -> Codebook:
     """Lloyd–Max codebook of N(0, 1)."""
     return lloyd_max(Gaussian(), levels)
+
+
+@functools.cache
+def sign_codebook() -> Codebook:
+    """The two levels -1 and 1."""
+    return Codebook(np.array([-1.0, 1.0]), np.zeros(1), 0.0)
 
 
 @functools.cache
@@ -69,15 +77,15 @@ def nearest_codes(y: mx.array, codebook: Codebook) -> mx.array:
         return mx.sum(below, axis=-1).astype(mx.uint8)
     if n_edges < CHAIN_LEVELS:
         edges = codebook.boundaries.astype(np.float32).tolist()
-        code = (y > edges[0]).astype(mx.uint8)
+        code: mx.array = (y > edges[0]).astype(mx.uint8)
         for edge in edges[1:]:
             code = code + (y > edge)
         return code
     scale, shift, first, next_edge = _grid(codebook)
     cell = mx.clip(y * scale + shift, 0, CELLS - 1).astype(mx.uint32)
-    code = mx.take(first, cell)
-    above: mx.array = y > mx.take(next_edge, code)
-    return code + above
+    low_code = mx.take(first, cell)
+    above: mx.array = y > mx.take(next_edge, low_code)
+    return low_code + above
 
 
 @functools.cache

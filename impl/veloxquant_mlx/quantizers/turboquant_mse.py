@@ -8,7 +8,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words
-from veloxquant_mlx.quantizers.base import QUANTIZERS, ArraySpec, Codes, Quantizer
+from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 from veloxquant_mlx.quantizers.lloyd_max import Codebook
 from veloxquant_mlx.quantizers.scalar import centroids_array, decode_words, nearest_codes, sphere_codebook
 from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_matrix
@@ -63,22 +63,23 @@ class TurboQuantMSE(Quantizer):
         words = packed_words(head_dim, self.code_bits)
         return ArraySpec("codes", words, mx.uint32), ArraySpec("norms", 1, mx.float16)
 
-    def encode(self, x: mx.array) -> Codes:
-        """Encode ``[B, H, T, D]``."""
-        self.check_tokens(x)
+    def _encode(self, x: mx.array, static: Arrays) -> Arrays:
         head_dim = x.shape[-1]
         unit, rms = unit_rms(x)
         codes = nearest_codes(matmul_rows(unit, rotation_matrix(head_dim, self.seed)), self.codebook(head_dim))
-        return Codes((pack_codes(codes, self.code_bits), rms.astype(mx.float16)), head_dim)
+        return pack_codes(codes, self.code_bits), rms.astype(mx.float16)
 
-    def decode(self, codes: Codes, dtype: mx.Dtype = mx.float16) -> mx.array:
-        """Decode to ``[B, H, T, D]``."""
+    def _decode(self, codes: Codes) -> mx.array:
         words, norms = codes.arrays
         head_dim = codes.head_dim
         rotated = decode_words(words, self.codebook(head_dim), self.code_bits, head_dim)
         unit = matmul_rows(rotated, inverse_rotation_matrix(head_dim, self.seed))
-        return (unit * norms.astype(mx.float32)).astype(dtype)
+        return unit * norms.astype(mx.float32)
 
-    def static_arrays(self, head_dim: int) -> tuple[mx.array, ...]:
+    def static_arrays(self, head_dim: int) -> Arrays:
         """Centroids and the rotation."""
         return centroids_array(self.codebook(head_dim)), rotation_matrix(head_dim, self.seed)
+
+    def expected_distortion(self, head_dim: int) -> float:
+        """That of the codebook, whatever the input."""
+        return self.codebook(head_dim).distortion

@@ -1,0 +1,195 @@
+"""Tokens whose keys have an unusual norm, found as they arrive."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+from tabulate import tabulate
+
+Tail = Literal["high", "low", "both"]
+
+WARM_UP: Final = 16
+"""Norms that the rolling statistics need before a token can be called unusual."""
+
+
+@dataclass(frozen=True)
+class KeyNormRow:
+    """One layer's tokens.
+
+    Attributes:
+        layer: index of the layer.
+        token_count: tokens seen.
+        outlier_count: tokens flagged.
+        outlier_fraction: flagged over seen.
+        mean_norm: mean norm of all tokens.
+        mean_outlier_norm: mean norm of the flagged tokens; NaN without any.
+    """
+
+    layer: int
+    token_count: int
+    outlier_count: int
+    outlier_fraction: float
+    mean_norm: float
+    mean_outlier_norm: float
+
+
+@dataclass(frozen=True)
+class KeyNormReport:
+    """All layers together, and each in ``layers``; an outlier of several layers counts in each."""
+
+    outlier_count: int
+    outlier_fraction: float
+    mean_outlier_norm: float
+    layers: tuple[KeyNormRow, ...]
+
+    def table(self) -> str:
+        """The layers as a Markdown table."""
+        return tabulate([vars(row) for row in self.layers], headers="keys", tablefmt="github", floatfmt=".4f")
+
+
+@dataclass
+class _Totals:
+    tokens: int = 0
+    norms: float = 0.0
+    outliers: int = 0
+    outlier_norms: float = 0.0
+
+
+@dataclass(eq=False)
+class KeyNormTracker:
+    """Rolling statistics of one sequence in one layer; made by :meth:`KeyNormObserver.tracker`."""
+
+    observer: KeyNormObserver
+    layer: int
+    _windows: list[_Window] = field(default_factory=list)
+
+    def flag(self, keys: mx.array) -> NDArray[np.bool_]:
+        """Flag the unusual tokens of ``[B, H, T, D]``, in order of arrival: ``[B, T]``."""
+        norms = mx.sqrt(mx.sum(mx.square(keys.astype(mx.float32)), axis=(1, 3)))
+        rows: list[list[float]] = np.array(norms).astype(float).tolist()
+        while len(self._windows) < len(rows):
+            self._windows.append(_Window(self.observer.window_size))
+        flags = [
+            [self.observer.flag_norm(norm, window, self.layer) for norm in row]
+            for row, window in zip(rows, self._windows, strict=True)
+        ]
+        return np.array(flags, dtype=np.bool_).reshape(norms.shape)
+
+
+class _Window:
+    """Mean and deviation of the last ``size`` entries, by running sums."""
+
+    def __init__(self, size: int) -> None:
+        self._entries: deque[float] = deque()
+        self._size = size
+        self._sum = 0.0
+        self._squares = 0.0
+
+    def add(self, value: float) -> None:
+        self._entries.append(value)
+        self._sum += value
+        self._squares += value * value
+        if len(self._entries) > self._size:
+            oldest = self._entries.popleft()
+            self._sum -= oldest
+            self._squares -= oldest * oldest
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def moments(self) -> tuple[float, float]:
+        mean = self._sum / len(self._entries)
+        return mean, math.sqrt(max(0.0, self._squares / len(self._entries) - mean * mean))
+
+
+@dataclass(eq=False)
+class KeyNormObserver:
+    """Flags a token whose key norm lies more than ``outlier_threshold`` deviations from the rolling mean.
+
+    The norm is that of the token's keys of all KV heads together. Mean and deviation are those of the
+    ``window_size`` tokens before it in the same layer and sequence; nothing is flagged before 16 have been seen. A
+    flagged norm enters the window clipped to the threshold, so that one outlier does not hide the next, yet
+    a lasting change of level is learnt. One observer may be shared by all layers.
+
+    Given to ``KVCacheConfig(outlier_observer=..., outlier_bits=...)``, the flagged tokens are kept at
+    ``outlier_bits``.
+
+    Args:
+        outlier_threshold: deviations, above 0.
+        window_size: tokens in the rolling window, at least 16.
+        tail: "high" (the default), "low" (attention sinks have small keys: arXiv 2406.11430) or "both".
+
+    Raises:
+        ValueError: an argument outside its range, naming it.
+    """
+
+    outlier_threshold: float = 3.0
+    window_size: int = 256
+    tail: Tail = "high"
+    _totals: dict[int, _Totals] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.outlier_threshold > 0:
+            raise ValueError(f"outlier_threshold must be above 0, got {self.outlier_threshold}")
+        if self.window_size < WARM_UP:
+            raise ValueError(f"window_size must be at least {WARM_UP}, got {self.window_size}")
+        if self.tail not in ("high", "low", "both"):
+            raise ValueError(f"tail must be 'high', 'low' or 'both', got {self.tail!r}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeyNormObserver:
+        return self  # copies of a cache report to the same observer
+
+    def tracker(self, layer: int) -> KeyNormTracker:
+        """Statistics for one more sequence (or lockstep batch) of a layer, reporting here."""
+        return KeyNormTracker(self, layer)
+
+    def flag_norm(self, norm: float, window: _Window, layer: int) -> bool:
+        """Judge one token and enter it into its window and the layer's totals."""
+        totals = self._totals.setdefault(layer, _Totals())
+        totals.tokens += 1
+        totals.norms += norm
+        flagged = False
+        entry = norm
+        if len(window) >= WARM_UP:
+            mean, deviation = window.moments()
+            # a deviation below 1e-6 of the mean is rounding, not spread
+            reach = self.outlier_threshold * max(deviation, 1e-6 * mean)
+            high = self.tail != "low" and norm > mean + reach
+            low = self.tail != "high" and norm < mean - reach
+            flagged = high or low
+            if flagged:
+                entry = mean + reach if high else mean - reach
+        window.add(entry)
+        if flagged:
+            totals.outliers += 1
+            totals.outlier_norms += norm
+        return flagged
+
+    def report(self) -> KeyNormReport:
+        """What was observed so far."""
+        rows = tuple(
+            KeyNormRow(
+                layer=layer,
+                token_count=totals.tokens,
+                outlier_count=totals.outliers,
+                outlier_fraction=totals.outliers / totals.tokens,
+                mean_norm=totals.norms / totals.tokens,
+                mean_outlier_norm=totals.outlier_norms / totals.outliers if totals.outliers else math.nan,
+            )
+            for layer, totals in sorted(self._totals.items())
+        )
+        tokens = sum(totals.tokens for totals in self._totals.values())
+        outliers = sum(totals.outliers for totals in self._totals.values())
+        norms = sum(totals.outlier_norms for totals in self._totals.values())
+        return KeyNormReport(
+            outlier_count=outliers,
+            outlier_fraction=outliers / tokens if tokens else math.nan,
+            mean_outlier_norm=norms / outliers if outliers else math.nan,
+            layers=rows,
+        )

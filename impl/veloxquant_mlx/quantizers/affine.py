@@ -1,0 +1,147 @@
+"""Uniform codes between a group's minimum and maximum: along the vector, or along tokens as in KIVI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+
+from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words, unpack_codes
+from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
+
+SMALLEST_SCALE = 2.0**-24
+"""The least positive fp16: a group of equal values gets scale 0 and code 0."""
+
+
+def uniform_codes(x: mx.array, code_bits: int, axis: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes, fp16 scales and fp16 zero points of groups along ``axis`` (kept with length 1).
+
+    The codes are computed against the rounded scale and zero point, the ones that decoding will use.
+    """
+    x = x.astype(mx.float32)
+    top = (1 << code_bits) - 1
+    low, high = mx.min(x, axis=axis, keepdims=True), mx.max(x, axis=axis, keepdims=True)
+    zeros = low.astype(mx.float16)
+    scales = ((high - low) * (1 / top)).astype(mx.float16)
+    steps = mx.maximum(scales.astype(mx.float32), SMALLEST_SCALE)
+    codes = mx.clip(mx.round((x - zeros.astype(mx.float32)) / steps), 0, top)
+    return codes.astype(mx.uint8), scales, zeros
+
+
+def check_group(group_size: int) -> None:
+    """Raise ValueError for a group size below 2."""
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
+        raise ValueError(f"group_size must be an int of at least 2, got {group_size!r}")
+
+
+@QUANTIZERS.register("affine")
+@dataclass(frozen=True)
+class Affine(Quantizer):
+    """Groups of neighbouring channels of one token, each with an fp16 scale and an fp16 zero point.
+
+    Kept per token and head: ``code_bits`` per coordinate and 32 bits per group, ``code_bits + 32/group_size`` bits
+    per value where groups divide head_dim (the last group is shorter where not).
+
+    Source: asymmetric min-max quantization as in KIVI (arXiv 2402.02750), section 3; mlx-lm's QuantizedKVCache.
+
+    Args:
+        code_bits: width of a code, 1..8.
+        group_size: channels per group.
+    """
+
+    name: ClassVar[str] = "affine"
+    code_bits: int = 4
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_code_bits(self.code_bits)
+        check_group(self.group_size)
+
+    def _groups(self, head_dim: int) -> int:
+        return -(-head_dim // self.group_size)
+
+    def layout(self, head_dim: int) -> tuple[ArraySpec, ...]:
+        """Packed codes, scales, zero points."""
+        groups = self._groups(head_dim)
+        return (
+            ArraySpec("codes", packed_words(head_dim, self.code_bits), mx.uint32),
+            ArraySpec("scales", groups, mx.float16),
+            ArraySpec("zeros", groups, mx.float16),
+        )
+
+    def _grouped(self, x: mx.array) -> mx.array:
+        missing = -x.shape[-1] % self.group_size
+        if missing:  # repeating a value changes neither minimum nor maximum
+            x = mx.concatenate([x, mx.repeat(x[..., -1:], missing, axis=-1)], axis=-1)
+        return x.reshape(*x.shape[:-1], -1, self.group_size)
+
+    def _encode(self, x: mx.array, static: Arrays) -> Arrays:
+        codes, scales, zeros = uniform_codes(self._grouped(x), self.code_bits, -1)
+        flat = codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+        return pack_codes(flat, self.code_bits), scales[..., 0], zeros[..., 0]
+
+    def _decode(self, codes: Codes) -> mx.array:
+        words, scales, zeros = codes.arrays
+        groups = self._groups(codes.head_dim)
+        padded = groups * self.group_size
+        steps = unpack_codes(words, self.code_bits, codes.head_dim)
+        if padded != codes.head_dim:
+            steps = mx.pad(steps, [(0, 0)] * 3 + [(0, padded - codes.head_dim)])
+        grouped = steps.reshape(*words.shape[:-1], groups, self.group_size).astype(mx.float32)
+        x = grouped * scales[..., None].astype(mx.float32) + zeros[..., None].astype(mx.float32)
+        return x.reshape(*words.shape[:-1], padded)[..., : codes.head_dim]
+
+
+@QUANTIZERS.register("kivi_keys")
+@dataclass(frozen=True)
+class PerChannelAffine(Quantizer):
+    """Groups of neighbouring tokens of one channel: keys have channels of very different size.
+
+    ``group_size`` tokens are encoded together; a cache keeps fewer in fp16 until the group is full. Costs
+    ``code_bits + 32/group_size`` bits per value.
+
+    Source: KIVI (arXiv 2402.02750), section 3.
+
+    Args:
+        code_bits: width of a code, 1..8.
+        group_size: tokens per group.
+    """
+
+    name: ClassVar[str] = "kivi_keys"
+    code_bits: int = 2
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_code_bits(self.code_bits)
+        check_group(self.group_size)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens per group."""
+        return self.group_size
+
+    def layout(self, head_dim: int) -> tuple[ArraySpec, ...]:
+        """Packed codes (token by token), scales and zero points of the channels."""
+        return (
+            ArraySpec("codes", self.group_size * packed_words(head_dim, self.code_bits), mx.uint32),
+            ArraySpec("scales", head_dim, mx.float16),
+            ArraySpec("zeros", head_dim, mx.float16),
+        )
+
+    def _encode(self, x: mx.array, static: Arrays) -> Arrays:
+        n_batch, n_heads, n_tokens, head_dim = x.shape
+        n_blocks = n_tokens // self.group_size
+        blocks = x.reshape(n_batch, n_heads, n_blocks, self.group_size, head_dim)
+        codes, scales, zeros = uniform_codes(blocks, self.code_bits, -2)
+        words = self.group_size * packed_words(head_dim, self.code_bits)
+        packed = pack_codes(codes, self.code_bits).reshape(n_batch, n_heads, n_blocks, words)
+        return packed, scales[..., 0, :], zeros[..., 0, :]
+
+    def _decode(self, codes: Codes) -> mx.array:
+        words, scales, zeros = codes.arrays
+        n_batch, n_heads, n_blocks, _ = words.shape
+        rows = words.reshape(n_batch, n_heads, n_blocks, self.group_size, -1)
+        steps = unpack_codes(rows, self.code_bits, codes.head_dim).astype(mx.float32)
+        x = steps * scales[..., None, :].astype(mx.float32) + zeros[..., None, :].astype(mx.float32)
+        return x.reshape(n_batch, n_heads, n_blocks * self.group_size, codes.head_dim)
