@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,7 +21,6 @@ from veloxbench.records import ModelRef, Subject, Suite, TextRef
 
 REFERENCE = Arm("fp16")
 SEED = 0
-PROFILES = ("quick", "default", "full")
 
 
 class _Strict(BaseModel):
@@ -155,8 +154,31 @@ class Measurement:
         return f"{self.subject.suite}/{self.subject.protocol} {self.arm.label}"
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid, before any model or text is there: what a measurement will be called."""
+
+    suite: Suite
+    protocol: str
+    task: Protocol | Timing | MemorySpec
+    arm: Arm
+    sequences: int
+    length: int
+    """Tokens per sequence; one more than is fed is the last target."""
+
+
+def cells(grid: Grid) -> list[Cell]:
+    """Every place of the grid for one model, in the order in which to measure."""
+    arms = [REFERENCE, *grid.arm_list()]
+    return [
+        Cell(suite, name, task, arm, sequences, length)
+        for suite, name, task, sequences, length in _tasks(grid)
+        for arm in arms
+    ]
+
+
 def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) -> list[Measurement]:
-    """Every measurement of one model, in the order in which to make them.
+    """Every measurement of one model, one per cell and in the same order.
 
     Raises:
         UsageError: the text is too short, or a window exceeds the model's context.
@@ -168,24 +190,27 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
         config_sha256=handle.config_sha256,
         n_layers=grid.n_layers,
     )
-    arms = [REFERENCE, *grid.arm_list()]
+    blocks: dict[tuple[int, int], TokenBlock] = {}
     found = []
-    for suite, name, task, sequences, length in _tasks(grid):
-        if length > handle.context:
-            raise UsageError(f"{suite}/{name} needs {length} tokens of context, {handle.name} has {handle.context}")
-        block = token_block(text, tokenizer, n_sequences=sequences, length=length)
-        for arm in arms:
-            subject = Subject(
-                suite=suite,
-                protocol=name,
-                model=model,
-                method=arm.ref(),
-                text=TextRef(name=block.text, tokens_sha256=block.sha256),
-                settings={**_settings(task), "seed": SEED},
-                harness=harness_hash(),
-                machine_class=machine_class(suite),
+    for cell in cells(grid):
+        if cell.length > handle.context:
+            raise UsageError(
+                f"{cell.suite}/{cell.protocol} needs {cell.length} tokens of context, {handle.name} has {handle.context}"
             )
-            found.append(Measurement(subject, arm, task, block))
+        size = (cell.sequences, cell.length)
+        if size not in blocks:
+            blocks[size] = token_block(text, tokenizer, n_sequences=cell.sequences, length=cell.length)
+        subject = Subject(
+            suite=cell.suite,
+            protocol=cell.protocol,
+            model=model,
+            method=cell.arm.ref(),
+            text=TextRef(name=blocks[size].text, tokens_sha256=blocks[size].sha256),
+            settings={**_settings(cell.task), "seed": SEED},
+            harness=harness_hash(),
+            machine_class=machine_class(cell.suite),
+        )
+        found.append(Measurement(subject, cell.arm, cell.task, blocks[size]))
     return found
 
 
@@ -194,7 +219,6 @@ def _settings(task: Protocol | Timing | MemorySpec) -> Mapping[str, Any]:
 
 
 def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Protocol | Timing | MemorySpec, int, int]]:
-    """``(suite, protocol name, task, sequences, tokens each)``; one token more than is fed is the last target."""
     if "perplexity" in grid.suites:
         for protocol in grid.protocols:
             yield "perplexity", protocol.name, protocol, protocol.sequences, protocol.n_tokens + 1
@@ -205,6 +229,3 @@ def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Protocol | Timing | MemoryS
         for depth in sizes.depths:
             timing = Timing(depth, sizes.pairs, sizes.steps, sizes.prefill_pairs)
             yield "throughput", f"depth {depth}", timing, 1, timing.n_tokens
-
-
-ProfileName = Literal["quick", "default", "full"]

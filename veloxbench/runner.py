@@ -92,7 +92,7 @@ def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, acc
     failures: list[Failure] = []
     # every model and text is there, and every window fits, before the first minute is spent
     handles = [resolve_model(name, reporter=reporter, accept_licence=accept_licence) for name in grid.models]
-    plans = [(handle, _plan(grid, handle, reporter)) for handle in handles]
+    plans = [(handle, plan_model(grid, handle, reporter)) for handle in handles]
     for handle, plan in plans:
         pending = [item for item in plan if store.get(item.subject.key) is None]
         keys += [item.subject.key for item in plan]
@@ -127,7 +127,8 @@ def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, acc
     return Outcome(tuple(keys), measured, resumed, tuple(failures))
 
 
-def _plan(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Measurement]:
+def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Measurement]:
+    """The measurements of one model, its text fetched and tokenized."""
     text = load_text(grid.corpus, "evaluation", reporter=reporter)
     tokenizer = load_tokenizer(handle.directory)  # type: ignore[no-untyped-call]
     return measurements(grid, handle, text, tokenizer)

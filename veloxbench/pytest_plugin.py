@@ -1,0 +1,129 @@
+"""The suites as pytest items: the same plan, runner and store as ``veloxbench run``.
+
+``pytest suites`` runs the smoke grid (the default model's real weights cut to four layers) into a temporary
+folder. ``pytest suites --benchmark`` measures a profile into ``results/``, resumes by key, and writes
+BENCHMARK_RESULTS.md there. A test module names its suite in ``SUITE`` and receives the fixture ``record``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from veloxbench.plan import Grid, Measurement
+    from veloxbench.records import Record
+    from veloxbench.runner import Session
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare ``--benchmark`` (a plain switch: pytest-benchmark owns the ``--benchmark-*`` names) and its sizes."""
+    group = parser.getgroup("veloxbench")
+    group.addoption(
+        "--benchmark", action="store_true", default=False, help="measure a whole profile; without it, a smoke run"
+    )
+    group.addoption("--veloxbench-profile", default="default", help="quick, default or full (with --benchmark)")
+    group.addoption("--veloxbench-models", default="", help="models in place of the profile's, separated by commas")
+    group.addoption("--veloxbench-out", default="results", help="folder of the records (with --benchmark)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernel timings (pytest-benchmark) run once as plain tests unless measuring."""
+    if not config.getoption("--benchmark") and hasattr(config.option, "benchmark_disable"):
+        config.option.benchmark_disable = True
+
+
+def _grid(config: pytest.Config) -> Grid:
+    from veloxbench.plan import customise, load_grid
+
+    grid = load_grid(config.getoption("--veloxbench-profile") if config.getoption("--benchmark") else "smoke")
+    chosen = [name for name in config.getoption("--veloxbench-models").split(",") if name]
+    return customise(grid, models=chosen)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One item per model and cell of the grid that belongs to the module's suite."""
+    if "record" not in metafunc.fixturenames:
+        return
+    from veloxbench.plan import cells
+
+    grid = _grid(metafunc.config)
+    suite = metafunc.module.SUITE
+    places = [
+        pytest.param((model, index), id=f"{model}-{cell.protocol}-{cell.arm.label}".replace(" ", "-"))
+        for model in grid.models
+        for index, cell in enumerate(cells(grid))
+        if cell.suite == suite
+    ]
+    metafunc.parametrize("record", places, indirect=True)
+
+
+class SuiteRun:
+    """What the items of one pytest session share: the store, and one loaded model at a time."""
+
+    def __init__(self, grid: Grid, folder: Path) -> None:
+        from veloxbench.store import open_store
+
+        self.grid = grid
+        self.folder = folder
+        self.exits = ExitStack()
+        self.store = self.exits.enter_context(open_store(folder))
+        self.plans: dict[str, list[Measurement]] = {}
+        self.session: Session | None = None
+
+    def record(self, model: str, index: int) -> Record:
+        """The record of a cell: from the store, or measured now and kept."""
+        from veloxbench.models import resolve_model
+        from veloxbench.progress import default_reporter
+        from veloxbench.run_progress import LineProgress
+        from veloxbench.runner import Session, plan_model
+
+        handle = resolve_model(model, reporter=default_reporter())
+        if model not in self.plans:
+            self.plans[model] = plan_model(self.grid, handle, default_reporter())
+        item = self.plans[model][index]
+        known = self.store.get(item.subject.key)
+        if known is not None:
+            return known
+        if self.session is None or self.session.handle != handle:
+            if self.session is not None:
+                self.session.close()
+            self.session = Session.open(handle, self.grid.n_layers, LineProgress())
+        record = self.session.measure(item, lambda _: None)
+        self.store.append(record)
+        return record
+
+    def close(self) -> None:
+        """Write the page and free model and store."""
+        from veloxbench.cli import PAGE, write_text
+        from veloxbench.report.markdown import render
+
+        if self.session is not None:
+            self.session.close()
+        if self.store.records():
+            write_text(self.folder / PAGE, render(self.store.records()))
+        self.exits.close()
+
+
+@pytest.fixture(scope="session")
+def suite_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SuiteRun]:
+    """The run behind every item of this pytest session."""
+    config = request.config
+    measuring = config.getoption("--benchmark")
+    folder = Path(config.getoption("--veloxbench-out")) if measuring else tmp_path_factory.mktemp("smoke")
+    run = SuiteRun(_grid(config), folder)
+    yield run
+    run.close()
+
+
+@pytest.fixture
+def record(request: Any, suite_run: SuiteRun) -> Record:
+    """The item's record; an unsupported configuration skips with the reason."""
+    found = suite_run.record(*request.param)
+    if found.status == "unsupported":
+        pytest.skip(found.reason or "not supported")
+    return found
