@@ -128,6 +128,17 @@ def _check_mask(mask: mx.array, n_batch: int, n_tokens: int) -> mx.array:
     return mx.broadcast_to(mask, (n_batch, 1, 1, n_tokens)).reshape(n_batch, n_tokens)
 
 
+def decode_side(side: PackedSide, n_packed: int) -> mx.array:
+    """All tokens of a side in time order, ``[B, n_kv_heads, tokens, D]`` fp32."""
+    parts = [] if side.sinks is None else [side.sinks.astype(mx.float32)]
+    if n_packed:
+        words, norms = side.words[:, :, :n_packed], side.norms[:, :, :n_packed]
+        tables = (side.centroids, side.signs, side.code_bits)
+        parts.append(unpack_dequantize_unrotate_reference(words, norms, *tables, mx.float32))
+    parts += [] if side.tail is None else [side.tail.astype(mx.float32)]
+    return mx.concatenate(parts, axis=2)
+
+
 def fused_attention_reference(
     queries: mx.array,
     keys: PackedSide,
@@ -137,29 +148,16 @@ def fused_attention_reference(
     mask: mx.array | None = None,
 ) -> mx.array:
     """The definition: decode everything in fp32, then softmax attention in fp32; zeros where no token is visible."""
-
-    def decoded(side: PackedSide) -> mx.array:
-        parts = [] if side.sinks is None else [side.sinks.astype(mx.float32)]
-        if n_packed:
-            words, norms = side.words[:, :, :n_packed], side.norms[:, :, :n_packed]
-            parts.append(
-                unpack_dequantize_unrotate_reference(
-                    words, norms, side.centroids, side.signs, side.code_bits, mx.float32
-                )
-            )
-        parts += [] if side.tail is None else [side.tail.astype(mx.float32)]
-        return mx.concatenate(parts, axis=2)
-
     n_batch, n_heads, _, head_dim = queries.shape
     n_kv_heads = keys.words.shape[1]
     grouped = queries.astype(mx.float32).reshape(n_batch, n_kv_heads, n_heads // n_kv_heads, head_dim) * scale
-    scores = grouped @ decoded(keys).swapaxes(-1, -2)
+    scores = grouped @ decode_side(keys, n_packed).swapaxes(-1, -2)
     if mask is not None:
         scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask.astype(mx.float32)
     top = mx.maximum(mx.max(scores, axis=-1, keepdims=True), mx.finfo(mx.float32).min)
     weights = mx.exp(scores - top)
     total = mx.sum(weights, axis=-1, keepdims=True)
-    out = mx.where(total > 0, (weights @ decoded(values)) / mx.maximum(total, 1e-38), 0)
+    out = mx.where(total > 0, (weights @ decode_side(values, n_packed)) / mx.maximum(total, 1e-38), 0)
     return out.reshape(queries.shape).astype(queries.dtype)
 
 

@@ -25,6 +25,7 @@ from veloxquant_kernels.rotation import hadamard_transform, rotate, unrotate
 from veloxquant_kernels.unpack_codes import unpack_codes
 from veloxquant_kernels.unpack_dequantize_unrotate import unpack_dequantize_unrotate
 from veloxquant_kernels.unpack_trits import unpack_trits
+from veloxquant_kernels.verify import same_bits
 from veloxquant_mlx.quantizers.affine import Affine, PerChannelAffine
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.transforms.rotation import rotation_matrix, rotation_signs
@@ -69,14 +70,6 @@ def turboquant_tables(head_dim, code_bits, seed=0):
     return rotation_signs(head_dim, seed), edges, centroids
 
 
-def same(a, b):
-    """Equal shapes, dtypes and bits."""
-    assert a.dtype == b.dtype
-    assert a.shape == b.shape
-    bits = {2: mx.uint16, 4: mx.uint32, 1: mx.uint8}[a.dtype.size]
-    return bool(mx.array_equal(a.view(bits), b.view(bits)))
-
-
 # ---- packing -------------------------------------------------------------------------------------
 
 
@@ -94,10 +87,10 @@ def test_codes_are_packed_and_unpacked_as_defined(code_bits, head_dim, checked):
     """Words equal the definition's and the cache's own packing; every thread's accesses are in bounds."""
     codes = random_codes((2, 3, head_dim), 1 << code_bits)
     words = pack_codes(codes, code_bits, backend="emulator")
-    assert same(words, pack_codes_reference(codes, code_bits))
-    assert same(words, impl_packing.pack_codes(codes, code_bits))
-    assert same(unpack_codes(words, code_bits, head_dim, backend="emulator"), codes)
-    assert same(unpack_codes(words, code_bits, head_dim, backend="reference"), codes)
+    assert same_bits(words, pack_codes_reference(codes, code_bits))
+    assert same_bits(words, impl_packing.pack_codes(codes, code_bits))
+    assert same_bits(unpack_codes(words, code_bits, head_dim, backend="emulator"), codes)
+    assert same_bits(unpack_codes(words, code_bits, head_dim, backend="reference"), codes)
 
 
 @pytest.mark.parametrize("n_codes", [1, 2, 5, 7, 31, 32, 33, 65])
@@ -106,8 +99,8 @@ def test_odd_row_lengths_pack(n_codes, code_bits, checked):
     """Rows that fill no whole word, down to one code (inputs below 8 elements arrive in constant memory)."""
     codes = random_codes((1, n_codes), 1 << code_bits).astype(mx.uint32)
     words = pack_codes(codes, code_bits, backend="emulator")
-    assert same(words, pack_codes_reference(codes, code_bits))
-    assert same(unpack_codes(words, code_bits, n_codes, backend="emulator"), codes.astype(mx.uint8))
+    assert same_bits(words, pack_codes_reference(codes, code_bits))
+    assert same_bits(unpack_codes(words, code_bits, n_codes, backend="emulator"), codes.astype(mx.uint8))
 
 
 def test_packing_reads_and_writes_each_byte_once(checked):
@@ -123,10 +116,10 @@ def test_trits_are_packed_and_unpacked_as_defined(n_trits, checked):
     """Bytes equal the definition's and the cache's own packing."""
     trits = random_codes((3, 7, n_trits), 3)
     data = pack_trits(trits, backend="emulator")
-    assert same(data, pack_trits(trits, backend="reference"))
-    assert same(data, impl_packing.pack_trits(trits))
-    assert same(unpack_trits(data, n_trits, backend="emulator"), trits)
-    assert same(unpack_trits(data, n_trits, backend="reference"), trits)
+    assert same_bits(data, pack_trits(trits, backend="reference"))
+    assert same_bits(data, impl_packing.pack_trits(trits))
+    assert same_bits(unpack_trits(data, n_trits, backend="emulator"), trits)
+    assert same_bits(unpack_trits(data, n_trits, backend="reference"), trits)
 
 
 # ---- rotation ------------------------------------------------------------------------------------
@@ -153,11 +146,11 @@ def test_turboquant_matches_its_definition(code_bits, head_dim, length, dtype, c
     x = gaussian((1, 1, length, head_dim), dtype)
     words, norms = rotate_quantize_pack(x, signs, edges, code_bits, backend="emulator")
     expected_words, expected_norms = rotate_quantize_pack(x, signs, edges, code_bits, backend="reference")
-    assert same(words, expected_words)
-    assert same(norms, expected_norms)
+    assert same_bits(words, expected_words)
+    assert same_bits(norms, expected_norms)
     tables = (norms, centroids, signs, code_bits, dtype)
     decoded = unpack_dequantize_unrotate(words, *tables, backend="emulator")
-    assert same(decoded, unpack_dequantize_unrotate(words, *tables, backend="reference"))
+    assert same_bits(decoded, unpack_dequantize_unrotate(words, *tables, backend="reference"))
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -194,7 +187,7 @@ def test_codes_do_not_depend_on_the_schedule(seed, compiler):
     expected, _ = rotate_quantize_pack(x, signs, edges, 3, backend="reference")
     with emulator.session("checked", seed):
         words, _ = rotate_quantize_pack(x, signs, edges, 3, backend="emulator")
-    assert same(words, expected)
+    assert same_bits(words, expected)
 
 
 def test_a_transposed_input_is_encoded_in_row_order(checked):
@@ -204,7 +197,7 @@ def test_a_transposed_input_is_encoded_in_row_order(checked):
     swapped = x.transpose(0, 2, 1, 3)
     words, _ = rotate_quantize_pack(swapped, signs, edges, 4, backend="emulator")
     expected, _ = rotate_quantize_pack(x, signs, edges, 4, backend="emulator")
-    assert same(words, mx.contiguous(expected.transpose(0, 2, 1, 3)))
+    assert same_bits(words, mx.contiguous(expected.transpose(0, 2, 1, 3)))
 
 
 # ---- affine and KIVI -----------------------------------------------------------------------------
@@ -216,10 +209,10 @@ def test_affine_matches_its_definition(code_bits, head_dim, length, dtype, check
     x, group_size = gaussian((2, length, head_dim), dtype), 32  # does not divide 48 and 80
     packed = affine_quantize_pack(x, code_bits, group_size, backend="emulator")
     for ours, expected in zip(packed, affine_quantize_pack(x, code_bits, group_size, backend="reference"), strict=True):
-        assert same(ours, expected)
+        assert same_bits(ours, expected)
     arguments = (*packed, code_bits, head_dim, group_size, dtype)
     decoded = affine_unpack_dequantize(*arguments, backend="emulator")
-    assert same(decoded, affine_unpack_dequantize(*arguments, backend="reference"))
+    assert same_bits(decoded, affine_unpack_dequantize(*arguments, backend="reference"))
 
 
 @cases
@@ -229,10 +222,10 @@ def test_kivi_matches_its_definition(code_bits, head_dim, length, dtype, checked
     x = gaussian((2, 2 * group_size, head_dim), dtype)
     packed = kivi_quantize_pack(x, code_bits, group_size, backend="emulator")
     for ours, expected in zip(packed, kivi_quantize_pack(x, code_bits, group_size, backend="reference"), strict=True):
-        assert same(ours, expected)
+        assert same_bits(ours, expected)
     arguments = (*packed, code_bits, head_dim, group_size, dtype)
     decoded = affine_unpack_dequantize(*arguments, per_channel=True, backend="emulator")
-    assert same(decoded, affine_unpack_dequantize(*arguments, per_channel=True, backend="reference"))
+    assert same_bits(decoded, affine_unpack_dequantize(*arguments, per_channel=True, backend="reference"))
 
 
 @pytest.mark.parametrize("code_bits", WIDTHS)
@@ -242,12 +235,12 @@ def test_affine_and_kivi_agree_with_the_quantizers(code_bits):
     for ours, theirs in zip(
         affine_quantize_pack(x, code_bits, 32, backend="reference"), Affine(code_bits, 32).encode(x).arrays, strict=True
     ):
-        assert same(ours, theirs)
+        assert same_bits(ours, theirs)
     words, scales, zeros = kivi_quantize_pack(x, code_bits, 32, backend="reference")
     expected = PerChannelAffine(code_bits, 32).encode(x).arrays
-    assert same(words.reshape(expected[0].shape), expected[0])
-    assert same(scales, expected[1])
-    assert same(zeros, expected[2])
+    assert same_bits(words.reshape(expected[0].shape), expected[0])
+    assert same_bits(scales, expected[1])
+    assert same_bits(zeros, expected[2])
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -272,7 +265,7 @@ def test_a_constant_group_has_scale_zero(checked):
     words, scales, zeros = affine_quantize_pack(x, 4, 32, backend="emulator")
     assert float(mx.max(mx.abs(scales))) == 0
     decoded = affine_unpack_dequantize(words, scales, zeros, 4, 64, 32, mx.float32, backend="emulator")
-    assert same(decoded, x)
+    assert same_bits(decoded, x)
 
 
 # ---- bad input -----------------------------------------------------------------------------------

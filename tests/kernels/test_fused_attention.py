@@ -15,13 +15,11 @@ from veloxquant_kernels.fused_attention import (
     fused_attention_reference,
     threadgroup_bytes,
 )
+from veloxquant_kernels.verify import attention_error
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.transforms.rotation import rotation_signs
 
 pytestmark = pytest.mark.usefixtures("compiler")
-
-HALF_ULP = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}
-"""Relative error of rounding the result once."""
 
 
 def packed_side(rng, n_batch, n_kv_heads, slots, head_dim, code_bits, n_sinks=0, n_tail=0, seed=0):
@@ -41,31 +39,6 @@ def packed_side(rng, n_batch, n_kv_heads, slots, head_dim, code_bits, n_sinks=0,
 
 def make_queries(rng, n_batch, n_heads, head_dim, dtype=mx.float32):
     return mx.array(rng.standard_normal((n_batch, n_heads, 1, head_dim)).astype(np.float32)).astype(dtype)
-
-
-def attention_error(out, queries, keys, values, n_packed, scale, mask=None):
-    """Largest error relative to its bound, which is 1.
-
-    fp32 sums of D products err by at most D 2^-24 of the sum of magnitudes, |q| |k| scale (twice: the rotated query
-    is itself such a sum); a score's error moves a weight by as much, relatively, and the output by twice that times
-    the largest value. The result is rounded once to the queries' dtype, the reference's to fp32.
-    """
-    exact = fused_attention_reference(queries.astype(mx.float32), keys, values, n_packed, scale, mask)
-    head_dim = queries.shape[-1]
-    parts = [side.sinks for side in (keys, values)], [side.tail for side in (keys, values)]
-
-    def largest(side, plain):
-        norms = mx.max(side.norms.astype(mx.float32)) * head_dim**0.5 * 1.5  # codes may exceed unit variance
-        return max(
-            [float(norms)] + [float(mx.max(mx.sqrt(mx.sum(mx.square(p.astype(mx.float32)), -1)))) for p in plain]
-        )
-
-    key_norm = largest(keys, [p for p in (parts[0][0], parts[1][0]) if p is not None])
-    value_norm = largest(values, [p for p in (parts[0][1], parts[1][1]) if p is not None])
-    query_norm = float(mx.max(mx.sqrt(mx.sum(mx.square(queries.astype(mx.float32)), -1))))
-    score_error = 2 * head_dim * 2.0**-24 * query_norm * key_norm * scale
-    bound = HALF_ULP[queries.dtype] * mx.abs(exact) + (2 * score_error + head_dim * 2.0**-24) * value_norm
-    return float(mx.max(mx.abs(out.astype(mx.float32) - exact) / bound))
 
 
 PLAIN = [(0, 0), (4, 0), (0, 32), (4, 45)]

@@ -41,7 +41,7 @@ _KERNEL_FLAGS: dict[Mode, tuple[str, ...]] = {
         *_REFUSED,
         "-fsanitize=thread,shift,bounds,integer-divide-by-zero,signed-integer-overflow,float-cast-overflow",
     ),
-    "coverage": ("-std=c++14", "-O0", "--coverage", *_REFUSED),
+    "coverage": ("-std=c++14", "-O0", "--coverage", "-DVQ_COVERAGE", *_REFUSED),
 }
 
 _THREADGROUP_DECLARATION = re.compile(r"\bthreadgroup[ ]([A-Za-z_][\w:]*)[ ](\w+)\[([^\[\];]+)\];")
@@ -194,6 +194,11 @@ def build(generated: GeneratedSource, mode: Mode, *, atomic_outputs: bool = Fals
         CompilationFailed: the text is not valid; the compiler's messages are in the exception.
     """
     return _build(translation_unit(generated, atomic_outputs), mode, cache_directory())
+
+
+def library_of(source_path: Path) -> Path:
+    """The compiled library of a translation unit in the cache."""
+    return source_path.with_suffix(".so")
 
 
 def source_line(module: Module, pc_offset: int) -> int:

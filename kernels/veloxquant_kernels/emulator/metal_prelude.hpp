@@ -405,6 +405,15 @@ VQ_NO_CHECKS bool atomic_compare_exchange_weak_explicit(atomic<T>* object, T* ex
 
 using namespace metal;
 
+#ifdef VQ_COVERAGE  // gcov writes its counts at exit, or when asked
+extern "C" void __gcov_dump(void);
+extern "C" void __gcov_reset(void);
+extern "C" __attribute__((visibility("default"))) void vq_write_coverage() {
+  __gcov_dump();
+  __gcov_reset();
+}
+#endif
+
 namespace vq {
 VQ_NO_CHECKS inline uint3 triple(const uint32_t ids[3]) { return uint3(ids[0], ids[1], ids[2]); }
 }  // namespace vq

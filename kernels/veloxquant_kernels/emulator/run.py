@@ -78,13 +78,15 @@ class KernelFault(RuntimeError):
 
     Attributes:
         kind: which rule it broke.
-        body_line: line of the body (from 1); 0 or less where it is not known or lies in the header.
+        body_line: line of the body (from 1); 0 where it is not known, -n for line n of the header.
     """
 
     def __init__(self, kernel: str, kind: FaultKind, body_line: int, detail: str):
         self.kind = kind
         self.body_line = body_line
         where = f"{kernel}.metal:{body_line}" if body_line > 0 else kernel
+        if body_line < 0:
+            where += f" (line {-body_line} of its headers)"
         super().__init__(f"{where}: {kind}: {detail}")
 
 
@@ -184,7 +186,10 @@ def _argument(parameter: Parameter, inputs: Sequence[NDArray[np.generic]], shape
 
 def _body_line(module: Module, generated: GeneratedSource, report: _Report) -> int:
     line = report.line or source_line(module, report.pc_offset)
-    return line - generated.body_line if line else 0  # the translation unit has one line more, its include
+    line -= 1  # the prelude's include
+    if line < 1:
+        return 0
+    return line - generated.body_line + 1 if line >= generated.body_line else -line
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,288 @@
+"""Check every kernel on this machine against its plain-MLX definition.
+
+``verify()`` runs small cases that reach every line of every body: on a Metal device the bodies as they ship, elsewhere
+through the CPU emulator, which also looks for races, out-of-bounds accesses and uninitialised reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from veloxquant_kernels import emulator
+from veloxquant_kernels.affine_quantize_pack import affine_quantize_pack
+from veloxquant_kernels.affine_unpack_dequantize import affine_unpack_dequantize
+from veloxquant_kernels.fused_attention import (
+    PackedSide,
+    decode_side,
+    fused_attention,
+    fused_attention_reference,
+)
+from veloxquant_kernels.kernel import Backend
+from veloxquant_kernels.kivi_quantize_pack import kivi_quantize_pack
+from veloxquant_kernels.pack_codes import pack_codes
+from veloxquant_kernels.pack_trits import pack_trits
+from veloxquant_kernels.rotate_quantize_pack import rotate_quantize_pack, rotate_quantize_pack_reference
+from veloxquant_kernels.unpack_codes import unpack_codes
+from veloxquant_kernels.unpack_dequantize_unrotate import unpack_dequantize_unrotate
+from veloxquant_kernels.unpack_trits import unpack_trits
+
+ROUNDING = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}
+"""Relative error of rounding a result once to a dtype."""
+
+SLACK = 8
+"""Standard deviations of rounding error that bound it, rotation and exp included."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case on one backend.
+
+    Args:
+        kernel: stem of the body.
+        case: what was run.
+        backend: where.
+        error: largest error relative to its bound; codes and decoded values have bound 0, so 0 or infinity.
+        detail: the fault, where there was one.
+    """
+
+    kernel: str
+    case: str
+    backend: Backend
+    error: float
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its bound; NaN is not."""
+        return self.error <= 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named comparison; ``run`` returns the error relative to its bound."""
+
+    kernel: str
+    name: str
+    run: Callable[[Backend], float]
+
+
+def same_bits(a: mx.array, b: mx.array) -> bool:
+    """Whether two arrays agree in dtype, shape and every bit."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[a.dtype.size]
+    return bool(mx.array_equal(a.view(unsigned), b.view(unsigned)))
+
+
+def attention_error(
+    out: mx.array,
+    queries: mx.array,
+    keys: PackedSide,
+    values: PackedSide,
+    n_packed: int,
+    scale: float,
+    mask: mx.array | None = None,
+) -> float:
+    """Largest error of fused attention relative to its bound.
+
+    With rounding errors of random sign, an fp32 sum of products errs by about u |q| |k| (u = 2^-24, whatever its
+    length), as does each stage of the rotation: SLACK times that bounds a score's error. It moves the score's weight
+    by as much, relatively, and the output by at most twice that times the largest value; exp and the sum over tokens
+    add SLACK u of it. The result is rounded once to the queries' dtype.
+
+    Source: Higham & Mary, Sharper probabilistic backward error analysis, SIAM J. Sci. Comput. 42 (2020).
+    """
+    exact = fused_attention_reference(queries.astype(mx.float32), keys, values, n_packed, scale, mask)
+
+    def length(x: mx.array) -> mx.array:
+        return mx.max(mx.sqrt(mx.sum(mx.square(x), axis=-1)))
+
+    decoded_keys, decoded_values = (decode_side(side, n_packed) for side in (keys, values))
+    score_error = SLACK * ROUNDING[mx.float32] * length(queries.astype(mx.float32)) * length(decoded_keys) * scale
+    bound = ROUNDING[queries.dtype] * mx.abs(exact)
+    bound = bound + (2 * score_error + SLACK * ROUNDING[mx.float32]) * mx.max(mx.abs(decoded_values))
+    error = mx.abs(out.astype(mx.float32) - exact) / bound
+    return float(mx.max(mx.where(mx.isnan(error), mx.inf, error)))
+
+
+def _normal(shape: tuple[int, ...], seed: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    x[..., 1] *= 6  # an outlier channel, as keys have
+    return mx.array(x).astype(dtype)
+
+
+def _codes(shape: tuple[int, ...], levels: int, seed: int) -> mx.array:
+    return mx.array(np.random.default_rng(seed).integers(0, levels, shape).astype(np.uint8))
+
+
+def _tables(head_dim: int, code_bits: int, seed: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Signs, edges and ascending centroids: any will do to compare arithmetic."""
+    rng = np.random.default_rng([seed, head_dim, code_bits])
+    signs = rng.choice(np.array([-1, 1], np.float32), head_dim)
+    centroids = np.sort(rng.standard_normal(1 << code_bits)).astype(np.float32)
+    return mx.array(signs), mx.array((centroids[1:] + centroids[:-1]) / 2), mx.array(centroids)
+
+
+def _exact(backend: Backend, call: Callable[[Backend], tuple[mx.array, ...]]) -> float:
+    pairs = zip(call(backend), call("reference"), strict=True)
+    return 0.0 if all(same_bits(a, b) for a, b in pairs) else float("inf")
+
+
+def _packing(code_bits: int, n_codes: int) -> Iterator[Case]:
+    codes = _codes((3, n_codes), 1 << code_bits, code_bits)
+    words = pack_codes(codes, code_bits, backend="reference")
+    name = f"{code_bits} bits, rows of {n_codes}"
+    yield Case("pack_codes", name, lambda b: _exact(b, lambda b: (pack_codes(codes, code_bits, backend=b),)))
+    yield Case(
+        "unpack_codes", name, lambda b: _exact(b, lambda b: (unpack_codes(words, code_bits, n_codes, backend=b),))
+    )
+
+
+def _trits(n_trits: int) -> Iterator[Case]:
+    trits = _codes((3, n_trits), 3, n_trits)
+    data = pack_trits(trits, backend="reference")
+    name = f"rows of {n_trits}"
+    yield Case("pack_trits", name, lambda b: _exact(b, lambda b: (pack_trits(trits, backend=b),)))
+    yield Case("unpack_trits", name, lambda b: _exact(b, lambda b: (unpack_trits(data, n_trits, backend=b),)))
+
+
+def _turboquant(code_bits: int, head_dim: int, dtype: mx.Dtype) -> Iterator[Case]:
+    signs, edges, centroids = _tables(head_dim, code_bits, 1)
+    x = _normal((5, head_dim), 2, dtype)
+    x[4] = 0
+    words, norms = rotate_quantize_pack_reference(x, signs, edges, code_bits)
+    name = f"{code_bits} bits, head_dim {head_dim}, {str(dtype).split('.')[-1]}"
+    yield Case(
+        "rotate_quantize_pack",
+        name,
+        lambda b: _exact(b, lambda b: rotate_quantize_pack(x, signs, edges, code_bits, backend=b)),
+    )
+    yield Case(
+        "unpack_dequantize_unrotate",
+        name,
+        lambda b: _exact(
+            b,
+            lambda b: (unpack_dequantize_unrotate(words, norms, centroids, signs, code_bits, dtype, backend=b),),
+        ),
+    )
+
+
+def _affine(code_bits: int, head_dim: int, group_size: int, dtype: mx.Dtype, per_channel: bool) -> Iterator[Case]:
+    quantize = kivi_quantize_pack if per_channel else affine_quantize_pack
+    x = _normal((2, 2 * group_size if per_channel else 3, head_dim), 3, dtype)
+    x[0, :, 2] = 7.25  # a constant group of a channel
+    packed = quantize(x, code_bits, group_size, backend="reference")
+    name = f"{code_bits} bits, head_dim {head_dim}, groups of {group_size}, {str(dtype).split('.')[-1]}"
+    stem = "kivi_quantize_pack" if per_channel else "affine_quantize_pack"
+    yield Case(stem, name, lambda b: _exact(b, lambda b: quantize(x, code_bits, group_size, backend=b)))
+
+    def dequantize(backend: Backend) -> tuple[mx.array]:
+        arguments = (*packed, code_bits, head_dim, group_size, dtype)
+        return (affine_unpack_dequantize(*arguments, per_channel=per_channel, backend=backend),)
+
+    kind = "per channel" if per_channel else "per token"
+    yield Case("affine_unpack_dequantize", f"{name}, {kind}", lambda b: _exact(b, dequantize))
+
+
+def _attention(
+    bits: tuple[int, int],
+    head_dim: int,
+    group: int,
+    n_packed: int,
+    dtype: mx.Dtype,
+    *,
+    n_sinks: int = 0,
+    n_tail: int = 0,
+    mask: str = "no",
+    split_tokens: int | None = 32,
+    n_batch: int = 2,
+    n_kv_heads: int = 2,
+    spread: float = 1.0,
+) -> Case:
+    def side(code_bits: int, seed: int) -> PackedSide:
+        signs, edges, centroids = _tables(head_dim, code_bits, seed)
+        x = _normal((n_batch, n_kv_heads, n_packed + 3, head_dim), seed)
+        words, norms = rotate_quantize_pack_reference(x, signs, edges, code_bits)
+        norms[:, :, n_packed:] = float("nan")  # slots that are not in use
+        plain = [
+            _normal((n_batch, n_kv_heads, n, head_dim), seed + n, mx.float16) if n else None for n in (n_sinks, n_tail)
+        ]
+        return PackedSide(words, norms, centroids, signs, code_bits, *plain)
+
+    keys, values = side(bits[0], 4), side(bits[1], 5)
+    queries = _normal((n_batch, n_kv_heads * group, 1, head_dim), 6, dtype)
+    visible = np.random.default_rng(7).random((n_batch, 1, 1, n_packed + n_sinks + n_tail)) < 0.7
+    visible[0, ..., :32] = False  # a whole tile that one sequence does not see
+    masks = {"no": None, "bool": mx.array(visible), "additive": mx.array(np.where(visible, 0.25, -1e4)).astype(dtype)}
+    scale = spread * head_dim**-0.5
+
+    def run(backend: Backend) -> float:
+        out = fused_attention(
+            queries,
+            keys,
+            values,
+            n_packed,
+            scale=scale,
+            mask=masks[mask],
+            split_tokens=split_tokens,
+            backend=backend,
+        )
+        return attention_error(out, queries, keys, values, n_packed, scale, masks[mask])
+
+    name = (
+        f"K{bits[0]}V{bits[1]}, head_dim {head_dim}, {group} queries a head, {n_sinks} + {n_packed} + {n_tail} tokens, "
+        f"{mask} mask, scores x {spread:g}, {str(dtype).split('.')[-1]}"
+    )
+    return Case("fused_attention", name, run)
+
+
+def cases() -> Iterator[Case]:
+    """The cases, kernel by kernel."""
+    for code_bits, n_codes in ((1, 33), (3, 65), (4, 64), (5, 7), (8, 80)):
+        yield from _packing(code_bits, n_codes)
+    for n_trits in (3, 5, 64):
+        yield from _trits(n_trits)
+    yield from _turboquant(1, 64, mx.float16)
+    yield from _turboquant(3, 48, mx.bfloat16)
+    yield from _turboquant(8, 80, mx.float32)
+    yield from _affine(4, 80, 32, mx.float16, per_channel=False)
+    yield from _affine(3, 64, 2, mx.float32, per_channel=False)
+    yield from _affine(2, 80, 5, mx.bfloat16, per_channel=True)
+    yield from _affine(7, 48, 3, mx.float32, per_channel=True)
+    yield _attention((4, 2), 64, 3, 70, mx.float16, n_sinks=4, n_tail=9)
+    yield _attention((3, 5), 48, 5, 40, mx.float32, mask="bool", n_tail=3)
+    yield _attention((8, 1), 80, 1, 64, mx.bfloat16, n_sinks=2, mask="additive")
+    yield _attention((2, 3), 64, 3, 1100, mx.float32, n_batch=1, n_kv_heads=1)
+    yield _attention((4, 4), 64, 2, 96, mx.float32, n_tail=40, spread=30)  # scores far beyond exp's range
+    yield _attention((1, 8), 128, 4, 33, mx.float32, n_sinks=33, n_tail=31, mask="bool", split_tokens=None)
+
+
+def verify(backend: Backend | None = None, seed: int = 1) -> list[Outcome]:
+    """Run every case.
+
+    Args:
+        backend: ``"metal"`` or ``"emulator"``; None takes Metal if there is a device, else the emulator.
+        seed: scheduling order of the emulator.
+
+    Returns:
+        One outcome a case, in order; a fault of the emulator or of Metal's compiler is an outcome, not an exception.
+    """
+    if backend is None:
+        backend = "metal" if mx.metal.is_available() else "emulator"
+    return [run_case(case, backend, seed) for case in cases()]
+
+
+def run_case(case: Case, backend: Backend, seed: int = 1) -> Outcome:
+    """Run one case; see :func:`verify`."""
+    outcome = Outcome(case.kernel, case.name, backend, float("inf"))
+    scope = emulator.session("checked", seed) if backend == "emulator" else contextlib.nullcontext()
+    with scope:
+        try:
+            return replace(outcome, error=case.run(backend))
+        except RuntimeError as fault:
+            return replace(outcome, detail=str(fault))

@@ -1,0 +1,60 @@
+"""The verification that users run: it reaches every line of every body, passes here, and notices a wrong body."""
+
+import shutil
+
+import pytest
+
+from veloxquant_kernels import emulator, kernel, verify
+from veloxquant_kernels.emulator.coverage import line_coverage
+from veloxquant_kernels.kernel import FOLDER, metal_text
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+STEMS = sorted(path.stem for path in FOLDER.glob("*.metal"))
+
+
+def test_every_kernel_verifies():
+    """All cases pass through the emulator with its checks, and every kernel has one."""
+    outcomes = verify.verify("emulator")
+    assert [f"{o.kernel}, {o.case}: {o.error} {o.detail}" for o in outcomes if not o.passed] == []
+    wrappers = {path.stem for path in FOLDER.glob("*.py")}
+    launched_by = {"fused_attention_merge": "fused_attention"}
+    assert {launched_by.get(stem, stem) for stem in STEMS if stem in wrappers or stem in launched_by} - {
+        "rotation"
+    } == {o.kernel for o in outcomes}
+
+
+def test_a_wrong_body_is_an_outcome(monkeypatch):
+    """A body with another shift fails its cases; one that reads out of bounds fails with the fault as detail."""
+    original = metal_text("packing")
+
+    def outcomes(old, new):
+        assert old in original
+        wrong = original.replace(old, new)
+        monkeypatch.setattr(kernel, "metal_text", lambda stem: wrong if stem == "packing" else metal_text(stem))
+        return [verify.run_case(case, "emulator") for case in verify.cases() if case.kernel == "unpack_codes"]
+
+    assert any(not o.passed and not o.detail for o in outcomes("(32 - shift)", "(31 - shift)"))
+    assert any("out of bounds" in o.detail for o in outcomes("const uint word = bit / 32", "const uint word = bit / 4"))
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf"), 1.01])
+def test_an_outcome_beyond_its_bound_fails(error):
+    """NaN is not a pass."""
+    assert not verify.Outcome("kernel", "case", "emulator", error).passed
+
+
+def test_every_line_of_every_body_runs(tmp_path, monkeypatch):
+    """gcov: each executable line of each shipped body and header runs in the verification's cases."""
+    if not shutil.which("gcov"):
+        pytest.skip("gcov is not installed")
+    monkeypatch.setenv("VELOXBENCH_CACHE", str(tmp_path))
+    with emulator.session("coverage") as record:
+        for case in verify.cases():
+            case.run("emulator")
+    covered = line_coverage(record.launches, {stem: metal_text(stem) for stem in STEMS})
+    executable = {stem: lines for stem, lines in covered.items() if lines}
+    assert set(STEMS) - set(executable) <= {"exact"}  # a pragma is no statement
+    missed = {stem: [n for n, count in lines.items() if count == 0] for stem, lines in executable.items()}
+    assert {stem: lines for stem, lines in missed.items() if lines} == {}
+    assert sum(map(len, executable.values())) > 150
