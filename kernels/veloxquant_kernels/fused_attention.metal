@@ -67,7 +67,6 @@ if (packed) {
     hadamard<HEAD_DIM, ORDER, false>(
         query + g * HEAD_DIM, scratch + (ORDER > 1 ? simdgroup * HEAD_DIM : 0), lane);
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 const float unit = packed ? 1.0f / sqrt(float(HEAD_DIM)) : 1.0f;
 

@@ -19,8 +19,8 @@ inline bool paley_negative(uint row, uint column) {
 }
 
 // Multiplies x by the unscaled Hadamard matrix (its transpose for TRANSPOSED). x and scratch hold HEAD_DIM values of
-// threadgroup memory each; the result is in x. Every lane of the simdgroup must call this; it begins and ends with a
-// barrier of the simdgroup.
+// threadgroup memory each; the result is in x. Every lane of the simdgroup must call this. It begins with a barrier of
+// the simdgroup; at its end lane i % 32 may read x[i], and other lanes need a barrier first.
 template <int HEAD_DIM, int ORDER, bool TRANSPOSED, typename Row>
 inline void hadamard(Row x, Row scratch, uint lane) {
   simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -48,6 +48,5 @@ inline void hadamard(Row x, Row scratch, uint lane) {
     for (uint i = lane; i < HEAD_DIM; i += 32) {
       x[i] = scratch[i];
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 }

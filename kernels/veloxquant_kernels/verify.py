@@ -134,7 +134,7 @@ def _exact(backend: Backend, call: Callable[[Backend], tuple[mx.array, ...]]) ->
 
 
 def _packing(code_bits: int, n_codes: int) -> Iterator[Case]:
-    codes = _codes((3, n_codes), 1 << code_bits, code_bits)
+    codes = _codes((3, n_codes), 256, code_bits)  # bits above the width are dropped
     words = pack_codes(codes, code_bits, backend="reference")
     name = f"{code_bits} bits, rows of {n_codes}"
     yield Case("pack_codes", name, lambda b: _exact(b, lambda b: (pack_codes(codes, code_bits, backend=b),)))
@@ -218,6 +218,7 @@ def _attention(
     queries = _normal((n_batch, n_kv_heads * group, 1, head_dim), 6, dtype)
     visible = np.random.default_rng(7).random((n_batch, 1, 1, n_packed + n_sinks + n_tail)) < 0.7
     visible[0, ..., :32] = False  # a whole tile that one sequence does not see
+    visible[2:] = False  # a sequence that sees nothing
     masks = {"no": None, "bool": mx.array(visible), "additive": mx.array(np.where(visible, 0.25, -1e4)).astype(dtype)}
     scale = spread * head_dim**-0.5
 
@@ -255,11 +256,11 @@ def cases() -> Iterator[Case]:
     yield from _affine(2, 80, 5, mx.bfloat16, per_channel=True)
     yield from _affine(7, 48, 3, mx.float32, per_channel=True)
     yield _attention((4, 2), 64, 3, 70, mx.float16, n_sinks=4, n_tail=9)
-    yield _attention((3, 5), 48, 5, 40, mx.float32, mask="bool", n_tail=3)
+    yield _attention((3, 5), 48, 5, 65, mx.float32, mask="bool", n_tail=3)
     yield _attention((8, 1), 80, 1, 64, mx.bfloat16, n_sinks=2, mask="additive")
     yield _attention((2, 3), 64, 3, 1100, mx.float32, n_batch=1, n_kv_heads=1)
-    yield _attention((4, 4), 64, 2, 96, mx.float32, n_tail=40, spread=30)  # scores far beyond exp's range
-    yield _attention((1, 8), 128, 4, 33, mx.float32, n_sinks=33, n_tail=31, mask="bool", split_tokens=None)
+    yield _attention((4, 4), 256, 2, 97, mx.float32, n_tail=40, spread=30)  # scores far beyond exp's range
+    yield _attention((1, 8), 128, 4, 33, mx.float32, n_sinks=33, n_tail=31, mask="bool", split_tokens=None, n_batch=3)
 
 
 def verify(backend: Backend | None = None, seed: int = 1) -> list[Outcome]:
