@@ -104,6 +104,20 @@ def threadgroup_bytes(head_dim: int, group: int, key_bits: int, value_bits: int)
     return 4 * (group * per_query + scratch + tables + TILE * stride + 3 * TILE)
 
 
+def unsupported(head_dim: int, group: int, key_bits: int, value_bits: int) -> str | None:
+    """Why the kernel cannot serve ``group`` queries per KV head of ``head_dim`` channels, or None if it can."""
+    try:
+        needed = threadgroup_bytes(head_dim, group, key_bits, value_bits)
+    except ValueError as error:
+        return str(error)
+    if needed <= THREADGROUP_MEMORY and head_dim % SIMDGROUPS == 0:
+        return None
+    return (
+        f"head_dim={head_dim} with {group} queries per KV head needs {needed} bytes of threadgroup memory; the limit "
+        f"is {THREADGROUP_MEMORY}"
+    )
+
+
 def default_split_tokens(
     n_packed: int, head_dim: int, group: int, key_bits: int, value_bits: int, query_bytes: int
 ) -> int:
@@ -223,12 +237,9 @@ def fused_attention(
     flat_mask = None if mask is None else _check_mask(mask, n_batch, n_tokens)
     group = n_heads // n_kv_heads
     order = hadamard_order(head_dim)
-    needed = threadgroup_bytes(head_dim, group, keys.code_bits, values.code_bits)
-    if needed > THREADGROUP_MEMORY or head_dim % SIMDGROUPS:
-        raise ValueError(
-            f"head_dim={head_dim} with {group} queries per KV head needs {needed} bytes of threadgroup memory; the "
-            f"limit is {THREADGROUP_MEMORY}"
-        )
+    problem = unsupported(head_dim, group, keys.code_bits, values.code_bits)
+    if problem is not None:
+        raise ValueError(problem)
     if split_tokens is None:
         split_tokens = default_split_tokens(
             n_packed, head_dim, group, keys.code_bits, values.code_bits, queries.dtype.size

@@ -1,0 +1,220 @@
+"""Decode steps that attend to the packed arrays directly, through mlx-lm's own attention call.
+
+mlx-lm sends every cache that has ``bits`` to ``models.base.quantized_scaled_dot_product_attention``, with whatever the
+cache returned from ``update_and_fetch``. A :class:`FusedKVCache` returns a handle, and one replacement of that function
+(:func:`install_route`, undone by :func:`remove_route`) answers handles and forwards everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import mlx.core as mx
+from mlx_lm.models import base as mlx_lm_base
+
+from veloxquant_kernels.fused_attention import PackedSide, fused_attention, unsupported
+from veloxquant_kernels.kernel import Backend, resolve_backend
+from veloxquant_mlx.cache.packed import PackedKVCache, fetch_dtype
+from veloxquant_mlx.cache.storage import CodedBlocks, Side
+from veloxquant_mlx.quantizers.scalar import centroids_array
+from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
+from veloxquant_mlx.transforms.rotation import rotation_signs
+
+FusedMode = Literal["auto", "on", "off"]
+
+_FUNCTION: Final = "quantized_scaled_dot_product_attention"
+_original: Callable[..., mx.array] | None = None
+
+
+def _route(queries: mx.array, q_keys: Any, q_values: Any, *, scale: float, mask: Any, **rest: Any) -> mx.array:
+    if isinstance(q_keys, Handle):
+        return q_keys.cache.attend(queries, scale, mask)
+    assert _original is not None
+    return _original(queries, q_keys, q_values, scale=scale, mask=mask, **rest)
+
+
+def install_route() -> None:
+    """Let mlx-lm's quantized attention answer the handles of fused caches; a second call changes nothing."""
+    global _original
+    if _original is None:
+        _original = getattr(mlx_lm_base, _FUNCTION)
+        setattr(mlx_lm_base, _FUNCTION, _route)
+
+
+def remove_route() -> None:
+    """Give mlx-lm its own function back; fused caches then fail loudly."""
+    global _original
+    if _original is not None:
+        setattr(mlx_lm_base, _FUNCTION, _original)
+        _original = None
+
+
+@contextlib.contextmanager
+def fused_route() -> Iterator[None]:
+    """The route for the length of a block, whatever it was before."""
+    installed = _original is not None
+    install_route()
+    try:
+        yield
+    finally:
+        if not installed:
+            remove_route()
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What a fused cache returns in place of keys and values: a promise that only the route can keep."""
+
+    cache: FusedKVCache
+
+
+def _packed_side(side: Side) -> PackedSide:
+    quantizer, coded = side.quantizer, side.coded
+    assert isinstance(quantizer, TurboQuantMSE)
+    assert isinstance(coded, CodedBlocks)
+    words, norms = coded.arrays
+    centroids = centroids_array(quantizer.codebook(coded.head_dim))
+    signs = rotation_signs(coded.head_dim, quantizer.seed)
+    return PackedSide(words, norms, centroids, signs, quantizer.code_bits, side.sink, side.tail)
+
+
+class FusedKVCache(PackedKVCache):
+    """A :class:`PackedKVCache` whose decode steps run the fused attention kernel.
+
+    Storage, bytes, save and load are the packed cache's. Prefill, and steps that the kernel does not cover, decode
+    as the packed cache does; :attr:`steps` counts both, with the reason.
+
+    Attributes:
+        backend: of the kernel; None takes Metal if there is a device, else the kernel's plain-MLX reference.
+        steps: attention calls by path: ``"fused"``, or why the plain path was taken.
+    """
+
+    bits: Final = 0
+    """mlx-lm looks for this attribute to choose its quantized attention; the value has no meaning."""
+    group_size: Final = 0
+    """Read by mlx-lm beside :attr:`bits`."""
+    backend: Backend | None = None
+    steps: Counter[str]
+
+    @classmethod
+    def from_packed(cls, cache: PackedKVCache, backend: Backend | None = None) -> FusedKVCache:
+        """A fused cache that takes over the storage and observers of ``cache``."""
+        made = cls.__new__(cls)
+        made.__dict__.update(copy.copy(cache).__dict__)
+        made.backend = backend
+        made.steps = Counter()
+        return made
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """Append ``[B, H, L, D]`` and return handles for the route."""
+        self.store(keys, values)
+        handle = Handle(self)
+        return handle, handle
+
+    def attend(self, queries: mx.array, scale: float, mask: Any) -> mx.array:
+        """Attention of ``[B, n_heads, L, D]`` queries over everything stored."""
+        reason = self._not_fused(queries, mask)
+        if reason is None:
+            self._count("fused")
+            if mask is not None:
+                mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+            keys, values = _packed_side(self._keys), _packed_side(self._values)
+            n_packed = self._keys.coded.blocks
+            return fused_attention(queries, keys, values, n_packed, scale=scale, mask=mask, backend=self.backend)
+        self._count(reason)
+        keys_read, values_read = self.fetch(self.size(), fetch_dtype(queries.dtype))
+        return mx.fast.scaled_dot_product_attention(queries, keys_read, values_read, scale=scale, mask=mask)
+
+    def _count(self, path: str) -> None:
+        self.__dict__.setdefault("steps", Counter())[path] += 1
+
+    def _not_fused(self, queries: mx.array, mask: Any) -> str | None:
+        if queries.shape[2] != 1:
+            return "several new tokens"
+        if not self._keys.coded.blocks:
+            return "nothing packed yet"
+        if isinstance(mask, str) or (mask is not None and (mask.size // mask.shape[-1]) not in (1, queries.shape[0])):
+            return "a mask per head"
+        spec = self.spec
+        assert isinstance(spec.keys, TurboQuantMSE)
+        assert isinstance(spec.values, TurboQuantMSE)
+        group = queries.shape[1] // self.shapes()[0][1]
+        return unsupported(queries.shape[3], group, spec.keys.code_bits, spec.values.code_bits)
+
+
+def why_not_fused(cache: Any) -> str | None:
+    """Why a layer's cache cannot take the fused path, or None if it can."""
+    if not isinstance(cache, PackedKVCache):
+        return f"held by {type(cache).__name__}"
+    if cache.spec.max_size is not None:
+        return "a sliding window"
+    if cache.spec.outlier_keys is not None:
+        return "tokens at another width"
+    for quantizer in (cache.spec.keys, cache.spec.values):
+        if not isinstance(quantizer, TurboQuantMSE):
+            return f"no fused kernel for {quantizer.name}"
+    return None
+
+
+def fuse(
+    model: Any, caches: Sequence[Any], *, mode: FusedMode = "auto", backend: Backend | None = None
+) -> tuple[list[Any], list[str]]:
+    """Let the layers that can be attended to in packed form do so.
+
+    Args:
+        model: the mlx-lm model; a probe of three tokens through throwaway caches shows whether its attention
+            takes mlx-lm's quantized route (families with attention sinks, or with attention of their own, do not).
+        caches: one per layer, as ``KVCacheBuilder.build`` gives them, nothing stored yet.
+        mode: ``auto`` fuses on Metal; ``on`` fuses on ``backend`` and lets errors of kernels through; ``off`` leaves
+            the caches as they are.
+        backend: of the kernel.
+
+    Returns:
+        The caches, and for each layer ``"fused"`` or why it is not.
+
+    Raises:
+        ValueError: an unknown mode, or ``on`` for a model or for caches of which no layer can be fused.
+        RuntimeError: ``backend="metal"`` without a device.
+    """
+    if mode not in ("auto", "on", "off"):
+        raise ValueError(f"mode must be 'auto', 'on' or 'off', got {mode!r}")
+    if mode == "off" or (mode == "auto" and backend is None and not mx.metal.is_available()):
+        return list(caches), ["switched off" if mode == "off" else "no Metal device"] * len(caches)
+    resolve_backend(backend)
+    reasons = [why_not_fused(cache) for cache in caches]
+    problem = _probe(model, caches, reasons) if None in reasons else "no layer has a fused kernel"
+    if problem is not None and mode == "on":
+        raise ValueError(f"the fused path cannot be switched on: {problem}")
+    if problem is not None:
+        return list(caches), [reason or problem for reason in reasons]
+    install_route()
+    fused = [
+        FusedKVCache.from_packed(cache, backend) if reason is None else cache
+        for cache, reason in zip(caches, reasons, strict=True)
+    ]
+    return fused, [reason or "fused" for reason in reasons]
+
+
+def _probe(model: Any, caches: Sequence[Any], reasons: Sequence[str | None]) -> str | None:
+    """Whether the model's attention calls reach the route: a two-token prefill and one step on empty copies."""
+    trial = [
+        FusedKVCache.from_packed(copy.deepcopy(cache), "reference") if reason is None else copy.deepcopy(cache)
+        for cache, reason in zip(caches, reasons, strict=True)
+    ]
+    for cache in trial:
+        if isinstance(cache, PackedKVCache):
+            cache.distortion_observer = None
+    try:
+        with fused_route():
+            for tokens in (mx.array([[0, 0]]), mx.array([[0]])):
+                mx.eval(model(tokens, cache=trial))
+    except (ValueError, TypeError, AttributeError) as error:
+        return f"{type(model).__module__} does not take mlx-lm's quantized route ({error})"
+    if any(isinstance(cache, FusedKVCache) and sum(cache.steps.values()) != 2 for cache in trial):
+        return f"{type(model).__module__} does not take mlx-lm's quantized route"
+    return None

@@ -1,0 +1,219 @@
+"""The fused path inside real models: mlx-lm's own call, the executed kernel, the plain path as reference."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models import base as mlx_lm_base
+from mlx_lm.models import gpt_oss
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+
+from veloxquant_kernels import emulator
+from veloxquant_mlx.cache.base import (
+    KVCacheBuilder,
+    KVCacheConfig,
+    PackedKVCache,
+    load_prompt_cache,
+    save_prompt_cache,
+)
+from veloxquant_mlx.cache.fused import FusedKVCache, fuse, fused_route, remove_route
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
+
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="the emulator needs a C++ compiler"
+)
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def route_removed() -> Any:
+    original = mlx_lm_base.quantized_scaled_dot_product_attention
+    yield
+    remove_route()
+    assert mlx_lm_base.quantized_scaled_dot_product_attention is original
+
+
+def prompt(n: int, vocabulary: int = 128, n_batch: int = 1) -> mx.array:
+    return mx.array(np.random.default_rng(0).integers(0, vocabulary, (n_batch, n)))
+
+
+def step_logits(model: Any, caches: list[Any], tokens: mx.array) -> np.ndarray:
+    """Logits of the last STEPS tokens, fed one by one behind a prefill."""
+    model(tokens[:, :-STEPS], cache=caches)
+    out = [model(tokens[:, i : i + 1], cache=caches) for i in range(tokens.shape[1] - STEPS, tokens.shape[1])]
+    return np.array(mx.concatenate(out, axis=1).astype(mx.float32))
+
+
+CONFIGS = {
+    "4 bits": KVCacheConfig(method="turboquant_mse", code_bits=4),
+    "K3V2, sinks, window": KVCacheConfig(method="turboquant_mse", code_bits=3, value_bits=2, sinks=4, window=7),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("n_batch", [1, 2])
+def test_fused_steps_give_the_plain_logits(llama_model: Any, config: KVCacheConfig, n_batch: int) -> None:
+    """Same tokens, same storage, attention by the executed kernel: logits agree to fp32 rounding (1e-4 of their
+    spread; a code that flips on a rounding error would show as 1e-2)."""
+    tokens = prompt(45, n_batch=n_batch)
+    expected = step_logits(llama_model, KVCacheBuilder.build(llama_model, config), tokens)
+    built = KVCacheBuilder.build(llama_model, config)
+    caches, reasons = fuse(llama_model, built, mode="on", backend="emulator")
+    assert reasons == ["fused"] * 3
+    with emulator.session("checked", seed=2):
+        logits = step_logits(llama_model, caches, tokens)
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * float(np.std(expected)))
+    assert all(cache.steps == {"fused": STEPS, "several new tokens": 1} for cache in caches)
+    assert {type(cache) for cache in caches} == {FusedKVCache}
+
+
+@needs_compiler
+def test_a_left_padded_batch_mask_reaches_the_kernel(llama_model: Any) -> None:
+    """A bool mask per sequence hides its padding, in the kernel as in the plain path."""
+    config = CONFIGS["4 bits"]
+    (plain, *_), (packed, *_) = (KVCacheBuilder.build(llama_model, config) for _ in range(2))
+    rng = np.random.default_rng(1)
+    keys, values = (mx.array(rng.standard_normal((2, 2, 20, 64)).astype(np.float32)) for _ in range(2))
+    queries = mx.array(rng.standard_normal((2, 4, 1, 64)).astype(np.float32))
+    mask = mx.arange(20)[None, None, None] >= mx.array([0, 6])[:, None, None, None]
+    fused = FusedKVCache.from_packed(packed, "emulator")
+    fused.update_and_fetch(keys, values)
+    out = fused.attend(queries, 0.125, mask)
+    expected = mx.fast.scaled_dot_product_attention(
+        queries, *plain.update_and_fetch(keys, values), scale=0.125, mask=mask
+    )
+    np.testing.assert_allclose(np.array(out), np.array(expected), atol=1e-5)
+
+
+def test_mlx_lms_own_quantized_cache_is_forwarded(llama_model: Any) -> None:
+    """With the route installed mlx-lm's affine cache gives what it gave without, bit for bit."""
+    tokens = prompt(20)
+
+    def run() -> np.ndarray:
+        return step_logits(llama_model, [QuantizedKVCache(group_size=32, bits=4) for _ in range(3)], tokens)
+
+    expected = run()
+    with fused_route():
+        np.testing.assert_array_equal(run(), expected)
+
+
+def test_auto_without_metal_changes_nothing(llama_model: Any) -> None:
+    """The plain path stays where there is no device, and the reason says so."""
+    if mx.metal.is_available():
+        pytest.skip("this machine has a Metal device")
+    built = KVCacheBuilder.build(llama_model, CONFIGS["4 bits"])
+    caches, reasons = fuse(llama_model, built)
+    assert [a is b for a, b in zip(caches, built, strict=True)] == [True] * 3
+    assert reasons == ["no Metal device"] * 3
+    assert fuse(llama_model, built, mode="off")[1] == ["switched off"] * 3
+
+
+def test_layers_without_a_fused_kernel_stay_plain(llama_model: Any, gemma_model: Any) -> None:
+    """Sliding windows, other quantizers and outlier tokens keep the packed cache, with the reason."""
+    caches, reasons = fuse(gemma_model, KVCacheBuilder.build(gemma_model, CONFIGS["4 bits"]), backend="reference")
+    assert reasons.count("fused") == sum(isinstance(cache, FusedKVCache) for cache in caches) == 1
+    assert reasons.count("a sliding window") == 3
+    logits = step_logits(gemma_model, caches, prompt(30))
+    assert np.isfinite(logits).all()
+    affine = KVCacheBuilder.build(llama_model, KVCacheConfig(method="affine", code_bits=4, group_size=16))
+    assert fuse(llama_model, affine, backend="reference")[1] == ["no fused kernel for affine"] * 3
+    observed = KVCacheConfig(method="turboquant_mse", code_bits=4, outlier_observer=KeyNormObserver(), outlier_bits=8)
+    observed_caches = KVCacheBuilder.build(llama_model, observed)
+    assert fuse(llama_model, observed_caches, backend="reference")[1] == ["tokens at another width"] * 3
+    with pytest.raises(ValueError, match="cannot be switched on"):
+        fuse(llama_model, affine, mode="on", backend="reference")
+
+
+def test_a_model_with_attention_sinks_falls_back() -> None:
+    """mlx-lm's quantized route refuses attention sinks: the probe finds out, and the plain path is kept."""
+    args = gpt_oss.ModelArgs(
+        num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=1, vocab_size=32, hidden_size=64,
+        intermediate_size=64, head_dim=64, num_attention_heads=2, num_key_value_heads=1, sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = gpt_oss.Model(args)
+    built = KVCacheBuilder.build(model, CONFIGS["4 bits"])
+    caches, reasons = fuse(model, built, backend="reference")
+    assert not any(isinstance(cache, FusedKVCache) for cache in caches)
+    assert reasons[0] == "a sliding window"
+    assert "attention sinks" in reasons[1]
+
+
+def test_the_probe_leaves_no_trace(llama_model: Any) -> None:
+    """Caches are empty after fuse, and the route of a failed probe is gone."""
+    caches, _ = fuse(llama_model, KVCacheBuilder.build(llama_model, CONFIGS["4 bits"]), backend="reference")
+    assert all(cache.empty() and cache.offset == 0 and not cache.steps for cache in caches)
+
+
+def test_a_fused_cache_saves_as_a_packed_one(llama_model: Any, tmp_path: Any) -> None:
+    """Bytes and state are the packed cache's; what is loaded continues with the plain path's logits."""
+    config, tokens = CONFIGS["K3V2, sinks, window"], prompt(40)
+    caches, _ = fuse(llama_model, KVCacheBuilder.build(llama_model, config), backend="reference")
+    plain = KVCacheBuilder.build(llama_model, config)
+    for kept in (caches, plain):
+        llama_model(tokens, cache=kept)
+    assert [cache.nbytes for cache in caches] == [cache.nbytes for cache in plain]
+    save_prompt_cache(tmp_path / "cache.safetensors", caches)
+    loaded = load_prompt_cache(tmp_path / "cache.safetensors")
+    following = mx.array([[5]])
+    np.testing.assert_array_equal(
+        np.array(llama_model(following, cache=loaded)), np.array(llama_model(following, cache=plain))
+    )
+
+
+def test_without_the_route_a_fused_cache_fails_loudly(llama_model: Any) -> None:
+    """No silent change of path: mlx-lm's own function cannot read a handle."""
+    caches, _ = fuse(llama_model, KVCacheBuilder.build(llama_model, CONFIGS["4 bits"]), backend="reference")
+    remove_route()
+    with pytest.raises(TypeError, match="Handle"):
+        llama_model(prompt(4), cache=caches)
+
+
+def test_other_caches_are_left_alone(llama_model: Any) -> None:
+    """mlx-lm's own caches are no packed caches."""
+    caches = make_prompt_cache(llama_model)
+    assert fuse(llama_model, caches, backend="reference")[1] == ["held by KVCache"] * 3
+    assert {type(cache) for cache in caches} == {KVCache}
+    copied = copy.deepcopy(caches)
+    assert len(copied) == 3
+
+
+def words_held(caches: list[Any]) -> list[np.ndarray]:
+    return [
+        np.array(side.coded.arrays[0][:, :, : side.coded.blocks])
+        for cache in caches
+        for side in (cache._keys, cache._values)
+    ]
+
+
+@needs_compiler
+def test_the_default_model_decodes_through_the_kernel() -> None:
+    """SmolLM2-135M's real weights: each step agrees in its token with the plain path from the same stored state, and
+    in its logits to 1e-4 of their spread (fp32 rounding through 30 layers measured 8e-5 at most) wherever both
+    stored the same codes: a rounding error may push the new token's code over a boundary in either path."""
+    from veloxbench.models import load_model, resolve_model
+
+    model, tokenizer = load_model(resolve_model("smollm2-135m"))
+    tokens = mx.array([tokenizer.encode("The key-value cache of a language model holds, for every token it has read,")])
+    built = KVCacheBuilder.build(model, CONFIGS["4 bits"])
+    caches, reasons = fuse(model, built, mode="on", backend="emulator")
+    assert set(reasons) == {"fused"}
+    ours = model(tokens, cache=caches)[:, -1]
+    same_codes = 0
+    for _ in range(8):
+        following = mx.argmax(ours, axis=-1)[:, None]
+        plain = [PackedKVCache.from_state(copy.deepcopy(cache.state)) for cache in caches]
+        theirs = model(following, cache=plain)[:, -1]
+        ours = model(following, cache=caches)[:, -1]
+        assert int(mx.argmax(ours)) == int(mx.argmax(theirs))
+        if all(np.array_equal(a, b) for a, b in zip(words_held(caches), words_held(plain), strict=True)):
+            same_codes += 1
+            assert float(mx.max(mx.abs(ours - theirs))) < 1e-4 * float(mx.std(theirs))
+    assert same_codes >= 4
+    assert all(cache.steps["fused"] == 8 for cache in caches)
