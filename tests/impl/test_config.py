@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
@@ -72,3 +73,68 @@ def test_value_bits_and_allocation_reach_the_quantizers(llama_model: Any) -> Non
     caches = KVCacheBuilder.build(llama_model, config)
     assert [cache.spec.keys.code_bits for cache in caches] == [1, 4, 8]
     assert [cache.spec.values.code_bits for cache in caches] == [2, 2, 2]
+
+
+def by_head(layer: int, role: str, widths: list[int]) -> dict[str, int]:
+    return {f"layer_{layer}.{role}.head_{head}": bits for head, bits in enumerate(widths)}
+
+
+def test_an_allocation_may_name_sides_and_heads(llama_model: Any) -> None:
+    """layer_0 as a whole, layer_1 by side, layer_2 by head; per-head costs are their mean."""
+    allocation = {"layer_0": 3, "layer_1.keys": 4, "layer_1.values": 1}
+    allocation |= by_head(2, "keys", [2, 6]) | by_head(2, "values", [1, 1])
+    caches = KVCacheBuilder.build(llama_model, KVCacheConfig(method="ratequant", bit_allocation=allocation))
+    costs = [(float(c.spec.keys.bits_per_value(64)), float(c.spec.values.bits_per_value(64))) for c in caches]
+    assert costs == [(3.25, 3.25), (4.25, 1.25), (4.25, 1.25)]
+    llama_model(mx.array([[1, 2, 3]]), cache=caches)
+    assert [float(cache.bits_per_value()) for cache in caches] == [3.25, 2.75, 2.75]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layer_1.keys": 2}, "names 'layer_1' and parts of it"),
+        ({"layer_1.heads": 2}, "names 'layer_1.heads'; units are layer_3, layer_3.keys or layer_3.keys.head_0"),
+        ({"layer_1": None, "layer_1.keys": 2}, "misses 'layer_1.values'"),
+        ({"layer_1": None, **by_head(1, "keys", [2]), "layer_1.values": 2, "layer_1.keys": 2}, "and heads of it"),
+        ({"layer_1": None, "layer_1.keys.head_1": 2, "layer_1.values": 2}, r"misses 'layer_1\.keys\.head_0'"),
+    ],
+)
+def test_a_contradictory_allocation_is_named(llama_model: Any, changed: dict[str, Any], message: str) -> None:
+    """Units that overlap, are misspelt or incomplete raise errors that name them."""
+    allocation = {f"layer_{i}": 2 for i in range(3)} | changed
+    allocation = {unit: bits for unit, bits in allocation.items() if bits is not None}
+    with pytest.raises(ValueError, match=message):
+        KVCacheBuilder.build(llama_model, KVCacheConfig(method="ratequant", bit_allocation=allocation))
+
+
+def test_methods_of_one_width_refuse_an_allocation() -> None:
+    """Ternary has no width to allocate, and ratequant must have an allocation and a base with widths."""
+    with pytest.raises(ValueError, match="'ternary' has no width"):
+        KVCacheConfig(method="ternary", bit_allocation={"layer_0": 2})
+    with pytest.raises(ValueError, match="'ratequant' needs a bit_allocation"):
+        KVCacheConfig(method="ratequant")
+    with pytest.raises(ValueError, match="base='ternary' has no width to allocate"):
+        KVCacheConfig(method="ratequant", base="ternary", bit_allocation={"layer_0": 2})
+
+
+def test_ratequant_takes_its_base_and_the_bases_options(llama_model: Any) -> None:
+    """base="kivi" brings KIVI's quantizers, window and group size; width 0 exists with static scales only."""
+    allocation = {f"layer_{i}": 2 for i in range(3)}
+    config = KVCacheConfig(method="ratequant", base="kivi", base_options={"group_size": 16}, bit_allocation=allocation)
+    (spec, *_) = [cache.spec for cache in KVCacheBuilder.build(llama_model, config)]
+    assert (spec.keys.block_tokens, spec.window) == (16, 128)
+    zero = {**allocation, "layer_1": 0}
+    with pytest.raises(ValueError, match=r"layer_1'\] must be within 1..8 for ratequant, got 0"):
+        KVCacheConfig(method="ratequant", bit_allocation=zero)
+    caches = KVCacheBuilder.build(
+        llama_model, KVCacheConfig(method="ratequant", base="turboquant_static", bit_allocation=zero)
+    )
+    llama_model(mx.array([list(range(100))]), cache=caches)
+    assert [float(cache.bits_per_value()) for cache in caches] == [2, 0, 2]
+
+
+def test_an_option_outside_its_range_fails_when_configured() -> None:
+    """A group of one channel is refused by the configuration, not by the first token."""
+    with pytest.raises(ValueError, match="group_size must be an int of at least 2, got 1"):
+        KVCacheConfig(method="kivi", group_size=1)

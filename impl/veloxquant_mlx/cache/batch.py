@@ -179,7 +179,8 @@ class BatchPackedKVCache:
         if any(cache.n_batch > 1 for cache in caches):
             raise ValueError("a lockstep batch cannot be merged; take its rows first")
         longest = max(cache.offset for cache in caches)
-        made = cls(caches[0].spec, [longest - cache.offset for cache in caches])
+        made = cls.__new__(cls)
+        BatchPackedKVCache.__init__(made, caches[0].spec, [longest - cache.offset for cache in caches])
         made.sequences = [copy.deepcopy(cache) for cache in caches]
         made._idx = longest
         return made

@@ -336,6 +336,9 @@ class Side:
             parts.append(decoded[:, :, rest:] if rest else decoded)
         if self.tail is not None:
             parts.append(self.tail[:, :, max(0, skip - stop) :].astype(dtype))
+        if not parts and self.shape is not None:  # everything was trimmed
+            n_batch, n_heads, head_dim = self.shape
+            return mx.zeros((n_batch, n_heads, 0, head_dim), dtype=dtype)
         return _joined(parts)
 
     def trim(self, n: int) -> None:

@@ -114,8 +114,8 @@ class KeyNormObserver:
 
     The norm is that of the token's keys of all KV heads together. Mean and deviation are those of the
     ``window_size`` tokens before it in the same layer and sequence; nothing is flagged before 16 have been seen. A
-    flagged norm enters the window clipped to the threshold, so that one outlier does not hide the next, yet
-    a lasting change of level is learnt. One observer may be shared by all layers.
+    norm beyond the threshold, on either side, enters the window clipped to it, so that one outlier does not hide the
+    next, yet a lasting change of level is learnt. One observer may be shared by all layers.
 
     Given to ``KVCacheConfig(outlier_observer=..., outlier_bits=...)``, the flagged tokens are kept at
     ``outlier_bits``.
@@ -163,8 +163,7 @@ class KeyNormObserver:
             high = self.tail != "low" and norm > mean + reach
             low = self.tail != "high" and norm < mean - reach
             flagged = high or low
-            if flagged:
-                entry = mean + reach if high else mean - reach
+            entry = min(max(norm, mean - reach), mean + reach)
         window.add(entry)
         if flagged:
             totals.outliers += 1

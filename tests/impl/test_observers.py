@@ -1,0 +1,225 @@
+"""Observers see what the caches store, and outlier tokens are kept at their own width."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from impl_inputs import ALL_METHODS, gaussian
+
+from veloxquant_mlx.cache.base import (
+    KVCacheBuilder,
+    KVCacheConfig,
+    PackedKVCache,
+    load_prompt_cache,
+    save_prompt_cache,
+)
+from veloxquant_mlx.observers.distortion import DistortionObserver
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
+from veloxquant_mlx.quantizers.lloyd_max import SphereMarginal, lloyd_max
+from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
+
+OUTLIERS = [70, 130, 131]
+
+
+def keys_with_outliers(n: int = 200, factor: float = 5.0, n_batch: int = 1) -> mx.array:
+    """Gaussian keys of two heads whose tokens 70, 130 and 131 are ``factor`` times as long."""
+    keys = gaussian((n_batch, 2, n, 64), seed=1)
+    keys[:, :, OUTLIERS] *= np.float32(factor)
+    return mx.array(keys).astype(mx.float16)
+
+
+def outlier_config(method: str, observer: KeyNormObserver, **fields: Any) -> KVCacheConfig:
+    options = {**ALL_METHODS[method], **fields}
+    return KVCacheConfig(method=method, outlier_observer=observer, outlier_bits=8, **options)
+
+
+def strict() -> KeyNormObserver:
+    """Five deviations: 200 Gaussian tokens do not reach that by chance (5.7e-7 each)."""
+    return KeyNormObserver(outlier_threshold=5.0, window_size=256)
+
+
+@pytest.mark.parametrize("chunks", [[200], [1] * 200, [64, 64, 64, 8], [71, 59, 70]])
+def test_three_injected_tokens_are_exactly_the_outliers(chunks: list[int]) -> None:
+    """However the tokens arrive, tokens 70, 130 and 131 are flagged and no other."""
+    tracker = strict().tracker(0)
+    keys = keys_with_outliers()
+    flags, start = [], 0
+    for chunk in chunks:
+        flags.append(tracker.flag(keys[:, :, start : start + chunk]))
+        start += chunk
+    assert np.flatnonzero(np.concatenate(flags, axis=1)[0]).tolist() == OUTLIERS
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_flagged_tokens_are_kept_at_outlier_bits(llama_model: Any, method: str) -> None:
+    """In a cache of any method the three outliers decode with 8-bit error, the rest as without observer."""
+    observer = strict()
+    cache = KVCacheBuilder.build(llama_model, outlier_config(method, observer, window=0))[0]
+    plain = KVCacheBuilder.build(llama_model, KVCacheConfig(method=method, **{**ALL_METHODS[method], "window": 0}))[0]
+    keys, values = keys_with_outliers(), mx.array(gaussian((1, 2, 200, 64), seed=2)).astype(mx.float16)
+    got = cache.update_and_fetch(keys, values)
+    without = plain.update_and_fetch(keys, values)
+    held = {h.name: h for h in cache.held_arrays()}
+    assert np.array(held["outliers.positions"].array)[0, 0, :3].tolist() == [[0, t] for t in OUTLIERS]
+    assert held["outliers.positions"].used_slots == 3
+    others = np.setdiff1d(np.arange(200), OUTLIERS)
+    for x, fetched, base in zip((keys, values), got, without, strict=True):
+        error = np.array(fetched - x)[:, :, OUTLIERS]
+        size = np.array(x.astype(mx.float32))[:, :, OUTLIERS]
+        assert np.sum(error**2) / np.sum(size**2) < 4e-4  # RVQ, the coarsest 8-bit code, leaves 2.6e-4
+        np.testing.assert_array_equal(np.array(fetched)[:, :, others], np.array(base)[:, :, others])
+    extra = cache.formula_nbytes() - plain.formula_nbytes()
+    widths = [q.bits_per_value(64) for q in (cache.spec.outlier_keys, cache.spec.outlier_values)]
+    assert extra == 3 * 8 + 3 * 2 * 64 * sum(widths) / 8
+    in_use = sum(h.array.nbytes * h.used_slots / h.slots for h in cache.held_arrays())
+    assert in_use == cache.formula_nbytes()
+
+
+def test_the_report_counts_per_layer() -> None:
+    """One observer for three layers keeps their statistics apart and reports counts, fractions and norms."""
+    observer = strict()
+    keys = keys_with_outliers()
+    for layer in range(3):
+        observer.tracker(layer).flag(keys * (layer + 1))
+    report = observer.report()
+    assert [row.outlier_count for row in report.layers] == [3, 3, 3]
+    assert report.outlier_count == 9
+    assert report.outlier_fraction == 9 / 600
+    norms = np.sqrt(np.sum(np.array(keys.astype(mx.float32)) ** 2, axis=(0, 1, 3)))[OUTLIERS]
+    assert report.layers[1].mean_outlier_norm == pytest.approx(2 * norms.mean(), rel=1e-3)
+    assert report.mean_outlier_norm == pytest.approx(2 * norms.mean(), rel=1e-3)
+    assert report.table().count("\n") == 4
+
+
+@pytest.mark.parametrize(("tail", "expected"), [("high", [70]), ("low", [90]), ("both", [70, 90])])
+def test_both_tails_can_be_chosen(tail: Any, expected: list[int]) -> None:
+    """A long and a short token are flagged by the tail that is asked for."""
+    keys = gaussian((1, 2, 120, 64), seed=3)
+    keys[:, :, 70] *= 5
+    keys[:, :, 90] *= 0.01
+    observer = KeyNormObserver(outlier_threshold=5.0, tail=tail)
+    assert np.flatnonzero(observer.tracker(0).flag(mx.array(keys))[0]).tolist() == expected
+
+
+@pytest.mark.parametrize("window_size", [16, 50, 256])
+def test_statistics_roll_with_the_window(window_size: int) -> None:
+    """Flags follow the definition, 2 deviations from the mean of the last window_size clipped norms."""
+    keys = gaussian((1, 1, 400, 64), seed=4)
+    keys[:, :, 100:] *= 2
+    flags = KeyNormObserver(outlier_threshold=2.0, window_size=window_size).tracker(0).flag(mx.array(keys))[0]
+    window: list[float] = []
+    for norm, flag in zip(np.linalg.norm(keys[0, 0].astype(np.float64), axis=-1), flags, strict=True):
+        entry = norm
+        if len(window) >= 16:
+            mean, reach = np.mean(window[-window_size:]), 2 * np.std(window[-window_size:])
+            assert flag == (norm > mean + reach)
+            entry = np.clip(norm, mean - reach, mean + reach)
+        window.append(float(entry))
+    assert flags[100]
+    assert not flags[250:].all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"outlier_threshold": 0}, "outlier_threshold must be above 0, got 0"),
+        ({"window_size": 4}, "window_size must be at least 16, got 4"),
+        ({"tail": "left"}, "tail must be 'high', 'low' or 'both', got 'left'"),
+    ],
+)
+def test_observer_arguments_are_checked(fields: dict[str, Any], message: str) -> None:
+    """Every argument outside its range is an error that names it."""
+    with pytest.raises(ValueError, match=message):
+        KeyNormObserver(**fields)
+
+
+def test_outlier_bits_and_observer_go_together() -> None:
+    """outlier_bits without an observer is an error; an observer alone means 8 bits."""
+    with pytest.raises(ValueError, match="outlier_bits needs an outlier_observer"):
+        KVCacheConfig(method="turboquant_mse", outlier_bits=8)
+    assert KVCacheConfig(method="turboquant_mse", outlier_observer=strict()).outlier_bits == 8
+
+
+def test_outliers_survive_trim_save_rows_and_batches(tmp_path: Path, llama_model: Any) -> None:
+    """Trimming forgets the last outlier; a copy, a row, a merged batch and a loaded file decode the same."""
+    cache = KVCacheBuilder.build(llama_model, outlier_config("turboquant_mse", strict()))[0]
+    keys = keys_with_outliers(n_batch=2)
+    cache.update_and_fetch(keys, keys)
+    cache.trim(69)
+    kept = {h.name: h for h in cache.held_arrays()}["outliers.positions"]
+    assert kept.used_slots == 4  # tokens 70 and 130 of two sequences
+    expected = cache.fetch(131, mx.float32)[0]
+    row = cache.rows(slice(1, 2))
+    assert mx.array_equal(row.fetch(131, mx.float32)[0], expected[1:])
+    batch = PackedKVCache.merge([row, cache.rows(slice(0, 1))])
+    assert mx.array_equal(batch.extract(1).fetch(131, mx.float32)[0], expected[:1])
+    save_prompt_cache(tmp_path / "c.safetensors", [cache])
+    (loaded,) = load_prompt_cache(tmp_path / "c.safetensors")
+    assert mx.array_equal(loaded.fetch(131, mx.float32)[0], expected)
+    assert copy.deepcopy(cache).outlier_observer is cache.outlier_observer
+
+
+def test_sliding_layers_forget_old_outliers(gemma_model: Any) -> None:
+    """On a sliding-window layer, outliers that left the window are dropped, those inside are still exact to 8 bits."""
+    cache = KVCacheBuilder.build(gemma_model, outlier_config("turboquant_mse", strict(), code_bits=1))[0]
+    keys = gaussian((1, 1, 600, 64), seed=1)
+    keys[:, :, [70, 590]] *= 5
+    x = mx.array(keys)
+    for start in range(0, 600, 20):
+        got, _ = cache.update_and_fetch(x[:, :, start : start + 20], x[:, :, start : start + 20])
+    positions = {h.name: h for h in cache.held_arrays()}["outliers.positions"]
+    assert np.array(positions.array)[0, 0, : positions.used_slots, 1].tolist() == [590]
+    assert got.shape[2] == 35
+    error = np.sum((np.array(got) - keys[:, :, 565:]) ** 2, axis=(0, 1, 3)) / np.sum(
+        keys[:, :, 565:] ** 2, axis=(0, 1, 3)
+    )
+    assert np.flatnonzero(error < 1e-3).tolist() == [25]
+
+
+def test_distortion_is_reported_per_layer_beside_theory(llama_model: Any) -> None:
+    """Every layer's keys and values appear with all their vectors and errors within 3% of Lloyd–Max."""
+    observer = DistortionObserver()
+    config = KVCacheConfig(
+        method="ratequant", bit_allocation={"layer_0": 1, "layer_1": 2, "layer_2": 4}, distortion_observer=observer
+    )
+    for layer, cache in enumerate(KVCacheBuilder.build(llama_model, config)):
+        for start in range(0, 600, 200):
+            x = mx.array(gaussian((1, 2, 200, 64), seed=10 * layer + start))
+            cache.update_and_fetch(x, 3 * x)
+    rows = observer.report().rows
+    assert [(row.layer, row.role, row.code_bits) for row in rows] == [
+        (layer, role, bits) for layer, bits in enumerate((1, 2, 4)) for role in ("keys", "values")
+    ]
+    for row in rows:
+        expected = lloyd_max(SphereMarginal(64), 1 << row.code_bits).distortion
+        assert row.n_vectors == 1200
+        assert row.expected_mse == pytest.approx(expected)
+        assert row.relative_mse == pytest.approx(expected, rel=0.03)
+        assert row.gain == pytest.approx(1 - expected, rel=0.03)
+        assert row.cosine == pytest.approx(np.sqrt(1 - expected), rel=0.01)
+        assert row.inner_product_mse == pytest.approx(expected, rel=0.15)  # 8 queries
+    assert observer.report().table().count("\n") == 7
+
+
+def test_an_observer_changes_nothing(llama_model: Any) -> None:
+    """Logits with a distortion observer equal those without, bit for bit."""
+    ids = mx.array(np.random.default_rng(0).integers(0, 128, (1, 40)))
+    logits = []
+    for observer in (None, DistortionObserver()):
+        config = KVCacheConfig(method="kivi", window=8, group_size=8, distortion_observer=observer)
+        logits.append(llama_model(ids, cache=KVCacheBuilder.build(llama_model, config)))
+    assert mx.array_equal(*logits)
+
+
+def test_cosine_of_a_perfect_code_is_one() -> None:
+    """Observing x against itself gives cosine 1, error 0, gain 1."""
+    observer = DistortionObserver()
+    x = mx.array(gaussian((1, 2, 10, 64)))
+    observer.observe(x, x, quantizer=TurboQuantMSE(4))
+    (row,) = observer.report().rows
+    assert (row.cosine, row.relative_mse, row.gain) == (pytest.approx(1), 0, pytest.approx(1))
