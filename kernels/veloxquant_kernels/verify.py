@@ -153,7 +153,7 @@ def _trits(n_trits: int) -> Iterator[Case]:
 
 def _turboquant(code_bits: int, head_dim: int, dtype: mx.Dtype) -> Iterator[Case]:
     signs, edges, centroids = _tables(head_dim, code_bits, 1)
-    x = _normal((5, head_dim), 2, dtype)
+    x = _normal((7, head_dim), 2, dtype)
     x[4] = 0
     words, norms = rotate_quantize_pack_reference(x, signs, edges, code_bits)
     name = f"{code_bits} bits, head_dim {head_dim}, {str(dtype).split('.')[-1]}"
@@ -251,15 +251,19 @@ def cases() -> Iterator[Case]:
     yield from _turboquant(1, 64, mx.float16)
     yield from _turboquant(3, 48, mx.bfloat16)
     yield from _turboquant(8, 80, mx.float32)
+    yield from _turboquant(5, 256, mx.bfloat16)
     yield from _affine(4, 80, 32, mx.float16, per_channel=False)
-    yield from _affine(3, 64, 2, mx.float32, per_channel=False)
+    yield from _affine(5, 256, 64, mx.bfloat16, per_channel=False)
+    yield from _affine(3, 64, 9, mx.float32, per_channel=False)
     yield from _affine(2, 80, 5, mx.bfloat16, per_channel=True)
-    yield from _affine(7, 48, 3, mx.float32, per_channel=True)
+    yield from _affine(7, 48, 8, mx.float32, per_channel=True)
     yield _attention((4, 2), 64, 3, 70, mx.float16, n_sinks=4, n_tail=9)
     yield _attention((3, 5), 48, 5, 65, mx.float32, mask="bool", n_tail=3)
     yield _attention((8, 1), 80, 1, 64, mx.bfloat16, n_sinks=2, mask="additive")
     yield _attention((2, 3), 64, 3, 1100, mx.float32, n_batch=1, n_kv_heads=1)
-    yield _attention((4, 4), 256, 2, 97, mx.float32, n_tail=40, spread=30)  # scores far beyond exp's range
+    yield _attention(
+        (4, 4), 256, 2, 97, mx.float32, n_tail=40, spread=30, split_tokens=128
+    )  # scores far beyond exp's range
     yield _attention((1, 8), 128, 4, 33, mx.float32, n_sinks=33, n_tail=31, mask="bool", split_tokens=None, n_batch=3)
 
 

@@ -326,7 +326,7 @@ def test_metal_without_a_device_is_refused():
 
 
 def test_the_executed_body_is_the_shipped_file(checked):
-    """The text that was compiled, its one rewriting undone, holds the shipped files, hash for hash."""
+    """The text that was compiled, its rewritings undone, holds the shipped files, hash for hash."""
     signs, edges, _ = turboquant_tables(64, 4)
     rotate_quantize_pack(X, signs, edges, 4, backend="emulator")
     text = restore(Path(checked.launches[-1].source_path).read_text())

@@ -1,8 +1,9 @@
 """Compile a kernel's Metal source as C++ with the system's compiler, into a cache by content hash.
 
 The text is compiled as MLX generates it (``signature.generate``), after a prelude that defines Metal's types and
-functions. One rewriting is needed, because C++ has no storage class shared by the fibers of a threadgroup:
-``threadgroup T name[count];`` becomes a call that returns the group's array, on the same line. ``restore`` undoes it.
+functions. Two rewritings are needed, each on its own line, and ``restore`` undoes both: C++ has no storage class shared
+by the fibers of a threadgroup, so ``threadgroup T name[count];`` becomes a call that returns the group's array; and it
+allows no attributes on the explicit instantiation behind the body.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ _KERNEL_FLAGS: dict[Mode, tuple[str, ...]] = {
 
 _THREADGROUP_DECLARATION = re.compile(r"\bthreadgroup[ ]([A-Za-z_][\w:]*)[ ](\w+)\[([^\[\];]+)\];")
 _THREADGROUP_MACRO = re.compile(r"VQ_THREADGROUP\(([^,]+), (\w+), (.+)\);")
+_INSTANTIATION = re.compile(r'^template \[\[host_name\("\w+"\)\]\] \[\[kernel\]\] decltype', re.MULTILINE)
+_PLAIN_INSTANTIATION = re.compile(r"^template decltype\((\w+)", re.MULTILINE)
 
 
 class CompilerNotFound(RuntimeError):
@@ -57,12 +60,14 @@ class CompilationFailed(RuntimeError):
 
 
 def rewrite(text: str) -> str:
-    """Replace declarations of threadgroup arrays by calls, line for line."""
+    """Replace what C++ cannot express, line for line."""
+    text = _INSTANTIATION.sub("template decltype", text)
     return _THREADGROUP_DECLARATION.sub(r"VQ_THREADGROUP(\1, \2, \3);", text)
 
 
 def restore(text: str) -> str:
     """The inverse of :func:`rewrite`."""
+    text = _PLAIN_INSTANTIATION.sub(r'template [[host_name("\1")]] [[kernel]] decltype(\1', text)
     return _THREADGROUP_MACRO.sub(r"threadgroup \1 \2[\3];", text)
 
 
