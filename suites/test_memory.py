@@ -5,12 +5,14 @@ from veloxbench.records import Record
 
 SUITE = "memory"
 
+# The allocator rounds each buffer up to a page; a hidden fp16 copy of the smallest grid is 780 kB.
+PAGE_ROUNDING_BYTES = 64 * 1024
+
 
 def test_arm_holds_the_bytes_that_it_counts(record: Record) -> None:
     """MLX holds nothing for the cache beyond the arrays counted, and fp16 reads exactly 16 bits."""
     cache_bytes = record.metrics["cache_bytes"].value
-    # a few scalars and the last token's logits may be alive; a hidden fp16 copy would be 100% or more
-    assert record.metrics["unaccounted_bytes"].value < 0.05 * cache_bytes
+    assert record.metrics["unaccounted_bytes"].value < 0.05 * cache_bytes + PAGE_ROUNDING_BYTES
     if record.subject.method.name == REFERENCE.method:
         assert record.metrics["bits_per_value"].value == 16.0
     assert record.metrics["allocated_bits_per_value"].value >= record.metrics["bits_per_value"].value

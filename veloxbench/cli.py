@@ -64,7 +64,10 @@ def _root(
 @app.command()
 def run(
     profile: Annotated[
-        str, typer.Option(help="**quick** (minutes), **default** (about 20 minutes on two cores), **full** (hours).")
+        str,
+        typer.Option(
+            help="**quick** (minutes), **default** (20 minutes on 2 cores), **full** (hours), or your own FILE.toml."
+        ),
     ] = "default",
     models: Annotated[
         str | None,

@@ -224,7 +224,8 @@ def resolve_model(name: str, *, reporter: Reporter | None = None, accept_licence
         return _resolve_known(spec, reporter or default_reporter(), accept_licence)
     directory = Path(name).expanduser()
     if directory.is_dir():
-        return _describe(name, directory.resolve(), source="local directory", licence="not recorded")
+        directory = directory.resolve()
+        return _describe(directory.name, directory, source="local directory", licence="not recorded")
     if _HUB_ID.fullmatch(name):
         return _resolve_hub(name)
     if directory.exists() or any(mark in name for mark in (os.sep, "~", "/")):

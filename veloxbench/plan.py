@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -71,11 +72,16 @@ class Grid(_Strict):
 
 
 def load_grid(profile: str) -> Grid:
-    """The grid of a profile.
+    """The grid of a profile: one of the package's own, or a TOML file of the same form.
 
     Raises:
         UsageError: no such profile, or its file is not a valid grid.
     """
+    if profile.endswith(".toml"):
+        path = Path(profile)
+        if not path.is_file():
+            raise UsageError(f"profile {profile!r} is not a file")
+        return parse_grid(path.read_text(encoding="utf-8"), profile)
     folder = resources.files("veloxbench") / "grids"
     names = [entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")]
     if profile not in names:
@@ -195,7 +201,8 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
     for cell in cells(grid):
         if cell.length > handle.context:
             raise UsageError(
-                f"{cell.suite}/{cell.protocol} needs {cell.length} tokens of context, {handle.name} has {handle.context}"
+                f"{cell.suite}/{cell.protocol} needs {cell.length} tokens of context, "
+                f"{handle.name} has {handle.context}"
             )
         size = (cell.sequences, cell.length)
         if size not in blocks:

@@ -219,10 +219,10 @@ def fetch(pinned: PinnedFile, reporter: Reporter | None = None) -> Path:
                 problems.append(problem)
                 if isinstance(problem, IntegrityError):
                     reporter.message(str(problem))
-        for problem in problems:
-            if isinstance(problem, IntegrityError):
-                raise problem
-        reasons = "; ".join(str(problem) for problem in problems)
+        for found in problems:
+            if isinstance(found, IntegrityError):
+                raise found
+        reasons = "; ".join(str(found) for found in problems)
         raise UnfitEnvironmentError(f"cannot download {pinned.filename}: {reasons}")
 
 
@@ -230,7 +230,7 @@ def _fetch_from_hub(pinned: PinnedFile, downloads: Path, reporter: Reporter) -> 
     """One attempt, with a short timeout: without network the mirrors follow at once."""
     # Imported here: it takes 0.3 s and is needed only before a download.
     from huggingface_hub import constants, file_download
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils._headers import build_hf_headers
 
     if pinned.hub is None:
         raise SourceUnreachableError("it has no hub repository")

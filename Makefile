@@ -1,0 +1,41 @@
+# make bench  - environment, install, and the main job: results/BENCHMARK_RESULTS.md on this machine
+# make test   - environment, install, and every test that needs no minutes of model time
+# make check  - lint, types and staleness, in seconds
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PROFILE ?= default
+
+.PHONY: bench test check format report clean
+
+bench: $(VENV)/.installed
+	$(BIN)/veloxbench doctor
+	$(BIN)/veloxbench run --profile $(PROFILE) --out results
+
+test: $(VENV)/.installed
+	$(BIN)/pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/veloxbench schema | cmp - schema/record.json
+	$(BIN)/veloxbench report records --check BENCHMARK_RESULTS.md
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+report: $(VENV)/.installed
+	$(BIN)/veloxbench schema > schema/record.json
+	$(BIN)/veloxbench report records --out BENCHMARK_RESULTS.md
+
+# pip reads dependency groups from 25.1 on
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,134 @@
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+
+import jsonschema
+import pytest
+from pydantic import ValidationError
+
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.records import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef, json_schema
+from veloxbench.store import JOURNAL, open_store, read_records
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_record(target: float = 4.0, value: float = 0.1, **subject) -> Record:
+    fields = {
+        "suite": "perplexity",
+        "protocol": "chunked",
+        "model": ModelRef(name="m", weights_sha256="a", tokenizer_sha256="b", config_sha256="c"),
+        "method": MethodRef(name="x", target=target, target_means="code_bits", implementation="1"),
+        "text": TextRef(name="t", tokens_sha256="d"),
+        "settings": {"chunk": 64},
+        "harness": "h",
+        "machine_class": "k",
+    }
+    return Record.create(
+        subject=Subject(**{**fields, **subject}),
+        status="measured",
+        metrics={"kld_mean": Estimate(value=value, unit="nats/token")},
+        samples={"kld_mean": [value, value]},
+        engagement=[],
+        provenance=Provenance(
+            started=datetime(2026, 1, 2, tzinfo=UTC),
+            seconds=1.0,
+            commit=None,
+            dirty=None,
+            versions={},
+            hardware={"chip": "c", "physical_cores": 2},
+            state={},
+        ),
+    )
+
+
+def test_record_survives_its_own_line():
+    """A record read back is the record written."""
+    record = make_record()
+    assert Record.from_line(record.to_line()) == record
+
+
+def test_line_is_valid_under_the_published_schema():
+    """A record line validates against the schema that the repository publishes, which is the model's own."""
+    published = (ROOT / "schema" / "record.json").read_text()
+    assert published == json_schema()
+    jsonschema.validate(json.loads(make_record().to_line()), json.loads(published))
+
+
+@pytest.mark.parametrize(
+    "change", [{"target": 2.0}, {"settings": {"chunk": 128}}, {"machine_class": "z"}, {"harness": "i"}]
+)
+def test_key_changes_with_everything_that_moves_the_number(change):
+    """Bits, settings, machine class and measuring code are in the key: 2-bit never overwrites 4-bit."""
+    assert make_record(**change).key != make_record().key
+
+
+def test_id_is_of_the_content_and_key_is_of_the_subject():
+    """Two measurements of one subject share the key and differ in id."""
+    one, other = make_record(value=0.1), make_record(value=0.2)
+    assert one.key == other.key
+    assert one.id != other.id
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_not_finite_is_not_a_record(value):
+    """NaN never becomes a measurement."""
+    with pytest.raises((ValidationError, ValueError), match=r"finite|JSON"):
+        make_record(value=value)
+
+
+def test_a_record_edited_by_hand_is_refused(tmp_path):
+    """A changed figure no longer matches the id, and the reader says which line."""
+    line = make_record(value=0.1).to_line().replace('"value":0.1', '"value":0.01')
+    (tmp_path / JOURNAL).write_text(line)
+    with pytest.raises(IntegrityError, match=rf"{JOURNAL}:1 .*id"):
+        read_records(tmp_path)
+
+
+def test_a_torn_last_line_is_set_aside_and_the_rest_kept(tmp_path):
+    """What a killed process left half written is not a record, is not lost, and does not stop the next run."""
+    with open_store(tmp_path) as store:
+        store.append(make_record(target=4.0))
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(make_record(target=2.0).to_line().encode()[:200])
+    assert len(read_records(tmp_path)) == 1
+    with open_store(tmp_path) as store:
+        store.append(make_record(target=2.0))
+    assert [r.subject.method.target for r in read_records(tmp_path)] == [4.0, 2.0]
+    assert (tmp_path / "records.torn").stat().st_size > 0
+
+
+def test_damage_before_the_last_line_is_an_error(tmp_path):
+    """A journal is never read around a damaged line."""
+    (tmp_path / JOURNAL).write_text("{}\n" + make_record().to_line())
+    with pytest.raises(IntegrityError, match=f"{JOURNAL}:1"):
+        read_records(tmp_path)
+
+
+def test_the_same_key_twice_is_an_error_when_written_and_when_read(tmp_path):
+    """Nothing is measured twice."""
+    with open_store(tmp_path) as store:
+        store.append(make_record(value=0.1))
+        with pytest.raises(UsageError, match="already recorded"):
+            store.append(make_record(value=0.2))
+    with (tmp_path / JOURNAL).open("a") as file:
+        file.write(make_record(value=0.2).to_line())
+    with pytest.raises(IntegrityError, match="second time"):
+        read_records(tmp_path)
+
+
+def test_two_writers_exclude_each_other(tmp_path):
+    """A second run into the same folder is told so."""
+    with open_store(tmp_path), pytest.raises(UnfitEnvironmentError, match="another run"), open_store(tmp_path):
+        pass
+
+
+def test_an_output_that_is_a_file_is_one_sentence(tmp_path):
+    """An --out that cannot be a folder names it."""
+    (tmp_path / "out").write_text("")
+    with (
+        pytest.raises(UnfitEnvironmentError, match=r"cannot write to the output folder .*out"),
+        open_store(tmp_path / "out"),
+    ):
+        pass

@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from veloxbench import stats
+
+
+def test_mean_interval_is_student_t():
+    """The interval of ten samples is scipy's."""
+    values = np.random.default_rng(0).normal(3, 2, 10)
+    found = stats.mean_interval(values, "x")
+    low, high = scipy_stats.t.interval(0.95, 9, loc=values.mean(), scale=scipy_stats.sem(values))
+    assert (found.value, found.low, found.high) == pytest.approx((values.mean(), low, high))
+
+
+def test_one_sample_has_no_interval():
+    """Nothing is claimed from one sample."""
+    assert stats.mean_interval([2.0], "x").low is None
+
+
+def test_mean_interval_covers_95_percent():
+    """Of 2000 intervals from normal samples, 95% hold the true mean (binomial 99.9% band: 93.4% to 96.6%)."""
+    rng = np.random.default_rng(1)
+    draws = rng.normal(0, 1, (2000, 8))
+    held = sum(e.low <= 0 <= e.high for e in (stats.mean_interval(row, "x") for row in draws))
+    assert 0.934 < held / 2000 < 0.966
+
+
+def test_ratio_of_paired_times_ignores_what_moves_both():
+    """A drift common to both sides of a pair leaves the ratio and its interval alone."""
+    rng = np.random.default_rng(2)
+    base = rng.uniform(1, 3, 12)
+    drift = rng.uniform(0.5, 4, 12)
+    plain, drifting = stats.ratio_interval(base * 1.25, base), stats.ratio_interval(base * drift * 1.25, base * drift)
+    assert plain.value == pytest.approx(1.25)
+    assert (drifting.low, drifting.high) == pytest.approx((plain.low, plain.high))
+
+
+def test_median_interval_is_the_order_statistics():
+    """For n = 10, ranks 2 and 9 cover 97.9% (binomial table)."""
+    found = stats.median_interval(np.arange(1, 11), "x")
+    assert (found.value, found.low, found.high) == (5.5, 2.0, 9.0)
+    assert found.interval is not None
+    assert "98%" in found.interval
+
+
+def test_quantile_interval_resamples_whole_groups():
+    """When groups differ, the interval is wide however many positions each one has."""
+    groups = [np.full(1000, float(i)) for i in range(8)]
+    found = stats.quantile_interval(groups, 0.5, "x")
+    assert found.low is not None
+    assert found.high is not None
+    assert found.high - found.low >= 2
