@@ -142,6 +142,10 @@ class RVQOptions(MethodOptions):
         """The same code for keys and values."""
         return RVQ(self.code_bits if code_bits is None else code_bits, seed)
 
+    def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """Scalar codes: at high widths they leave less than residual stages."""
+        return TurboQuantMSE(code_bits, seed)
+
 
 @METHODS.register("affine")
 @dataclass(frozen=True)

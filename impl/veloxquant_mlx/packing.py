@@ -149,9 +149,13 @@ def unpack_codes(words: mx.array, code_bits: int, n_codes: int) -> mx.array:
     return unpack_groups(words, code_bits, n_codes, 1)
 
 
+INDEX_BITS: Final = 14
+"""Bits of a table index at most: a table of pairs of centroids then fits a core's second-level cache."""
+
+
 def table_group(code_bits: int, n_codes: int) -> int:
-    """Codes that one table lookup reads: as many (a power of two) as 16 bits hold and ``n_codes`` divides into."""
-    return max(n for n in (1, 2, 4, 8) if n * code_bits <= 16 and n_codes % n == 0)
+    """Codes that one table lookup reads: a power of two that divides ``n_codes``, within ``INDEX_BITS`` bits."""
+    return max(n for n in (1, 2, 4, 8) if n * code_bits <= INDEX_BITS and n_codes % n == 0)
 
 
 def expand_table(centroids: np.ndarray, group: int) -> np.ndarray:
@@ -183,9 +187,27 @@ def pack_trits(trits: mx.array) -> mx.array:
     return packed
 
 
+def lookup_table(rows: np.ndarray) -> mx.array:
+    """A table for :func:`lookup` from ``[N, G]`` entries; fp32 entries travel in pairs, as complex64."""
+    table = mx.array(np.ascontiguousarray(rows))
+    return table.view(mx.complex64) if rows.dtype == np.float32 and rows.shape[1] % 2 == 0 else table
+
+
+def lookup(table: mx.array, index: mx.array) -> mx.array:
+    """Entries of a :func:`lookup_table`: ``[...]`` unsigned indices to ``[..., G]``.
+
+    A gather along an axis costs MLX on CPU a twentieth of ``mx.take`` of rows.
+    """
+    flat = index.reshape(-1, 1)
+    found = mx.take_along_axis(table, mx.broadcast_to(flat, (flat.shape[0], table.shape[1])), axis=0)
+    if found.dtype == mx.complex64:
+        found = found.view(mx.float32)
+    return found.reshape(*index.shape, found.shape[1])
+
+
 @functools.cache
 def _trit_table() -> mx.array:
-    return mx.array(expand_table(np.arange(3, dtype=np.uint8), TRITS_PER_BYTE))
+    return lookup_table(expand_table(np.arange(3, dtype=np.uint8), TRITS_PER_BYTE))
 
 
 def unpack_trits(data: mx.array, n_trits: int) -> mx.array:
@@ -196,5 +218,5 @@ def unpack_trits(data: mx.array, n_trits: int) -> mx.array:
     """
     if data.shape[-1] < trit_bytes(n_trits):
         raise ValueError(f"data has {data.shape[-1]} bytes a row; {n_trits} trits need {trit_bytes(n_trits)}")
-    trits = mx.take(_trit_table(), data, axis=0)
+    trits = lookup(_trit_table(), data)
     return trits.reshape(*data.shape[:-1], -1)[..., :n_trits]

@@ -71,7 +71,7 @@ def test_flagged_tokens_are_kept_at_outlier_bits(llama_model: Any, method: str) 
     for x, fetched, base in zip((keys, values), got, without, strict=True):
         error = np.array(fetched - x)[:, :, OUTLIERS]
         size = np.array(x.astype(mx.float32))[:, :, OUTLIERS]
-        assert np.sum(error**2) / np.sum(size**2) < 4e-4  # RVQ, the coarsest 8-bit code, leaves 2.6e-4
+        assert np.sum(error**2) / np.sum(size**2) < 4e-4  # Prod, the coarsest 8-bit code here, leaves 2.5e-4
         np.testing.assert_array_equal(np.array(fetched)[:, :, others], np.array(base)[:, :, others])
     extra = cache.formula_nbytes() - plain.formula_nbytes()
     widths = [q.bits_per_value(64) for q in (cache.spec.outlier_keys, cache.spec.outlier_values)]

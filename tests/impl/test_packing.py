@@ -57,7 +57,7 @@ def test_unpacking_returns_the_codes(code_bits: int, length: int) -> None:
 def test_a_group_reads_as_one_integer(code_bits: int, length: int) -> None:
     """A group of g codes reads as sum(code_i << (i * code_bits))."""
     group = table_group(code_bits, length)
-    assert group * code_bits <= 16
+    assert group * code_bits <= 14
     codes = random_codes(1 << code_bits, length)
     weights = 1 << (np.arange(group) * code_bits)
     expected = codes.reshape(2, 3, 5, -1, group).astype(np.int64) @ weights

@@ -10,10 +10,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxquant_mlx.packing import check_code_bits
+from veloxquant_mlx.packing import check_code_bits, lookup
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 from veloxquant_mlx.quantizers.turboquant_mse import unit_rms
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_matrix
+from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
 
 SUBVECTOR: Final = 8
 """Coordinates per codeword: one byte codes eight, so a stage costs one bit per value."""
@@ -94,7 +94,7 @@ class RVQ(Quantizer):
         for book in residual_codebooks(self.code_bits, self.seed):
             scores = matmul_rows(rest, book.T) - mx.sum(mx.square(book), axis=1) / 2
             nearest = mx.argmax(scores, axis=-1).astype(mx.uint8)
-            rest = rest - mx.take(book, nearest, axis=0)
+            rest = rest - lookup(book.view(mx.complex64), nearest)
             stages.append(nearest)
         return mx.concatenate(stages, axis=-1), rms.astype(mx.float16)
 
@@ -102,13 +102,13 @@ class RVQ(Quantizer):
         codewords, norms = codes.arrays
         stages = mx.split(codewords, self.code_bits, axis=-1)
         books = residual_codebooks(self.code_bits, self.seed)
-        total = mx.take(books[0], stages[0], axis=0)
+        total = lookup(books[0].view(mx.complex64), stages[0])
         for book, stage in zip(books[1:], stages[1:], strict=True):
-            total = total + mx.take(book, stage, axis=0)
+            total = total + lookup(book.view(mx.complex64), stage)
         rotated = total.reshape(*codewords.shape[:-1], -1)[..., : codes.head_dim]
         unit = matmul_rows(rotated, inverse_rotation_matrix(codes.head_dim, self.seed))
         return unit * norms.astype(mx.float32)
 
     def static_arrays(self, head_dim: int) -> Arrays:
         """The stages' codebooks and the rotation."""
-        return *residual_codebooks(self.code_bits, self.seed), rotation_matrix(head_dim, self.seed)
+        return *residual_codebooks(self.code_bits, self.seed), *rotation_arrays(head_dim, self.seed)

@@ -8,13 +8,13 @@ from typing import Final
 import mlx.core as mx
 import numpy as np
 
-from veloxquant_mlx.packing import expand_table, table_group, unpack_groups
+from veloxquant_mlx.packing import expand_table, lookup, lookup_table, table_group, unpack_groups
 from veloxquant_mlx.quantizers.lloyd_max import Codebook, Gaussian, SphereMarginal, lloyd_max
 
 BROADCAST_LIMIT: Final = 1 << 18
 """Comparisons up to which one broadcast beats a chain of operations (dispatch outweighs arithmetic)."""
 
-CHAIN_LEVELS: Final = 32
+CHAIN_LEVELS: Final = 16
 """Levels up to which a chain of comparisons beats two table lookups on CPU."""
 
 CELLS: Final = 4096
@@ -42,7 +42,8 @@ def sign_codebook() -> Codebook:
 
 
 @functools.cache
-def _boundaries(codebook: Codebook) -> mx.array:
+def boundaries_array(codebook: Codebook) -> mx.array:
+    """The boundaries between centroids, ``[levels - 1]`` fp32."""
     return mx.array(codebook.boundaries.astype(np.float32))
 
 
@@ -58,7 +59,8 @@ def _grid(codebook: Codebook) -> tuple[float, float, mx.array, mx.array]:
     if np.any(np.searchsorted(cell_of_edge, cells + 1 + slack, side="left") - first > 1):
         raise ValueError(f"{CELLS} cells are too coarse for {len(edges) + 1} levels")
     next_edge = np.append(edges, np.inf).astype(np.float32)
-    return float(scale), float(1 - low * scale), mx.array(first.astype(np.uint8)), mx.array(next_edge)
+    codes = lookup_table(first.astype(np.uint8)[:, None])
+    return float(scale), float(1 - low * scale), codes, lookup_table(next_edge[:, None])
 
 
 def nearest_codes(y: mx.array, codebook: Codebook) -> mx.array:
@@ -73,7 +75,7 @@ def nearest_codes(y: mx.array, codebook: Codebook) -> mx.array:
     """
     n_edges = len(codebook.boundaries)
     if y.size * n_edges <= BROADCAST_LIMIT:
-        below: mx.array = y[..., None] > _boundaries(codebook)
+        below: mx.array = y[..., None] > boundaries_array(codebook)
         return mx.sum(below, axis=-1).astype(mx.uint8)
     if n_edges < CHAIN_LEVELS:
         edges = codebook.boundaries.astype(np.float32).tolist()
@@ -82,9 +84,9 @@ def nearest_codes(y: mx.array, codebook: Codebook) -> mx.array:
             code = code + (y > edge)
         return code
     scale, shift, first, next_edge = _grid(codebook)
-    cell = mx.clip(y * scale + shift, 0, CELLS - 1).astype(mx.uint32)
-    low_code = mx.take(first, cell)
-    above: mx.array = y > mx.take(next_edge, low_code)
+    cell = mx.clip(y * scale + shift, 0, CELLS - 1).astype(mx.uint16)
+    low_code = lookup(first, cell)[..., 0]
+    above: mx.array = y > lookup(next_edge, low_code)[..., 0]
     return low_code + above
 
 
@@ -96,7 +98,23 @@ def centroids_array(codebook: Codebook) -> mx.array:
 
 @functools.cache
 def _tuple_table(codebook: Codebook, group: int) -> mx.array:
-    return mx.array(expand_table(codebook.centroids.astype(np.float32), group))
+    return lookup_table(expand_table(codebook.centroids.astype(np.float32), group))
+
+
+def centroids_of(codes: mx.array, codebook: Codebook) -> mx.array:
+    """The centroid of each code, fp32 of the shape of ``codes``."""
+    return lookup(centroids_array(codebook)[:, None], codes)[..., 0]
+
+
+def codebook_arrays(codebook: Codebook, code_bits: int, n_codes: int) -> tuple[mx.array, ...]:
+    """Every table that encoding and decoding rows of ``n_codes`` codes keep in memory: the codebook's static bytes.
+
+    The table of code tuples, which makes decoding one lookup, is much the largest of them.
+    """
+    tables = [centroids_array(codebook), boundaries_array(codebook)]
+    if len(codebook.boundaries) >= CHAIN_LEVELS:
+        tables += _grid(codebook)[2:]
+    return *tables, _tuple_table(codebook, table_group(code_bits, n_codes))
 
 
 def decode_words(words: mx.array, codebook: Codebook, code_bits: int, n_codes: int) -> mx.array:
@@ -113,4 +131,4 @@ def decode_words(words: mx.array, codebook: Codebook, code_bits: int, n_codes: i
     """
     group = table_group(code_bits, n_codes)
     index = unpack_groups(words, code_bits, n_codes, group)
-    return mx.take(_tuple_table(codebook, group), index, axis=0).reshape(*words.shape[:-1], n_codes)
+    return lookup(_tuple_table(codebook, group), index).reshape(*words.shape[:-1], n_codes)

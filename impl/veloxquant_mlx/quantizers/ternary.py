@@ -9,17 +9,17 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from veloxquant_mlx.packing import TRITS_PER_BYTE, expand_table, pack_trits, trit_bytes
+from veloxquant_mlx.packing import TRITS_PER_BYTE, expand_table, lookup, lookup_table, pack_trits, trit_bytes
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 from veloxquant_mlx.quantizers.lloyd_max import Codebook
-from veloxquant_mlx.quantizers.scalar import centroids_array, nearest_codes, sphere_codebook
+from veloxquant_mlx.quantizers.scalar import boundaries_array, nearest_codes, sphere_codebook
 from veloxquant_mlx.quantizers.turboquant_mse import unit_rms
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_matrix
+from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
 
 
 @functools.cache
 def _byte_table(codebook: Codebook) -> mx.array:
-    return mx.array(expand_table(codebook.centroids.astype(np.float32), TRITS_PER_BYTE))
+    return lookup_table(expand_table(codebook.centroids.astype(np.float32), TRITS_PER_BYTE))
 
 
 @QUANTIZERS.register("ternary")
@@ -55,14 +55,15 @@ class Ternary(Quantizer):
     def _decode(self, codes: Codes) -> mx.array:
         data, norms = codes.arrays
         head_dim = codes.head_dim
-        rotated = mx.take(_byte_table(self._codebook(head_dim)), data, axis=0)
+        rotated = lookup(_byte_table(self._codebook(head_dim)), data)
         rotated = rotated.reshape(*data.shape[:-1], -1)[..., :head_dim]
         unit = matmul_rows(rotated, inverse_rotation_matrix(head_dim, self.seed))
         return unit * norms.astype(mx.float32)
 
     def static_arrays(self, head_dim: int) -> Arrays:
-        """Centroids and the rotation."""
-        return centroids_array(self._codebook(head_dim)), rotation_matrix(head_dim, self.seed)
+        """The table of bytes to five centroids, and the rotation."""
+        codebook = self._codebook(head_dim)
+        return _byte_table(codebook), boundaries_array(codebook), *rotation_arrays(head_dim, self.seed)
 
     def expected_distortion(self, head_dim: int) -> float:
         """That of the codebook, whatever the input."""

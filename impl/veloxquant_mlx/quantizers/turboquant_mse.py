@@ -10,8 +10,8 @@ import mlx.core as mx
 from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 from veloxquant_mlx.quantizers.lloyd_max import Codebook
-from veloxquant_mlx.quantizers.scalar import centroids_array, decode_words, nearest_codes, sphere_codebook
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_matrix
+from veloxquant_mlx.quantizers.scalar import codebook_arrays, decode_words, nearest_codes, sphere_codebook
+from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
 
 TINY_RMS = 1e-12
 """Keeps the division defined for a zero vector, whose stored norm is zero anyway."""
@@ -77,8 +77,9 @@ class TurboQuantMSE(Quantizer):
         return unit * norms.astype(mx.float32)
 
     def static_arrays(self, head_dim: int) -> Arrays:
-        """Centroids and the rotation."""
-        return centroids_array(self.codebook(head_dim)), rotation_matrix(head_dim, self.seed)
+        """The codebook's tables and the rotation."""
+        tables = codebook_arrays(self.codebook(head_dim), self.code_bits, head_dim)
+        return *tables, *rotation_arrays(head_dim, self.seed)
 
     def expected_distortion(self, head_dim: int) -> float:
         """That of the codebook, whatever the input."""

@@ -16,14 +16,15 @@ from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes,
 from veloxquant_mlx.quantizers.lloyd_max import Codebook
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
 from veloxquant_mlx.quantizers.scalar import (
-    centroids_array,
+    centroids_of,
+    codebook_arrays,
     decode_words,
     nearest_codes,
     sign_codebook,
     sphere_codebook,
 )
 from veloxquant_mlx.quantizers.turboquant_mse import TINY_RMS, unit_rms
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_matrix
+from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
 
 UNBIASED = math.sqrt(math.pi / 2)
 """1 / E|g| of a standard normal: makes the sign sketch unbiased."""
@@ -103,7 +104,7 @@ class TurboQuantProd(Quantizer):
         if codebook is not None:
             codes = nearest_codes(residual, codebook)
             arrays.append(pack_codes(codes, self.code_bits - 1))
-            residual = residual - mx.take(centroids_array(codebook), codes)
+            residual = residual - centroids_of(codes, codebook)
         residual_rms = mx.sqrt(mx.mean(mx.square(residual), axis=-1, keepdims=True))
         signs = matmul_rows(residual, sketch_matrix(head_dim, self.seed)) > 0
         return *arrays, pack_codes(signs, 1), rms.astype(mx.float16), residual_rms.astype(mx.float16)
@@ -122,10 +123,11 @@ class TurboQuantProd(Quantizer):
         return unit * norms.astype(mx.float32)
 
     def static_arrays(self, head_dim: int) -> Arrays:
-        """Centroids, rotation, sketch."""
+        """The codebooks' tables, the rotation and the sketch, both ways."""
         codebook = self._codebook(head_dim)
-        tables = rotation_matrix(head_dim, self.seed), sketch_matrix(head_dim, self.seed)
-        return tables if codebook is None else (centroids_array(codebook), *tables)
+        sketch = sketch_matrix(head_dim, self.seed), _unsketch_matrix(head_dim, self.seed)
+        tables = *rotation_arrays(head_dim, self.seed), *sketch, *codebook_arrays(sign_codebook(), 1, head_dim)
+        return tables if codebook is None else (*codebook_arrays(codebook, self.code_bits - 1, head_dim), *tables)
 
     def expected_distortion(self, head_dim: int) -> float:
         """That of this seed's sketch; (π/2 - 1/d) · D(code_bits - 1) on average over seeds."""

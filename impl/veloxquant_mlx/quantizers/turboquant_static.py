@@ -10,9 +10,9 @@ import mlx.core as mx
 from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 from veloxquant_mlx.quantizers.lloyd_max import Codebook
-from veloxquant_mlx.quantizers.scalar import centroids_array, decode_words, gaussian_codebook, nearest_codes
+from veloxquant_mlx.quantizers.scalar import codebook_arrays, decode_words, gaussian_codebook, nearest_codes
 from veloxquant_mlx.quantizers.turboquant_mse import TINY_RMS
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_matrix
+from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
 
 
 @QUANTIZERS.register("turboquant_static")
@@ -84,10 +84,11 @@ class TurboQuantStatic(Quantizer):
         return matmul_rows(rotated, inverse_rotation_matrix(codes.head_dim, self.seed)) * scale + mean
 
     def static_arrays(self, head_dim: int) -> Arrays:
-        """Centroids and the rotation."""
+        """The codebook's tables and the rotation."""
         if self.code_bits == 0:
             return ()
-        return centroids_array(self._codebook), rotation_matrix(head_dim, self.seed)
+        tables = codebook_arrays(self._codebook, self.code_bits, head_dim)
+        return *tables, *rotation_arrays(head_dim, self.seed)
 
     def expected_distortion(self, head_dim: int) -> float:
         """That of the Gaussian codebook, for calibration on many tokens; 1 at width 0."""

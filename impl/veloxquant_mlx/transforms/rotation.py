@@ -44,6 +44,12 @@ def inverse_rotation_matrix(head_dim: int, seed: int) -> mx.array:
     return mx.contiguous(rotation_matrix(head_dim, seed).T)
 
 
+def rotation_arrays(head_dim: int, seed: int) -> tuple[mx.array, ...]:
+    """Everything that stays in memory for a rotation and its inverse: what a method counts as static bytes."""
+    inverse = inverse_rotation_matrix(head_dim, seed)
+    return rotation_signs(head_dim, seed), rotation_matrix(head_dim, seed), inverse
+
+
 def matmul_rows(x: mx.array, matrix: mx.array) -> mx.array:
     """``x @ matrix`` over the last axis as one two-dimensional product (one BLAS call), fp32."""
     flat = x.reshape(-1, x.shape[-1]).astype(mx.float32)
