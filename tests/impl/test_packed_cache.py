@@ -133,6 +133,37 @@ def test_a_copy_is_independent() -> None:
     assert mx.array_equal(got, expected)
 
 
+def test_a_cache_from_another_ones_state_is_independent() -> None:
+    """Two caches of one state may both continue: neither writes into the other's buffers."""
+    keys = tokens(20, 9)
+    cache = PackedKVCache(spec())
+    filled(cache, keys, keys, [20])
+    twin = PackedKVCache.from_state(cache.state)
+    twin.trim(10)
+    mx.eval(twin.update_and_fetch(-keys, -keys))
+    expected, _ = filled(PackedKVCache(spec()), keys, keys, [20])
+    assert mx.array_equal(cache.fetch(20, mx.float32)[0], expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_size": 512}, {"sinks": 4, "window": 32}])
+@pytest.mark.parametrize("n_heads", [1, 2])
+def test_no_decoded_copy_survives_a_step(n_heads: int, fields: dict[str, int]) -> None:
+    """Once the tokens given and fetched are gone, active memory has grown by the packed bytes alone."""
+    cache = PackedKVCache(spec(2, **fields))
+    warm = tokens(64, n_heads=n_heads, head_dim=256)
+    filled(cache, warm, warm, [64])  # builds the tables
+    before, packed_before = mx.get_active_memory(), cache.nbytes
+    for start in range(0, 2048, 512):
+        x = tokens(512, start, n_heads=n_heads, head_dim=256)
+        mx.eval(cache.update_and_fetch(x, x))
+    del x
+    mx.eval([held.array for held in cache.held_arrays()])
+    grown, packed = mx.get_active_memory() - before, cache.nbytes - packed_before
+    shared = 6 * (16384 + 4096)  # MLX lets a copy share a buffer that is up to 16 KiB larger; six arrays, pages
+    assert packed - 4096 <= grown < packed + shared
+    assert shared < 2 * 2 * n_heads * 256 * cache.size() / 4  # a quarter of an fp16 copy would be seen
+
+
 def test_the_cache_hides_no_array() -> None:
     """Every mx.array reachable through the object's attributes is reported as held or static."""
     cache = PackedKVCache(spec(4, sinks=4, window=8))

@@ -53,6 +53,7 @@ def appended(buffer: mx.array | None, new: mx.array, used: int, step: int) -> mx
         room[2] = grown_slots(total, used, step) - used
         empty = mx.zeros(room, dtype=new.dtype)
         buffer = empty if buffer is None or used == 0 else mx.concatenate([buffer[:, :, :used], empty], axis=2)
+    buffer = buffer[:, :, :]  # assignment changes the Python object, which another cache's state may share
     buffer[:, :, used:total] = new
     return buffer
 
@@ -311,7 +312,7 @@ class Side:
         self.shape = (x.shape[0], x.shape[1], x.shape[3])
         room = self.sinks - _tokens(self.sink)
         if room > 0 and not self.coded.blocks and self.tail is None:
-            self.sink = _joined([self.sink, x[:, :, :room]])
+            self.sink = mx.contiguous(_joined([self.sink, x[:, :, :room]]))  # a view would keep all of x alive
             x = x[:, :, room:]
         if x.shape[2] == 0:
             return
