@@ -160,7 +160,7 @@ def test_no_decoded_copy_survives_a_step(n_heads: int, fields: dict[str, int]) -
     mx.eval([held.array for held in cache.held_arrays()])
     grown, packed = mx.get_active_memory() - before, cache.nbytes - packed_before
     shared = 6 * (16384 + 4096)  # MLX lets a copy share a buffer that is up to 16 KiB larger; six arrays, pages
-    assert packed - 4096 <= grown < packed + shared
+    assert 0.9 * packed <= grown < packed + shared
     assert shared < 2 * 2 * n_heads * 256 * cache.size() / 4  # a quarter of an fp16 copy would be seen
 
 
