@@ -36,15 +36,6 @@ class ArmSpec(_Strict):
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
-class ThroughputSpec(_Strict):
-    """Depths, and how many interleaved pairs at each."""
-
-    depths: tuple[int, ...]
-    pairs: int
-    steps: int
-    prefill_pairs: int
-
-
 class MemorySpec(_Strict):
     """Tokens prefilled and decoded in the memory process, and the budget that tokens_in_budget fills."""
 
@@ -63,7 +54,7 @@ class Grid(_Strict):
     suites: tuple[Suite, ...]
     arms: tuple[ArmSpec, ...]
     protocols: tuple[Annotated[Chunked | Decode, Field(discriminator="name")], ...]
-    throughput: ThroughputSpec
+    throughput: tuple[Timing, ...]
     memory: MemorySpec
 
     def arm_list(self) -> list[Arm]:
@@ -232,7 +223,5 @@ def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Protocol | Timing | MemoryS
     if "memory" in grid.suites:
         yield "memory", "process", grid.memory, 1, grid.memory.tokens + grid.memory.decode_steps
     if "throughput" in grid.suites:
-        sizes = grid.throughput
-        for depth in sizes.depths:
-            timing = Timing(depth, sizes.pairs, sizes.steps, sizes.prefill_pairs)
-            yield "throughput", f"depth {depth}", timing, 1, timing.n_tokens
+        for timing in grid.throughput:
+            yield "throughput", f"depth {timing.depth}", timing, 1, timing.n_tokens

@@ -33,8 +33,8 @@ sequences = 2
 prefix = 32
 steps = 4
 
-[throughput]
-depths = [32]
+[[throughput]]
+depth = 32
 pairs = 2
 steps = 2
 prefill_pairs = 2
