@@ -277,7 +277,7 @@ def doctor() -> None:
     checks = list(examine())
     signs = {True: "ok", False: "UNFIT", None: ""}
     _print_table(("check", "", "found"), [(check.name, signs[check.ok], check.found) for check in checks])
-    unfit = [check.name for check in checks if check.ok is False and check.name != "load"]
+    unfit = [check.name for check in checks if check.ok is False]
     if unfit:
         raise UnfitEnvironmentError(f"not fit: {', '.join(unfit)}")
 

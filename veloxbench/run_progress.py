@@ -27,7 +27,7 @@ def _plan_line(model: str, n_measurements: int, n_done: int, seconds: float, det
 def _headline(record: Record) -> str:
     if record.status == "unsupported":
         return record.reason or "not supported"
-    shown = ("kld_mean", "ppl", "bits_per_value", "decode_speed_ratio")
+    shown = ("kld_mean", "kld_floor_mean", "ppl", "bits_per_value", "decode_speed_ratio")
     return ", ".join(f"{name} {record.metrics[name].value:.4g}" for name in shown if name in record.metrics)
 
 

@@ -270,7 +270,7 @@ def _provenance(rows: Sequence[Record]) -> list[str]:
                 [(name, "" if value is None else value) for name, value in facts], ("what", "value"), tablefmt="pipe"
             )
         )
-    texts = sorted({(r.subject.text.name, r.subject.text.tokens_sha256[:16]) for r in rows})
+    texts = sorted({(_block(r), r.subject.text.tokens_sha256[:16]) for r in rows})
     weights = sorted({(r.subject.model.name, r.subject.model.weights_sha256[:16]) for r in rows})
     parts.append("Weights (sha256): " + ", ".join(f"{name} `{digest}`" for name, digest in weights) + ".")
     parts.append("Token blocks (sha256): " + ", ".join(f"{name} `{digest}`" for name, digest in texts) + ".")
@@ -293,6 +293,12 @@ def _provenance(rows: Sequence[Record]) -> list[str]:
     header = ("record", "model", "suite", "method", "status", "seconds", "commit", "started (UTC)")
     parts.append(tabulate(table, header, tablefmt="pipe", disable_numparse=True))
     return parts
+
+
+def _block(record: Record) -> str:
+    """What a token block was read for: one text is read in windows of several sizes."""
+    subject = record.subject
+    return f"{subject.text.name} for {subject.model.name} {subject.suite}/{subject.protocol}"
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:

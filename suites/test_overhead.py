@@ -1,0 +1,72 @@
+"""What the perplexity suite costs beyond the bare forward passes that it needs (with ``--benchmark``)."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from veloxbench.corpora import load_text, token_block
+from veloxbench.measure import quality
+from veloxbench.measure.divergence import worker_pool
+from veloxbench.measure.reference import ReferenceCache, vocabulary_of
+from veloxbench.methods import make_arm
+from veloxbench.models import resolve_model
+from veloxbench.plan import REFERENCE
+from veloxbench.protocol import Chunked, feed
+from veloxbench.runner import Session
+from veloxbench.stats import ratio_interval
+
+PROTOCOL = Chunked(8, 256, chunk=64, score_from=64)
+PAIRS = 4
+LIMIT = 1.15
+
+
+class _Quiet:
+    def message(self, text: str) -> None:
+        print(text)
+
+
+@pytest.fixture
+def session(request: pytest.FixtureRequest) -> Iterator[Session]:
+    if not request.config.getoption("--benchmark"):
+        pytest.skip("a timing: run with --benchmark")
+    session = Session.open(resolve_model("smollm2-135m"), None, _Quiet())  # type: ignore[arg-type]
+    yield session
+    session.close()
+
+
+def test_comparing_costs_little_beside_the_forward_pass(session, tmp_path, record_property):
+    """Reference pass and arm pass of the suite take at most 1.15 x the same passes without any comparison."""
+    tokens = token_block(load_text("wikitext-2"), session.context.tokenizer, n_sequences=8, length=257).tokens
+    arm = make_arm("turboquant_mse", 4.0)
+    pool, cache = worker_pool(), ReferenceCache(tmp_path)
+    vocabulary, n_rows = vocabulary_of(session.model, tokens), 8 * PROTOCOL.n_scored
+    rows = quality.rows_per_step(PROTOCOL, 8)
+
+    def bare() -> None:
+        for each in (REFERENCE, arm):
+            for _ in feed(session.model, session.arm(each).caches, tokens, PROTOCOL):
+                pass
+
+    def suite() -> None:
+        key = str(time.monotonic_ns())
+        steps = feed(session.model, session.arm(REFERENCE).caches, tokens, PROTOCOL)
+        quality.run_reference(cache.write(key, steps, n_rows, vocabulary, pool), 8, lambda _: None)
+        caches, reference = session.arm(arm), cache.read(key, rows)
+        stats, nll = quality.run_arm(session.model, caches, tokens, PROTOCOL, reference, pool, lambda _: None)
+        quality.arm_metrics(stats, nll, caches.engagement())
+
+    def seconds(work: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    bare()
+    pairs = []
+    for turn in range(PAIRS):  # ABBA: a machine that drifts moves both
+        both = {work.__name__: seconds(work) for work in ((suite, bare) if turn % 2 else (bare, suite))}
+        pairs.append((both["suite"], both["bare"]))
+    ratio = ratio_interval([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    print(f"\nsuite / bare forward passes: {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}], {PAIRS} pairs")
+    record_property("suite_over_bare", ratio.value)
+    assert ratio.value <= LIMIT

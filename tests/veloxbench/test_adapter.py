@@ -1,0 +1,85 @@
+"""What a cache holds, and that nothing it holds can stay uncounted."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
+
+from veloxbench import adapter
+from veloxbench.adapter import CacheUnderTest
+from veloxbench.errors import EngagementError
+
+
+def _filled(inner, tokens: int, head_dim: int = 64) -> CacheUnderTest:
+    cache = CacheUnderTest(inner)
+    x = mx.array(np.random.default_rng(0).standard_normal((2, 3, tokens, head_dim)).astype(np.float32))
+    mx.eval(cache.update_and_fetch(x, x))
+    return cache
+
+
+@pytest.mark.parametrize("tokens", [1, 255, 256, 257])
+def test_fp16_reads_exactly_sixteen_bits_at_any_fill(tokens):
+    """Used bytes follow the tokens, allocated bytes the buffer's steps of 256."""
+    [layer] = adapter.engagement([_filled(KVCache(), tokens)], [True], KVCache)
+    assert adapter.bits_per_value([layer]) == 16.0
+    assert adapter.allocated_bits_per_value([layer]) == 16.0 * -(-tokens // 256) * 256 / tokens
+
+
+def test_affine_costs_its_scales_and_biases():
+    """Four bits in groups of 64 with fp16 scale and bias are 4.5 bits per value (field's own formula)."""
+    [layer] = adapter.engagement([_filled(QuantizedKVCache(group_size=64, bits=4), 100)], [True], QuantizedKVCache)
+    assert adapter.bits_per_value([layer]) == 4.5
+    assert (layer.key_bits, layer.value_bits) == (4.0, 4.0)
+    assert layer.stored_dtypes == ["float16", "uint32"]
+
+
+def test_a_rotating_cache_counts_what_it_still_holds():
+    """After 40 tokens a window of 16 holds 16 (mlx-lm's own size)."""
+    cache = _filled(RotatingKVCache(max_size=16), 8)
+    for _ in range(32):
+        cache.update_and_fetch(mx.zeros((2, 3, 1, 64)), mx.zeros((2, 3, 1, 64)))
+    [layer] = adapter.engagement([cache], [True], RotatingKVCache)
+    assert layer.tokens == 16
+    assert adapter.bits_per_value([layer]) == 16.0
+
+
+def test_a_hidden_copy_is_found():
+    """A cache whose own account leaves an array out is an error that names the array."""
+
+    class Hiding(KVCache):
+        def held_arrays(self):
+            return [SimpleNamespace(name="keys", array=self.keys, used_slots=self.offset, slots=self.keys.shape[2])]
+
+        def static_arrays(self):
+            return []
+
+    with pytest.raises(EngagementError, match="values"):
+        adapter.engagement([_filled(Hiding(), 10)], [True], Hiding)
+
+
+def test_a_claimed_layer_in_another_class_is_an_error():
+    """fp16 where the method claims quantized storage is an error, not a result."""
+    with pytest.raises(EngagementError, match="layer 0 is held by KVCache"):
+        adapter.engagement([_filled(KVCache(), 10)], [True], QuantizedKVCache)
+
+
+def test_a_claimed_layer_that_stored_nothing_is_an_error():
+    """A cache that no token reached did not take part."""
+    with pytest.raises(EngagementError, match="with 0 tokens"):
+        adapter.engagement([CacheUnderTest(KVCache())], [True], KVCache)
+
+
+def test_the_adapter_keeps_mlx_lms_choice_of_attention():
+    """``bits`` and ``group_size`` show through for a quantized cache, and are absent for a plain one."""
+    quantized = _filled(QuantizedKVCache(group_size=32, bits=8), 4)
+    assert (quantized.bits, quantized.group_size) == (8, 32)
+    plain = _filled(KVCache(), 4)
+    assert not hasattr(plain, "bits")
+    queries = mx.ones((2, 3, 1, 64))
+    stored = quantized.inner.keys_and_values()
+    out = scaled_dot_product_attention(queries, *stored, cache=quantized, scale=1.0, mask=None)
+    reference = scaled_dot_product_attention(queries, *plain.inner.keys_and_values(), cache=plain, scale=1.0, mask=None)
+    np.testing.assert_allclose(np.array(out), np.array(reference), atol=0.05)  # half a step of 8 bits, amplified
