@@ -5,6 +5,7 @@ import re
 import mlx.core as mx
 import pytest
 
+from veloxquant_kernels import emulator, verify
 from veloxquant_kernels.signature import ArraySpec, generate
 
 BODY = """
@@ -13,11 +14,16 @@ out[i] = T(inp[i]) + inp_shape[0] + inp_strides[0] + inp_ndim + small[0] + scala
 other[i] = simdgroup_index_in_threadgroup;"""
 
 
-def text_of_mlx(capfd, tmp_path, name, body, inputs, output_dtypes, template, **options):
+def text_of_mlx(
+    capfd, tmp_path, name, body, inputs, output_dtypes, template, input_names=None, output_names=None, **options
+):
     """What MLX prints for a kernel recorded in an exported graph, which needs no Metal device."""
-    names = ["inp", "small", "scalar"][: len(inputs)]
     kernel = mx.fast.metal_kernel(
-        name=name, input_names=names, output_names=["out", "other"][: len(output_dtypes)], source=body, **options
+        name=name,
+        input_names=input_names or ["inp", "small", "scalar"][: len(inputs)],
+        output_names=output_names or ["out", "other"][: len(output_dtypes)],
+        source=body,
+        **options,
     )
 
     def call(first):
@@ -70,6 +76,28 @@ def test_atomic_outputs_and_no_attributes(template, atomic, capfd, tmp_path):
     arguments = ("bare", "out[0] = inp[0];", inputs, [mx.float32], template)
     expected = text_of_mlx(capfd, tmp_path, *arguments, atomic_outputs=atomic)
     assert ours(*arguments, atomic_outputs=atomic).text == expected
+
+
+def test_shipped_kernels_have_mlxs_signature(capfd, tmp_path, monkeypatch):
+    """Every launch of the verification's cases: what the emulator compiles is what MLX would hand to Metal."""
+    compared = []
+
+    def compare(
+        name, source, *, inputs, output_shapes, output_dtypes, header, template, input_names, output_names, **_
+    ):
+        names = {"input_names": input_names, "output_names": output_names, "header": header, "template": template}
+        specs = [ArraySpec(x.dtype, tuple(x.shape)) for x in inputs]
+        ours = generate(name, source, inputs=specs, output_dtypes=output_dtypes, **names)
+        names = {key: list(value) if key != "header" else value for key, value in names.items()}
+        expected = text_of_mlx(capfd, tmp_path, name, source, list(inputs), list(output_dtypes), **names)
+        assert ours.text == expected
+        compared.append(name)
+        return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+
+    monkeypatch.setattr(emulator, "launch", compare)
+    for case in verify.cases():
+        case.run("emulator")
+    assert len(set(compared)) == 11
 
 
 def test_body_line_points_at_the_body():
