@@ -132,8 +132,8 @@ def engagement(
         is_attention = cache.n_values_per_token > 0
         held = held_arrays(inner) if is_attention else []
         tokens = max((h.used_slots for h in held), default=0)
-        if hasattr(inner, "n_stored_tokens"):
-            tokens = int(inner.n_stored_tokens)
+        if hasattr(inner, "held_arrays"):  # its slots may be blocks of tokens
+            tokens = int(inner.size())
         engaged = isinstance(inner, expected) and tokens > 0
         if claim and not engaged:
             raise EngagementError(
@@ -160,9 +160,11 @@ def engagement(
 
 
 def code_bits(inner: Any) -> tuple[float | None, float | None]:
-    """Code widths of keys and values: a quantized cache's own, or those of the dtype it stores."""
-    if hasattr(inner, "key_quantizer"):
-        return float(inner.key_quantizer.code_bits), float(inner.value_quantizer.code_bits)
+    """Code widths of keys and values: a quantized cache's own where it has one, or those of the dtype it stores."""
+    if hasattr(inner, "spec"):
+        widths = (getattr(quantizer, "code_bits", None) for quantizer in (inner.spec.keys, inner.spec.values))
+        key_bits, value_bits = (None if width is None else float(width) for width in widths)
+        return key_bits, value_bits
     if hasattr(inner, "bits"):
         return float(inner.bits), float(inner.bits)
     keys = getattr(inner, "keys", None)

@@ -62,8 +62,10 @@ class Reply(BaseModel):
     """After the prefill: the buffers are as full as the depth makes them."""
     final: list[LayerEngagement]
     """After the decode steps."""
-    formula_bits: list[str | None]
-    """Bits per value of each claimed layer by the method's formula, as an exact fraction."""
+    formula_filled: list[str | None]
+    """Bytes of each claimed layer by the method's formula, as exact fractions, after the prefill."""
+    formula_final: list[str | None]
+    """The same after the decode steps."""
     max_tokens: list[int | None]
     """Tokens that a layer holds at most (a sliding window), if it has such a limit."""
     n_values_per_token: list[int]
@@ -144,15 +146,17 @@ def measure_in_this_process(request: Request) -> Reply:
             logits = model(mx.array([[int(token)]]), cache=caches)
             mx.eval(logits, [arrays_of(cache) for cache in caches])
         del logits
-    parameters = {**method.parameter_defaults(), **arm.parameters}
+
+    def formulas(fed: int) -> list[str | None]:
+        rows = zip(caches, claimed, shapes, strict=True)
+        return [str(method.formula(c.inner, fed, shape)) if claim and shape else None for c, claim, shape in rows]
+
     return Reply(
         phases=phases,
         filled=filled,
         final=engagement(caches, claimed, method.cache_classes),
-        formula_bits=[
-            str(method.formula(request.target, shape, **parameters)) if claim and shape else None
-            for claim, shape in zip(claimed, shapes, strict=True)
-        ],
+        formula_filled=formulas(request.prefill_tokens),
+        formula_final=formulas(len(tokens)),
         max_tokens=[getattr(cache.inner, "max_size", None) for cache in caches],
         n_values_per_token=[cache.n_values_per_token for cache in caches],
         static_bytes=static_bytes(caches),
@@ -179,16 +183,16 @@ def measure(request: Request) -> Reply:
     return Reply.model_validate_json(done.stdout.strip().splitlines()[-1])
 
 
-def check_formula(layers: Sequence[LayerEngagement], formula_bits: Sequence[str | None], method: str) -> None:
+def check_formula(layers: Sequence[LayerEngagement], formula_bytes: Sequence[str | None], method: str) -> None:
     """The bytes held by each claimed layer equal the method's formula, exactly.
 
     Raises:
         EngagementError: they differ; names the layer and both figures.
     """
-    for layer, bits in zip(layers, formula_bits, strict=True):
-        if bits is None:
+    for layer, text in zip(layers, formula_bytes, strict=True):
+        if text is None:
             continue
-        promised = Fraction(bits) * layer.n_values / 8
+        promised = Fraction(text)
         if Fraction(layer.used_bytes) != promised:
             raise EngagementError(
                 f"{method} layer {layer.layer}: the arrays hold {layer.used_bytes} bytes for {layer.tokens} tokens, "
@@ -223,8 +227,8 @@ def metrics(reply: Reply, method: str, budget_gib: float) -> tuple[dict[str, Est
     """
     from veloxbench.adapter import allocated_bits_per_value, bits_per_value
 
-    for layers in (reply.filled, reply.final):
-        check_formula(layers, reply.formula_bits, method)
+    check_formula(reply.filled, reply.formula_filled, method)
+    check_formula(reply.final, reply.formula_final, method)
     load, prefill, decode = reply.phases
     held = sum(layer.allocated_bytes for layer in reply.filled)
 

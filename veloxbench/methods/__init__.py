@@ -45,6 +45,11 @@ class Geometry:
     head_dim: int
     value_dim: int
 
+    @property
+    def n_values(self) -> int:
+        """Keys' and values' elements of one token."""
+        return self.n_kv_heads * (self.head_dim + self.value_dim)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -55,7 +60,8 @@ class Method:
         cache_classes: the classes that hold the layers which the method claims.
         targets: the targets that it can meet; ``None`` for the fp16 reference, which has none.
         target_means: ``code_bits`` (the real cost is higher: scales count) or ``bits_per_value``.
-        formula: ``(target, geometry, **parameters) -> bits per value`` of one claimed layer.
+        formula: ``(cache, tokens, geometry) -> bytes`` that a claimed layer's cache should hold after that many
+            tokens of one sequence, from its configuration alone: the arrays must agree exactly.
         implementation: version or source hash, part of every record's key.
         foreign: not ours: a refusal in the one-token probe is a finding ("not supported"), not a crash.
     """

@@ -8,7 +8,12 @@ from typing import Any
 
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from veloxbench.methods import BuildContext, register
+from veloxbench.methods import BuildContext, Geometry, register
+
+
+def _formula(cache: Any, tokens: int, geometry: Geometry) -> Fraction:
+    held = min(tokens, cache.max_size) if isinstance(cache, RotatingKVCache) else tokens
+    return Fraction(2 * held * geometry.n_values)
 
 
 @register(
@@ -17,7 +22,7 @@ from veloxbench.methods import BuildContext, register
     cache_classes=(KVCache, RotatingKVCache),
     targets=None,
     target_means=None,
-    formula=lambda target, geometry: Fraction(16),
+    formula=_formula,
     implementation=lambda: f"mlx-lm {importlib.metadata.version('mlx-lm')}",
 )
 def fp16(context: BuildContext, target: None) -> list[Any]:

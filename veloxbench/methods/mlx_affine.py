@@ -11,9 +11,10 @@ from mlx_lm.models.cache import QuantizedKVCache
 from veloxbench.methods import BuildContext, Geometry, plain_caches, register
 
 
-def _formula(target: float, geometry: Geometry, group_size: int) -> Fraction:
+def _formula(cache: QuantizedKVCache, tokens: int, geometry: Geometry) -> Fraction:
     # fp16 scale and bias per group, codes packed without loss in uint32 words
-    return Fraction(int(target)) + Fraction(2 * 16, group_size)
+    bits = cache.bits + Fraction(2 * 16, cache.group_size)
+    return bits * tokens * geometry.n_values / 8
 
 
 @register(

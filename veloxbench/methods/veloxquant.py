@@ -1,7 +1,8 @@
-"""The reference implementation's methods, each at its uniform code widths."""
+"""The reference implementation's methods at uniform code widths, without sinks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -16,31 +17,51 @@ def _implementation() -> str:
     return f"veloxquant_mlx {source_hash(veloxquant_mlx, veloxquant_kernels)[:16]}"
 
 
-def _register_uniform(name: str, summary: str, targets: tuple[float, ...]) -> None:
-    """Register ``KVCacheConfig(method=name, code_bits=target)``, without sinks or window."""
+def _formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fraction:
+    spec = cache.spec
+    shape = {"n_kv_heads": geometry.n_kv_heads, "key_dim": geometry.head_dim, "value_dim": geometry.value_dim}
+    return Fraction(spec.expected_nbytes(tokens, **shape))
 
-    def formula(target: float, geometry: Geometry) -> Fraction:
-        config = KVCacheConfig(method=name, code_bits=int(target))
-        keys = config.quantizer("keys", int(target)).bits_per_value(geometry.head_dim)
-        values = config.quantizer("values", int(target)).bits_per_value(geometry.value_dim)
-        both = geometry.head_dim + geometry.value_dim
-        return (keys * geometry.head_dim + values * geometry.value_dim) / both
+
+def _register(name: str, summary: str, configurations: Mapping[float, KVCacheConfig]) -> None:
+    """Register a method by its configuration at each target, a code width."""
 
     @register(
         name,
         summary=summary,
         cache_classes=(PackedKVCache,),
-        targets=targets,
+        targets=tuple(configurations),
         target_means="code_bits",
-        formula=formula,
+        formula=_formula,
         implementation=_implementation,
     )
     def factory(context: BuildContext, target: float) -> list[Any]:
-        return KVCacheBuilder.build(context.model, KVCacheConfig(method=name, code_bits=int(target)))
+        return KVCacheBuilder.build(context.model, configurations[target])
 
 
-_register_uniform(
+def _widths(method: str, widths: Iterable[int]) -> dict[float, KVCacheConfig]:
+    return {float(bits): KVCacheConfig(method=method, code_bits=bits) for bits in widths}
+
+
+_register(
     "turboquant_mse",
     "random rotation, Lloyd-Max codes, one fp16 norm per vector (arXiv 2504.19874)",
-    tuple(float(bits) for bits in range(8, 0, -1)),
+    _widths("turboquant_mse", range(8, 0, -1)),
 )
+_register(
+    "turboquant_prod",
+    "TurboQuant MSE at one bit less and a sign sketch of the residual: unbiased products (arXiv 2504.19874)",
+    _widths("turboquant_prod", range(8, 0, -1)),
+)
+_register(
+    "turboquant_static",
+    "TurboQuant codes under a mean and scale per head from the first 64 tokens, no norm per token",
+    _widths("turboquant_static", range(8, 0, -1)),
+)
+_register("rvq", "residual vector quantization of 8 coordinates at a time", _widths("rvq", range(4, 0, -1)))
+_register(
+    "kivi",
+    "keys per channel, values per token, groups of 32, the last 128 tokens in fp16 (arXiv 2402.02750)",
+    _widths("kivi", (8, 4, 3, 2)),
+)
+_register("ternary", "three levels, five to a byte, one fp16 norm per vector", {1.6: KVCacheConfig(method="ternary")})
