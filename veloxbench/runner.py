@@ -204,7 +204,7 @@ class Session:
     def open(cls, handle: ModelHandle, n_layers: int | None, progress: Progress) -> Session:
         """Load the model."""
         model, tokenizer = load_model(handle, n_layers=n_layers)
-        context = BuildContext(model, tokenizer, handle.weights_sha256, cache_dir() / "calibration")
+        context = BuildContext(model, tokenizer, handle.weights_sha256, n_layers, cache_dir() / "calibration")
         return cls(handle, n_layers, model, context, ReferenceCache(cache_dir() / "reference"), worker_pool(), progress)
 
     def close(self) -> None:

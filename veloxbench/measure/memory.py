@@ -131,7 +131,7 @@ def measure_in_this_process(request: Request) -> Reply:
         mx.eval([array for _, array in weights])
     arm = make_arm(request.method, request.target, **request.parameters)
     method = get_method(request.method)
-    context = BuildContext(model, tokenizer, handle.weights_sha256, request.cache_folder)
+    context = BuildContext(model, tokenizer, handle.weights_sha256, request.n_layers, request.cache_folder)
     caches, claimed = build(context, arm)
     shapes = geometry(caches, model)
     tokens = np.array(request.tokens, dtype=np.int32)

@@ -33,7 +33,8 @@ class BuildContext:
     model: Module
     tokenizer: Any
     model_id: str
-    """Hash of the weights: the name under which calibration artefacts are kept."""
+    """Hash of the weights; with ``n_layers`` (None for all) it names the calibration artefacts."""
+    n_layers: int | None
     cache_folder: Path
 
 

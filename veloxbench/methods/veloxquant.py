@@ -13,11 +13,13 @@ from veloxbench.methods import BuildContext, Geometry, register
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 
 
-def _implementation() -> str:
+def implementation() -> str:
+    """Hash of the reference implementation's and the kernels' source."""
     return f"veloxquant_mlx {source_hash(veloxquant_mlx, veloxquant_kernels)[:16]}"
 
 
-def _formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fraction:
+def storage_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fraction:
+    """Bytes of one layer after ``tokens`` tokens, from its quantizers' costs, sinks and window."""
     spec = cache.spec
     shape = {"n_kv_heads": geometry.n_kv_heads, "key_dim": geometry.head_dim, "value_dim": geometry.value_dim}
     return Fraction(spec.expected_nbytes(tokens, **shape))
@@ -32,8 +34,8 @@ def _register(name: str, summary: str, configurations: Mapping[float, KVCacheCon
         cache_classes=(PackedKVCache,),
         targets=tuple(configurations),
         target_means="code_bits",
-        formula=_formula,
-        implementation=_implementation,
+        formula=storage_formula,
+        implementation=implementation,
     )
     def factory(context: BuildContext, target: float) -> list[Any]:
         return KVCacheBuilder.build(context.model, configurations[target])
