@@ -189,7 +189,7 @@ def test_more_kept_sequences_than_samples_is_an_error(model):
 
 
 def test_saved_sensitivities_load_unchanged(sensitivities, tmp_path):
-    """Squared gradients and vectors come back bit for bit."""
+    """All arrays come back bit for bit."""
     sensitivities.save(tmp_path / "s.safetensors")
     loaded = Sensitivities.load(tmp_path / "s.safetensors")
     assert loaded.provenance == sensitivities.provenance
@@ -197,13 +197,14 @@ def test_saved_sensitivities_load_unchanged(sensitivities, tmp_path):
         assert (a.layer, a.kind, a.max_size) == (b.layer, b.kind, b.max_size)
         np.testing.assert_array_equal(a.squared_gradients, b.squared_gradients)
         assert mx.array_equal(a.vectors, b.vectors)
+        assert mx.array_equal(a.gradients, b.gradients)
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf")])
 def test_a_weight_that_is_no_weight_is_named(value):
     squares = np.ones((2, 2, 4))
     squares[1, 1, 2] = value
-    head = HeadSensitivities(5, "values", squares, mx.zeros((2, 2, 4, 8)))
+    head = HeadSensitivities(5, "values", squares, mx.zeros((2, 2, 4, 8)), mx.zeros((2, 2, 4, 8)))
     with pytest.raises(ValueError, match=rf"layer_5\.values\.head_1 .* got {value}"):
         Sensitivities((head,), Provenance("", "", 2, 4, "llama", 6))
 

@@ -28,8 +28,8 @@ Floats = NDArray[np.float64]
 QuantizerFactory = Callable[[int], Quantizer]
 """Code width -> quantizer; the quantizer classes themselves serve."""
 
-Weighting = Literal["token", "product"]
-"""How gradients meet errors: token by token, or as a product of means (the paper's)."""
+Weighting = Literal["coherent", "token", "product"]
+"""How gradients meet errors; see :func:`fit_distortion_curve`."""
 
 
 @dataclass(frozen=True)
@@ -162,22 +162,50 @@ class DistortionCurves:
         )
 
 
-def squared_errors(quantizer: Quantizer, vectors: mx.array) -> Floats:
-    """Mean square error per coordinate that storing each token leaves.
+def coding_errors(quantizer: Quantizer, vectors: mx.array) -> mx.array:
+    """What storing and reading back adds to each vector.
 
     Args:
         quantizer: what to measure; one that calibrates does so on its first tokens, as in a cache.
         vectors: ``[B, H, T, D]``; tokens beyond whole blocks of the quantizer stay exact, as in a cache.
 
     Returns:
-        ``[B, H, T]``.
+        ``[B, H, T, D]`` fp32.
     """
     coded = vectors.shape[2] // quantizer.block_tokens * quantizer.block_tokens
     x = vectors[:, :, :coded]
     static = quantizer.calibrate(x[:, :, : quantizer.calibration_tokens or None])
-    error = quantizer.decode(quantizer.encode(x, static)).astype(mx.float32) - x.astype(mx.float32)
-    per_token = np.array(mx.mean(mx.square(error), axis=-1), dtype=np.float64)
-    return np.pad(per_token, [(0, 0), (0, 0), (0, vectors.shape[2] - coded)])
+    error = quantizer.decode(quantizer.encode(x, static), mx.float32) - x.astype(mx.float32)
+    return mx.pad(error, [(0, 0), (0, 0), (0, vectors.shape[2] - coded), (0, 0)])
+
+
+def _paired(squares: Floats, errors: mx.array, weight: Floats) -> Floats:
+    """½ E[(1/T) Σ_t ‖g_t‖² mse_t] of each head, for errors that are independent between tokens.
+
+    A ratio to the measured tokens' own gradients, so that the weight still rests on all sequences.
+    """
+    mse = np.array(mx.mean(mx.square(errors), axis=-1), dtype=np.float64)
+    gradients = squares.sum(axis=(0, 2))
+    return np.asarray(0.5 * weight * (squares * mse).sum(axis=(0, 2)) / np.where(gradients > 0, gradients, 1))
+
+
+def _dot(a: mx.array, b: mx.array) -> Floats:
+    """Per head, the sum of products over everything else."""
+    return np.array(mx.sum(a * b, axis=(0, 2, 3)), dtype=np.float64)
+
+
+def _coherent(entry: HeadSensitivities, errors: mx.array, squares: Floats, weight: Floats, sinks: int) -> Floats:
+    """Loss of each head from errors with a part ``-λ (x - mean)`` that all tokens share."""
+    x = entry.vectors[:, :, sinks:].astype(mx.float32)
+    centred = x - mx.mean(x, axis=(0, 2), keepdims=True)
+    energy = _dot(centred, centred)
+    shrinkage = -_dot(errors, centred) / np.where(energy > 0, energy, 1)
+    rest = errors + mx.array(shrinkage.astype(np.float32))[:, None, None] * centred
+    # One number per sequence and head: how the loss moves when all its vectors shrink together.
+    slope = mx.sum(entry.gradients[:, :, sinks:].astype(mx.float32) * centred, axis=(2, 3))
+    tokens = entry.vectors.shape[2]
+    curvature = np.array(mx.mean(mx.square(slope), axis=0), dtype=np.float64) / tokens
+    return _paired(squares, rest, weight) + 0.5 * shrinkage**2 * curvature
 
 
 def _head_curves(
@@ -192,16 +220,19 @@ def _head_curves(
     squares = entry.squared_gradients[:, :, sinks:]
     share = squares.shape[2] / entry.squared_gradients.shape[2]  # fp16 tokens cost no loss
     weight = squares.mean(axis=(0, 2)) * share
-    errors = np.stack([squared_errors(quantizer, vectors) for quantizer in quantizers], axis=-1)
-    distortions = errors.mean(axis=(0, 2))
-    if weighting == "token":
-        # A ratio to the kept tokens' own gradients, so that the weight still rests on all sequences.
-        kept = squares[: errors.shape[0]]
-        gradients = kept.sum(axis=(0, 2))
-        seen = np.einsum("sht,shtw->hw", kept, errors) / np.where(gradients > 0, gradients, 1)[:, None]
-    else:
-        seen = distortions
-    losses = 0.5 * weight[:, None] * seen
+    kept = squares[: vectors.shape[0]]
+    table, forecast = [], []
+    for quantizer in quantizers:
+        errors = coding_errors(quantizer, vectors)
+        mse = np.array(mx.mean(mx.square(errors), axis=(0, 2, 3)), dtype=np.float64)
+        table.append(mse)
+        if weighting == "coherent":
+            forecast.append(_coherent(entry, errors, kept, weight, sinks))
+        elif weighting == "token":
+            forecast.append(_paired(kept, errors, weight))
+        else:
+            forecast.append(0.5 * weight * mse)
+    distortions, losses = np.stack(table, axis=1), np.stack(forecast, axis=1)
     variance = np.array(mx.var(vectors.astype(mx.float32), axis=(0, 2)).mean(axis=-1), dtype=np.float64)
     return [
         DistortionCurve(
@@ -226,20 +257,26 @@ def fit_distortion_curve(
     *,
     widths: Sequence[int] = tuple(range(1, 9)),
     sinks: int = 0,
-    weighting: Weighting = "token",
+    weighting: Weighting = "coherent",
 ) -> DistortionCurves:
     """Measure D(b) of a quantizer on the model's own keys and values, head by head.
 
-    The loss that a width causes is forecast as ``½ E[(1/T) Σ_t ‖∂L/∂x_t‖² · mse_t(b)]``, gradients and errors
-    paired token by token. RateQuant multiplies their means instead (``weighting="product"``), which overrates
-    heads whose sensitive tokens have small vectors: attention sinks, above all in the values.
+    Each width's loss is forecast to second order, in nats per token, by one of three weightings:
+
+    - ``product``: ``½ w D(b)``, RateQuant's. Overrates heads whose sensitive tokens have small vectors:
+      attention sinks, above all in the values.
+    - ``token``: ``½ E[(1/T) Σ_t ‖∂L/∂x_t‖² mse_t(b)]``, gradients and errors paired token by token. Assumes that
+      errors of different tokens are independent, which fails below 3 bits.
+    - ``coherent``: errors split into ``-λ (x_t - mean)``, the shrinkage that all tokens share (a centroid is the
+      mean of its cell, and zero bits shrink to nothing), and the rest. The rest is weighted as in ``token``; the
+      shrinkage adds ``½ λ² E[(Σ_t ∂L/∂x_t · (x_t - mean))²] / T``.
 
     Args:
         sensitivities: from :func:`~veloxquant_mlx.allocators.ratequant.calibrate_layer_sensitivities`.
         quantizer: makes the quantizer of a code width: the one that the cache will use.
         widths: code widths to measure, 0..8; 0 only where ``quantizer`` has a code of no bits.
         sinks: first tokens that the cache will keep in fp16, on layers of full attention.
-        weighting: ``token`` or ``product``.
+        weighting: ``coherent``, ``token`` or ``product``.
 
     Returns:
         Measured tables with their real costs, and an exponential fit of each for reading.

@@ -96,6 +96,7 @@ class HeadSensitivities:
         kind: ``keys`` or ``values``.
         squared_gradients: ``[S, H, T]`` ‖∂L/∂x_t‖² of every token of the S calibration sequences.
         vectors: ``[S', H, T, D]`` fp16, what the model cached on the first S' of them.
+        gradients: ``[S', H, T, D]`` bf16, ∂L/∂x of the same tokens.
         max_size: the layer's sliding window in tokens, None for full attention.
     """
 
@@ -103,6 +104,7 @@ class HeadSensitivities:
     kind: str
     squared_gradients: Floats
     vectors: mx.array
+    gradients: mx.array
     max_size: int | None = None
 
     @property
@@ -154,7 +156,7 @@ class Sensitivities:
         for entry in self.heads:
             name = f"{entry.layer}.{entry.kind}"
             arrays[f"{name}.squared_gradients"] = mx.array(entry.squared_gradients.astype(np.float32))
-            arrays[f"{name}.vectors"] = entry.vectors
+            arrays[f"{name}.vectors"], arrays[f"{name}.gradients"] = entry.vectors, entry.gradients
         metadata = {
             "provenance": json.dumps(asdict(self.provenance)),
             "max_sizes": json.dumps({str(entry.layer): entry.max_size for entry in self.heads}),
@@ -174,6 +176,7 @@ class Sensitivities:
                 kind=kind,
                 squared_gradients=np.array(arrays[f"{layer}.{kind}.squared_gradients"], dtype=np.float64),
                 vectors=arrays[f"{layer}.{kind}.vectors"],
+                gradients=arrays[f"{layer}.{kind}.gradients"],
                 max_size=max_sizes[layer],
             )
             for layer, kind in sorted(names, key=lambda name: (int(name[0]), name[1]))
@@ -320,7 +323,8 @@ def calibrate_layer_sensitivities(
         num_samples: calibration sequences.
         seq_len: tokens of each.
         texts: documents to calibrate on, best like what will be served; by default :func:`bundled_texts`.
-        kept_sequences: how many sequences' keys and values are kept to measure distortion on; absent: up to 8.
+        kept_sequences: how many sequences' keys, values and gradients are kept to measure distortion on;
+            absent: up to 16.
         quiet: no progress bar.
 
     Returns:
@@ -335,7 +339,7 @@ def calibrate_layer_sensitivities(
     layers = probe_layers(model)
     if not layers:
         raise ValueError(f"model {type(model).__name__} has no layer with a KV cache")
-    kept_sequences = min(8, num_samples) if kept_sequences is None else kept_sequences
+    kept_sequences = min(16, num_samples) if kept_sequences is None else kept_sequences
     if not 1 <= kept_sequences <= num_samples:
         raise ValueError(f"kept_sequences={kept_sequences} must lie in 1..num_samples={num_samples}")
     # The kept ones first, evenly spaced over the texts.
@@ -344,20 +348,21 @@ def calibrate_layer_sensitivities(
     own = [_attention_part(cache) for cache in make_prompt_cache(model)]
     max_sizes = [getattr(own[layer], "max_size", None) for layer in layers]
     squares: list[list[mx.array]] = [[] for _ in range(2 * len(layers))]
-    kept: list[list[mx.array]] = [[] for _ in range(2 * len(layers))]
+    kept: list[list[tuple[mx.array, mx.array]]] = [[] for _ in range(2 * len(layers))]
     for index, sequence in enumerate(track(sequences, "calibrating", disable=quiet)):
         vectors, gradients = sequence_gradients(model, mx.array(sequence), layers)
         for slot, (x, g) in enumerate(zip(vectors, gradients, strict=True)):
             squares[slot].append(mx.sum(mx.square(g[0]), axis=-1))
             if index < kept_sequences:
-                kept[slot].append(x[0].astype(mx.float16))
+                kept[slot].append((x[0].astype(mx.float16), g[0].astype(mx.bfloat16)))
         mx.eval(squares, kept)
     heads = tuple(
         HeadSensitivities(
             layer=layer,
             kind=kind,
             squared_gradients=np.stack([np.array(s, dtype=np.float64) for s in squares[2 * i + j]]),
-            vectors=mx.stack(kept[2 * i + j]),
+            vectors=mx.stack([x for x, _ in kept[2 * i + j]]),
+            gradients=mx.stack([g for _, g in kept[2 * i + j]]),
             max_size=max_sizes[i],
         )
         for i, layer in enumerate(layers)
