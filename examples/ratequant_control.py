@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,6 @@ from veloxbench.models import load_model, resolve_model
 from veloxbench.protocol import Chunked, feed
 from veloxbench.stats import mean_interval
 from veloxquant_mlx.allocators.ratequant import (
-    DistortionCurves,
     Sensitivities,
     allocate_bits_ratequant,
     calibrate_layer_sensitivities,
@@ -73,12 +72,15 @@ def config_of(base: str, sinks: int, allocation: Mapping[str, int]) -> KVCacheCo
     return KVCacheConfig(method="ratequant", base=base, bit_allocation=allocation, sinks=sinks)
 
 
-def next_uniform(curves: DistortionCurves, target: float, names: Sequence[str], length: int) -> Mapping[str, int]:
-    """The smallest uniform width that costs more than the target, as an allocation by unit."""
-    for bits, cost in zip(curves.widths, next(iter(curves.costs.values())), strict=True):
-        if (cost * (length - curves.sinks) + 16 * curves.sinks) / length > target:
-            return dict.fromkeys(names, bits)
-    raise ValueError(f"no uniform width of {curves.quantizer} costs more than {target}")
+def dearer_uniform(method: str, sinks: int, target: float, length: int, head_dim: int) -> KVCacheConfig | None:
+    """The cheapest uniform configuration of a method that costs more than the target, None if it has none."""
+    steps: list[dict[str, Any]] = [{}] if method == "ternary" else [{"code_bits": bits} for bits in range(1, 9)]
+    for step in steps:
+        config = KVCacheConfig(method=method, sinks=sinks, **step)
+        cost = config.quantizer("keys", None).bits_per_value(head_dim)
+        if (cost * (length - sinks) + 16 * sinks) / length > target:
+            return config
+    return None
 
 
 def row(name: str, kld: NDArray[np.float64], bits: float, ours: NDArray[np.float64] | None) -> str:
@@ -124,8 +126,6 @@ def main() -> None:
         sinks=options.sinks,
         weighting=options.weighting,
     )
-    plain = fit_distortion_curve(sensitivities, widths=range(1, 7))
-    names = [f"layer_{layer}" for layer in sensitivities.layers]
     protocol = Chunked(sequences=options.sequences, length=options.length)
     with worker_pool() as pool:
         for text in options.texts:
@@ -149,13 +149,12 @@ def main() -> None:
                     beaten = int((klds.mean(axis=1) > ours.mean()).sum())
                     name = f"mean of {len(control)} shuffles ({beaten} worse)"
                     print(row(name, klds.mean(axis=0), control[0][1], ours), flush=True)
-                for label, table, config in (
-                    (f"uniform {options.base}", curves, (options.base, options.sinks)),
-                    ("uniform turboquant_mse", plain, ("turboquant_mse", 0)),
-                ):
-                    uniform = next_uniform(table, target, names, options.length)
-                    kld, bits = place.measure(config_of(*config, uniform))
-                    print(row(f"{label} {next(iter(uniform.values()))}", kld, bits, ours), flush=True)
+                head_dim = sensitivities.heads[0].head_dim
+                for method, sinks in ((options.base, options.sinks), ("turboquant_mse", 0), ("ternary", 0)):
+                    config = dearer_uniform(method, sinks, target, options.length, head_dim)
+                    if config is not None:
+                        kld, bits = place.measure(config)
+                        print(row(f"uniform {method}", kld, bits, ours), flush=True)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ class Store:
             raise UsageError(
                 f"key {record.key[:12]} ({record.subject.method.label}) is already recorded in {self.path}"
             )
-        line = Record.from_line(record.to_line()).to_line().encode()
+        written = Record.from_line(record.to_line())  # as every later reader will see it
+        line = written.to_line().encode()
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
@@ -94,7 +95,7 @@ class Store:
                 os.close(descriptor)
         except OSError as error:
             raise UnfitEnvironmentError(f"cannot write to {self.path}: {error}") from error
-        self._records[record.key] = record
+        self._records[record.key] = written
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def test_killed_twenty_times_it_loses_nothing_and_measures_nothing_twice(cut_mod
         (["--methods", "mlx-affine:group=32"], 4, "unknown parameter of mlx-affine 'group'; did you mean group_size"),
         (["--methods", "turboquant_mse", "--targets", "1.5"], 4, "turboquant_mse cannot meet target 1.5"),
         (["--targets", "four"], 4, "--targets 'four' must be numbers"),
-        (["--corpus", "wikitext2"], 4, "unknown corpus 'wikitext2'; did you mean wikitext-2"),
+        (["--corpus", "wikitxt"], 4, "unknown corpus 'wikitxt'; did you mean wikitext-2"),
         (["--suites", "perplexty"], 4, "unknown suite 'perplexty'; did you mean perplexity"),
         (["--profile", "quik"], 4, "unknown profile 'quik'; did you mean quick"),
         (["--memory-budget", "-1"], 4, "memory budget -1.0 GiB must be above zero"),
