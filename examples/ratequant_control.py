@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
 import numpy as np
+from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
 
@@ -46,7 +46,7 @@ from veloxquant_mlx.methods import make_options
 class Bench:
     """One text in fp16's eyes: tokens, and the reference rows of every scored step."""
 
-    model: nn.Module
+    model: Module
     tokens: NDArray[np.int32]
     protocol: Chunked
     rows: list[ReferenceRows]
@@ -60,7 +60,7 @@ class Bench:
         return stats.kld_nats.mean(axis=1, dtype=np.float64), bits_per_value(arm.engagement())
 
 
-def bench(model: nn.Module, tokenizer: Any, text: str, protocol: Chunked, pool: ThreadPoolExecutor) -> Bench:
+def bench(model: Module, tokenizer: Any, text: str, protocol: Chunked, pool: ThreadPoolExecutor) -> Bench:
     """Run the fp16 cache over a text's evaluation part."""
     block = token_block(load_text(text), tokenizer, n_sequences=protocol.sequences, length=protocol.n_tokens + 1)
     caches = [CacheUnderTest(cache) for cache in make_prompt_cache(model)]
