@@ -102,17 +102,3 @@ def test_the_guides_mixed_allocation_with_outliers(loaded: tuple[Any, Any]) -> N
     for cache in caches:
         in_use = sum(h.array.nbytes * h.used_slots / h.slots for h in cache.held_arrays())
         assert in_use == cache.formula_nbytes()
-
-
-@pytest.mark.parametrize(("threshold", "code_bits"), [(0.05, 4), (0.25, 2)])
-def test_adaptive_widths_on_real_keys(loaded: tuple[Any, Any], threshold: float, code_bits: int) -> None:
-    """In generate, a threshold of .05 climbs to 4 bits in every block and .25 stays at 2, and the bytes say so."""
-    config = KVCacheConfig(method="turboquant_prod_adaptive", distortion_threshold=threshold)
-    caches = KVCacheBuilder.build(loaded[0], config)
-    answer(loaded, caches, PROMPT * 16)
-    blocks = caches[0].offset // 32
-    dense = caches[0].offset - 32 * blocks
-    assert blocks >= 2
-    per_side = blocks * (32 * 3 * (64 * code_bits + 32) + 8) + dense * 3 * 64 * 16  # bits: 3 heads, one byte a block
-    for cache in caches:
-        assert sum(h.array.nbytes * h.used_slots * 8 / h.slots for h in cache.held_arrays()) == 2 * per_side
