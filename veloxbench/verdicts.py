@@ -1,0 +1,75 @@
+"""What a gate says: one finding per judged metric, and the exit code that a set of findings deserves.
+
+A finding is ``pass`` only where the value is known, finite and inside its limit. Everything else that can
+happen (no baseline, another machine's, too few samples, a benchmark that crashed) has a verdict of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from veloxbench.errors import ExitCode
+
+Tier = Literal["exact", "quality", "timing"]
+
+
+class Verdict(StrEnum):
+    """The four things that a gate can say of a metric."""
+
+    PASS = "pass"
+    REGRESS = "regress"
+    INCONCLUSIVE = "inconclusive"
+    NO_BASELINE = "no-baseline"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One metric of one subject, judged.
+
+    Attributes:
+        subject: what was measured, as ``smollm2-135m turboquant_mse 4 chunked``.
+        reason: one sentence that a reader of a CI log understands without the code.
+        change: the estimated change (its unit is the metric's; a ratio for timings), with its interval.
+        limit: the change up to which the metric passes.
+    """
+
+    tier: Tier
+    subject: str
+    metric: str
+    verdict: Verdict
+    reason: str
+    value: float | None = None
+    baseline: float | None = None
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether this finding lets the gate open."""
+        return self.verdict is Verdict.PASS
+
+
+_CODES = {
+    Verdict.PASS: ExitCode.PASS,
+    Verdict.INCONCLUSIVE: ExitCode.INCONCLUSIVE,
+    Verdict.NO_BASELINE: ExitCode.BASELINE,
+    Verdict.REGRESS: ExitCode.REGRESSION,
+}
+_SEVERITY = (Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.NO_BASELINE, Verdict.REGRESS)
+
+
+def overall(findings: Sequence[Finding]) -> Verdict:
+    """The worst finding; nothing judged is no pass but a missing baseline."""
+    if not findings:
+        return Verdict.NO_BASELINE
+    return max((finding.verdict for finding in findings), key=_SEVERITY.index)
+
+
+def exit_code(findings: Sequence[Finding]) -> ExitCode:
+    """The exit code of :func:`overall`."""
+    return _CODES[overall(findings)]
