@@ -38,6 +38,12 @@ class IntegrityError(UnfitEnvironmentError):
     """A file is not what its pinned hash says; it was kept aside and not used."""
 
 
+class BaselineError(VeloxError):
+    """A baseline is missing, edited by hand, expired or of something else: nothing can be judged by it."""
+
+    exit_code = ExitCode.BASELINE
+
+
 class EngagementError(VeloxError):
     """A method did not hold a layer that it claims: an error, never a result."""
 

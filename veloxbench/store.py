@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,12 +33,20 @@ def read_records(path: Path) -> list[Record]:
             try:
                 record = Record.from_line(line.decode())
             except (ValidationError, UnicodeDecodeError) as error:
-                reason = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+                reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
                 raise IntegrityError(f"{file}:{number} is not a valid record: {reason}") from error
             if record.key in records:
                 raise IntegrityError(f"{file}:{number} measures key {record.key[:12]} a second time")
             records[record.key] = record
     return list(records.values())
+
+
+def validation_reason(error: ValidationError) -> str:
+    """The first thing wrong, with the field where it is."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
 
 
 def _whole_lines(content: bytes) -> list[bytes]:
@@ -119,3 +128,23 @@ def open_store(folder: Path) -> Iterator[Store]:
         yield Store(folder)
     finally:
         lock.release()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        UnfitEnvironmentError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(file.name).chmod(0o666 & ~umask)
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise UnfitEnvironmentError(f"cannot write {path}: {error.strerror or error}") from error

@@ -34,6 +34,7 @@ class Finding:
         reason: one sentence that a reader of a CI log understands without the code.
         change: the estimated change (its unit is the metric's; a ratio for timings), with its interval.
         limit: the change up to which the metric passes.
+        detectable: the smallest change that the gate would call a regression 95% of the time.
     """
 
     tier: Tier
@@ -47,6 +48,7 @@ class Finding:
     low: float | None = None
     high: float | None = None
     limit: float | None = None
+    detectable: float | None = None
 
     @property
     def passed(self) -> bool:

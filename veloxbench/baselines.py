@@ -1,0 +1,398 @@
+"""Baselines: what a gate compares with, kept as raw samples in ``baselines/<fingerprint>/<suite>.json``.
+
+A fingerprint holds what must be equal for a comparison to mean anything, and no more, so that a new commit
+finds its baseline. The implementation under test is never in it. By tier:
+
+- ``exact`` (bytes, codes, allocations): weights, tokenizer, text, protocol. True on every machine.
+- ``quality``: the same, and the chip family, the device and MLX's minor version, which move rounding.
+
+Stored timings gate nothing: another day of the same machine differs by more than a regression does.
+A file is written whole by :func:`approve` alone, and carries the hash of its content.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from veloxbench.errors import BaselineError, UsageError
+from veloxbench.records import Finite, Record, Suite, content_hash
+from veloxbench.store import validation_reason, write_text
+
+StoredTier = Literal["exact", "quality"]
+FOLDER = Path("baselines")
+
+QUALITY_LIFE = timedelta(days=365)
+"""Quality is measured anew at least this often; bytes and codes do not age."""
+
+EXACT_METRICS: Mapping[Suite, tuple[str, ...]] = {
+    "perplexity": ("bits_per_value", "allocated_bits_per_value", "engaged_layers"),
+    "memory": (
+        "bits_per_value",
+        "allocated_bits_per_value",
+        "filled_bits_per_value",
+        "filled_allocated_bits_per_value",
+        "cache_bytes",
+        "static_bytes",
+        "weight_bytes",
+        "tokens_in_budget",
+        "engaged_layers",
+    ),
+}
+"""Metrics of measuring suites that are equal wherever the fingerprint is; peaks are the allocator's, not ours."""
+
+WHOLLY_EXACT: tuple[str, ...] = ("exact", "kernels")
+"""Suites that read no clock and no allocator: every metric is exact."""
+
+QUALITY_SAMPLES = ("kld_mean", "delta_nll")
+REFERENCE_SAMPLES = ("nll",)
+"""What is gated of an arm, and of the fp16 reference, per sequence."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Snapshot(_Frozen):
+    """The gated part of one record."""
+
+    record_id: str
+    measured: datetime
+    commit: str | None
+    status: Literal["measured", "unsupported"]
+    metrics: dict[str, Finite] = Field(default_factory=dict)
+    samples: dict[str, list[Finite]] = Field(default_factory=dict)
+
+
+class Entry(_Frozen):
+    """One subject's baseline: as last approved, and as at the last release, from which drift is counted."""
+
+    subject: str
+    approved: Snapshot
+    released: Snapshot
+    approval: int = Field(description="index of the approval that set it")
+
+
+class Approval(_Frozen):
+    """Who changed the baseline, when and why."""
+
+    who: str
+    when: datetime
+    why: str
+    commit: str | None
+    release: str | None = None
+
+
+class BaselineFile(_Frozen):
+    """One ``<fingerprint>/<suite>.json``."""
+
+    schema_version: Literal[1] = 1
+    tier: StoredTier
+    suite: Suite
+    fingerprint: dict[str, JsonValue]
+    profiles: tuple[str, ...]
+    """A run of one of these profiles must produce every entry."""
+    expires: date | None
+    approvals: tuple[Approval, ...]
+    entries: tuple[Entry, ...]
+    content_sha256: str
+
+    @model_validator(mode="after")
+    def _hash_matches(self) -> BaselineFile:
+        if self.content_sha256 != self.content_id():
+            raise ValueError("its content hash does not match: it was edited by hand")
+        if not self.entries:
+            raise ValueError("it has no entries")
+        return self
+
+    def content_id(self) -> str:
+        """sha256 of the canonical JSON without the hash itself."""
+        return content_hash(self.model_dump(mode="json", exclude={"content_sha256"}))
+
+    @classmethod
+    def create(cls, **fields: object) -> BaselineFile:
+        """A validated file with its hash computed."""
+        draft = cls.model_construct(content_sha256="", **fields)  # type: ignore[arg-type]
+        return cls.model_validate({**draft.model_dump(mode="json"), "content_sha256": draft.content_id()})
+
+    @property
+    def place(self) -> str:
+        """``<fingerprint>/<suite>.json``."""
+        return f"{fingerprint_id(self.fingerprint)}/{self.suite}.json"
+
+    @property
+    def by_subject(self) -> dict[str, Entry]:
+        """Entries by the name of what was measured."""
+        return {entry.subject: entry for entry in self.entries}
+
+    @property
+    def machine(self) -> dict[str, JsonValue]:
+        """The part of the fingerprint that says where it holds; empty: everywhere."""
+        return {name: self.fingerprint[name] for name in MACHINE_FIELDS if name in self.fingerprint}
+
+    def to_text(self) -> str:
+        """The file's text, one line per sample list so that a diff can be read."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+MACHINE_FIELDS = ("chip_family", "device", "mlx")
+
+
+def chip_family(hardware: Mapping[str, JsonValue]) -> str:
+    """``x86-64``, ``apple-silicon`` or ``arm64``: chips whose rounding differs by less than the quality margins."""
+    machine = str(hardware.get("machine", "")).lower()
+    if machine in ("x86_64", "amd64"):
+        return "x86-64"
+    if machine in ("arm64", "aarch64"):
+        return "apple-silicon" if "apple" in str(hardware.get("chip", "")).lower() else "arm64"
+    return machine or "unknown"
+
+
+def machine_fields(record: Record) -> dict[str, JsonValue]:
+    """Chip family, device and MLX's minor version of a record's machine."""
+    hardware, versions = record.provenance.hardware, record.provenance.versions
+    return {
+        "chip_family": chip_family(hardware),
+        "device": hardware.get("device"),
+        "mlx": ".".join(versions.get("mlx", "unknown").split(".")[:2]),
+    }
+
+
+def fingerprint(record: Record, tier: StoredTier) -> dict[str, JsonValue]:
+    """What must be equal for a comparison in this tier; the implementation under test is not in it."""
+    subject = record.subject
+    fields: dict[str, JsonValue] = {
+        "tier": tier,
+        "suite": subject.suite,
+        "protocol": subject.protocol,
+        "model": subject.model.name,
+        "weights_sha256": subject.model.weights_sha256,
+        "tokenizer_sha256": subject.model.tokenizer_sha256,
+        "config_sha256": subject.model.config_sha256,
+        "n_layers": subject.model.n_layers,
+        "tokens_sha256": subject.text.tokens_sha256,
+        "settings": subject.settings,
+    }
+    return fields if tier == "exact" else {**fields, **machine_fields(record)}
+
+
+def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
+    """The folder's name."""
+    return content_hash(dict(fields))[:16]
+
+
+def subject_name(record: Record) -> str:
+    """``smollm2-135m chunked turboquant_mse 4``: the same before and after a change of code."""
+    return f"{record.subject.model.name} {record.subject.protocol} {record.subject.method.label}"
+
+
+def gated_metrics(record: Record, tier: StoredTier) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the metrics and of the samples that a tier gates in records of this suite."""
+    suite = record.subject.suite
+    if tier == "exact":
+        if suite in WHOLLY_EXACT:
+            return tuple(record.metrics), tuple(record.samples)
+        return EXACT_METRICS.get(suite, ()), ()
+    if suite != "perplexity":
+        return (), ()
+    return (), REFERENCE_SAMPLES if record.subject.method.target is None else QUALITY_SAMPLES
+
+
+def snapshot(record: Record, tier: StoredTier) -> Snapshot | None:
+    """The part of a record that a tier gates; None where it gates nothing of it."""
+    metrics, samples = gated_metrics(record, tier)
+    if not metrics and not samples:
+        return None
+    return Snapshot(
+        record_id=record.id,
+        measured=record.provenance.started,
+        commit=record.provenance.commit,
+        status=record.status,
+        metrics={name: record.metrics[name].value for name in metrics if name in record.metrics},
+        samples={name: record.samples[name] for name in samples if name in record.samples},
+    )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Snapshots that share a fingerprint: what one baseline file is compared with."""
+
+    tier: StoredTier
+    suite: Suite
+    fingerprint: Mapping[str, JsonValue]
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """The fingerprint's hash."""
+        return fingerprint_id(self.fingerprint)
+
+    @property
+    def described(self) -> str:
+        """For sentences: suite, model and protocol."""
+        return f"{self.suite} of {self.fingerprint['model']}, {self.fingerprint['protocol']}"
+
+
+def grouped(records: Iterable[Record]) -> list[Group]:
+    """The gated parts of records by tier and fingerprint; of two records of one subject the later stands."""
+    groups: dict[str, Group] = {}
+    for record in sorted(records, key=lambda record: record.provenance.started):
+        for tier in ("exact", "quality"):
+            part = snapshot(record, tier)
+            if part is None:
+                continue
+            fields = fingerprint(record, tier)
+            group = groups.setdefault(fingerprint_id(fields), Group(tier, record.subject.suite, fields))
+            group.snapshots[subject_name(record)] = part
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The files of a folder, or what stands in for them."""
+
+    files: tuple[BaselineFile, ...]
+    origin: str
+
+    def find(self, group: Group) -> BaselineFile | None:
+        """The file that a group is compared with."""
+        return next((file for file in self.files if file.fingerprint == dict(group.fingerprint)), None)
+
+    def of_profile(self, profile: str | None) -> tuple[BaselineFile, ...]:
+        """Files whose entries a run of this profile must produce; all of them for None."""
+        return tuple(file for file in self.files if profile is None or profile in file.profiles)
+
+
+def read_baselines(folder: Path) -> Baselines:
+    """Every baseline below a folder, verified.
+
+    Raises:
+        BaselineError: no folder, an empty one, a file that is not valid or was edited by hand, or one that
+            lies under another fingerprint; names it.
+    """
+    if not folder.is_dir():
+        raise BaselineError(f"there is no baseline folder {folder}; `veloxbench baseline approve` makes one")
+    paths = sorted(folder.glob("*/*.json"))
+    if not paths:
+        raise BaselineError(f"the baseline folder {folder} is empty; `veloxbench baseline approve` fills it")
+    return Baselines(tuple(_read_file(path) for path in paths), str(folder))
+
+
+def _read_file(path: Path) -> BaselineFile:
+    try:
+        file = BaselineFile.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
+        raise BaselineError(f"{path} cannot be used as a baseline: {reason}") from error
+    if f"{path.parent.name}/{path.name}" != file.place:
+        raise BaselineError(f"{path} is the baseline {file.place}; it was moved by hand")
+    return file
+
+
+def from_records(records: Iterable[Record], origin: str, profile: str = "compared") -> Baselines:
+    """Baselines that live in memory: the base of a comparison of two runs."""
+    now = datetime.now(UTC)
+    approval = Approval(who="", when=now, why=f"base of a comparison: {origin}", commit=None)
+    files = [
+        _merged(None, group, approval, profile=profile, release=None, drop_missing=False) for group in grouped(records)
+    ]
+    return Baselines(tuple(files), origin)
+
+
+def _merged(
+    old: BaselineFile | None,
+    group: Group,
+    approval: Approval,
+    *,
+    profile: str,
+    release: str | None,
+    drop_missing: bool,
+) -> BaselineFile:
+    known = {} if old is None else old.by_subject
+    approvals = (*(() if old is None else old.approvals), approval)
+    entries = {} if drop_missing else dict(known)
+    for name, part in group.snapshots.items():
+        before = known.get(name)
+        released = part if before is None or release is not None else before.released
+        if before is not None and before.approved == part and before.released == released:
+            entries[name] = before
+            continue
+        entries[name] = Entry(subject=name, approved=part, released=released, approval=len(approvals) - 1)
+    profiles = dict.fromkeys([*(() if old is None else old.profiles), profile])
+    return BaselineFile.create(
+        tier=group.tier,
+        suite=group.suite,
+        fingerprint=dict(group.fingerprint),
+        profiles=tuple(profiles),
+        expires=approval.when.date() + QUALITY_LIFE if group.tier == "quality" else None,
+        approvals=approvals,
+        entries=tuple(entries[name] for name in sorted(entries)),
+    )
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What an approval would write: for each file, how it was and how it would be."""
+
+    changes: tuple[tuple[BaselineFile | None, BaselineFile], ...]
+
+    @property
+    def n_entries(self) -> int:
+        """Entries that would be in the files."""
+        return sum(len(new.entries) for _, new in self.changes)
+
+
+def propose(
+    records: Sequence[Record],
+    folder: Path,
+    approval: Approval,
+    *,
+    profile: str,
+    drop_missing: bool = False,
+) -> Proposal:
+    """The files that an approval of these records would write.
+
+    Args:
+        records: of one run.
+        folder: where baselines lie; may not exist yet.
+        approval: who, why, and the release from which drift is counted anew, if it is one.
+        profile: runs of this profile must produce the entries from now on.
+        drop_missing: forget entries that the records do not have.
+
+    Raises:
+        UsageError: no gated metric in the records, or records from a changed checkout.
+        BaselineError: a file in the folder is not valid.
+    """
+    dirty = [record for record in records if record.provenance.dirty]
+    if dirty:
+        raise UsageError(
+            f"{len(dirty)} records were measured in a changed checkout (first: {subject_name(dirty[0])}); "
+            "commit, measure again, then approve"
+        )
+    groups = grouped(records)
+    if not groups:
+        raise UsageError("the records hold no metric that a gate judges: perplexity, memory and exact suites do")
+    existing = read_baselines(folder) if any(folder.glob("*/*.json")) else Baselines((), str(folder))
+    changes = []
+    for group in groups:
+        old = existing.find(group)
+        new = _merged(old, group, approval, profile=profile, release=approval.release, drop_missing=drop_missing)
+        if old is None or (old.entries, old.profiles) != (new.entries, new.profiles):
+            changes.append((old, new))
+    return Proposal(tuple(changes))
+
+
+def approve(proposal: Proposal, folder: Path) -> list[Path]:
+    """Write the proposed files, each whole or not at all: the only writer of baselines."""
+    written = []
+    for _, new in proposal.changes:
+        path = folder / new.place
+        write_text(path, new.to_text())
+        written.append(path)
+    return written

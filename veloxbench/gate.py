@@ -1,0 +1,468 @@
+"""The stored-baseline gate: the exact and the quality tier judge a run's records.
+
+*exact*: bytes, codes, allocations are equal or they changed. *quality*: paired differences per sequence against
+the baseline's own sequences, one-sided, against a margin that is stated. The gate fails closed: whatever a
+baseline holds must have been produced by the run, and whatever the run produced must have a baseline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+from scipy import optimize, stats
+
+from veloxbench.baselines import (
+    BaselineFile,
+    Baselines,
+    Entry,
+    Group,
+    Snapshot,
+    grouped,
+    machine_fields,
+)
+from veloxbench.records import Record
+from veloxbench.verdicts import Finding, Verdict
+
+ALPHA = 0.01
+"""Family-wise rate of false regressions over a tier, and rate of false passes of each metric."""
+
+POWER = 0.95
+"""The smallest detectable change is the one that is called a regression this often."""
+
+MIN_SEQUENCES = 16
+"""Fewer sequences cannot reach significance after Holm: 16 have 65536 sign flips."""
+
+ALL_FLIPS_UP_TO = 16
+RANDOM_FLIPS = 65_536
+
+ORDER_OF_SUMS = 2.0**-16
+"""Decoded samples agree to this share of their root mean square: fp32 sums of a few hundred terms in any order
+differ by less (2^-24 each), and a wrong table or scale by more."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a quality metric may grow: the larger of an absolute amount and a share of the baseline.
+
+    Attributes:
+        absolute: nats per token.
+        relative: share of the baseline's mean.
+        origin: where the figures come from.
+    """
+
+    absolute: float
+    relative: float
+    origin: str
+
+    def margin(self, baseline: float) -> float:
+        """The change up to which the metric passes."""
+        return max(self.absolute, self.relative * abs(baseline))
+
+
+BUDGETS = {
+    "kld_mean": Budget(
+        1e-5,
+        0.02,
+        "absolute: 25 x the measured noise floor of 4e-7 nats (fp16 against fp16 in another batch size); "
+        "relative: 2%, under half of what another choice of 16 sequences moves the mean (5%)",
+    ),
+    "delta_nll": Budget(
+        1e-3,
+        0.02,
+        "absolute: 0.1% of perplexity, the last digit that published tables print; relative: as for kld_mean",
+    ),
+    "nll": Budget(1e-3, 0.0, "the fp16 reference itself: 0.1% of perplexity, the last digit that tables print"),
+}
+"""Margins of the gated quality metrics, with their origin."""
+
+DRIFT_FACTOR = 2.0
+"""All approvals since the last release together may cost this many margins."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A one-sided test of paired differences against a margin, in both directions.
+
+    Attributes:
+        p_regress: of "the mean change is at most the margin"; small where it regressed.
+        p_pass: of "the mean change is at least the margin"; small where it passes.
+    """
+
+    mean: float
+    standard_error: float
+    n: int
+    margin: float
+    p_regress: float
+    p_pass: float
+
+    def bound(self, level: float, sign: int) -> float:
+        """One-sided Student-t bound of the mean at ``1 - level``: lower for sign -1, upper for +1."""
+        if self.standard_error == 0:
+            return self.mean
+        return self.mean + sign * float(stats.t.isf(level, self.n - 1)) * self.standard_error
+
+
+def paired_test(differences: Sequence[float] | NDArray[np.float64], margin: float) -> Paired:
+    """Student-t and sign-flip test of the mean difference against ``margin``; the larger p-value of the two stands.
+
+    Differences that are all equal (an unchanged program on the same kind of machine gives zeros) have no
+    spread to test against: the comparison with the margin is then certain.
+
+    Raises:
+        ValueError: fewer than two differences, or one that is not finite.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if values.size < 2 or not np.isfinite(values).all():
+        raise ValueError(f"a paired test needs two finite differences or more, got {values.tolist()}")
+    mean, spread = float(values.mean()), float(np.ptp(values))
+    if spread == 0:
+        above = mean > margin
+        return Paired(mean, 0.0, values.size, margin, 0.0 if above else 1.0, 1.0 if above else 0.0)
+    error = float(stats.sem(values))
+    return Paired(
+        mean, error, values.size, margin, _p_value(values, margin, "greater"), _p_value(values, margin, "less")
+    )
+
+
+Alternative = Literal["less", "greater"]
+
+
+def _p_value(values: NDArray[np.float64], margin: float, alternative: Alternative) -> float:
+    """The larger of the two tests' p-values; the dear one is spared where the other already rejects nothing."""
+    student = float(stats.ttest_1samp(values, margin, alternative=alternative).pvalue)
+    return student if student > ALPHA else max(student, _sign_flip(values, margin, alternative))
+
+
+def _mean(x: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    return np.asarray(x.mean(axis=axis))
+
+
+def _sign_flip(values: NDArray[np.float64], margin: float, alternative: Alternative) -> float:
+    tested: Any = stats.permutation_test(
+        (values - margin,),
+        _mean,
+        permutation_type="samples",
+        vectorized=True,
+        alternative=alternative,
+        n_resamples=2**ALL_FLIPS_UP_TO if values.size <= ALL_FLIPS_UP_TO else RANDOM_FLIPS,
+        rng=np.random.default_rng(0),
+    )
+    return float(tested.pvalue)
+
+
+def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
+    """Each hypothesis' level under Holm's step-down at a family-wise ``alpha``; 0 once a step was not rejected.
+
+    A hypothesis is rejected where its p-value is at or below its level.
+    """
+    levels = [0.0] * len(p_values)
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        levels[index] = alpha / (len(p_values) - rank)
+        if p_values[index] > levels[index]:
+            break
+    return levels
+
+
+def smallest_detectable(baseline: Sequence[float], margin: float, n_tests: int, spread: float = 0.0) -> float | None:
+    """The mean change that the gate calls a regression with :data:`POWER`; None where no change of that kind is.
+
+    A real change is taken to scale with the damage of each sequence, so that its differences vary between
+    sequences as the baseline does (its coefficient of variation), on top of ``spread``.
+
+    Args:
+        baseline: the metric per sequence.
+        margin: what the change must exceed.
+        n_tests: tests in the family; the first step of Holm divides by it.
+        spread: standard deviation of the differences that is there without any change.
+    """
+    values = np.asarray(baseline, dtype=np.float64)
+    n, mean = values.size, float(values.mean())
+    if mean == 0:
+        return None
+    variation = float(values.std(ddof=1)) / abs(mean)
+    critical = float(stats.t.isf(ALPHA / max(n_tests, 1), n - 1))
+
+    def missing_power(change: float) -> float:
+        error = math.hypot(spread, variation * change) / math.sqrt(n)
+        if error == 0:
+            return POWER - 1.0
+        return POWER - float(stats.nct.sf(critical, n - 1, (change - margin) / error))
+
+    high = max(margin, 1e-12) * 1e4
+    if missing_power(high) > 0:
+        return None
+    return float(optimize.brentq(missing_power, margin, high, rtol=1e-4))
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A quality metric whose verdict waits for the p-values of its whole tier."""
+
+    finding: Finding
+    test: Paired
+    drift: Paired
+    baseline: tuple[float, ...]
+
+
+def judge(
+    records: Iterable[Record], baselines: Baselines, *, profile: str | None = None, today: date | None = None
+) -> list[Finding]:
+    """Every finding of the exact and the quality tier.
+
+    Args:
+        records: of one run.
+        baselines: of a folder (:func:`veloxbench.baselines.read_baselines`) or of another run
+            (:func:`veloxbench.baselines.from_records`).
+        profile: baselines of this profile must be produced whole; None: all that hold on the run's machine.
+        today: for expiry dates; absent: the current day in UTC.
+
+    Returns:
+        One finding per quality metric, one per exact subject (or per exact metric that changed), one per
+        thing that is missing on either side. No records give no findings, which is not a pass.
+    """
+    found = list(records)
+    if not found:
+        return []
+    groups = grouped(found)
+    machines = [machine_fields(record) for record in found]
+    day = datetime.now(UTC).date() if today is None else today
+    findings: list[Finding] = []
+    pending: list[_Pending] = []
+    for group in groups:
+        file = baselines.find(group)
+        if file is None:
+            findings.append(_without_baseline(group, baselines))
+        elif file.expires is not None and file.expires < day:
+            findings.append(_expired(file, baselines))
+        else:
+            for item in _compare(group, file):
+                (pending if isinstance(item, _Pending) else findings).append(item)  # type: ignore[arg-type]
+    findings += _not_run(groups, machines, baselines, profile)
+    return [*findings, *_decided(pending)]
+
+
+def _not_run(
+    groups: Sequence[Group], machines: Sequence[dict[str, JsonValue]], baselines: Baselines, profile: str | None
+) -> list[Finding]:
+    """Baselines that no record of the run answers: removed or crashed benchmarks."""
+    answered = {group.id for group in groups}
+    # the same subject under another fingerprint has its own finding, which names the difference
+    elsewhere = {(group.tier, group.suite, name) for group in groups for name in group.snapshots}
+    findings: list[Finding] = []
+    here: set[tuple[str, str]] = set()
+    other: dict[tuple[str, str], BaselineFile] = {}
+    for file in baselines.of_profile(profile):
+        if file.machine and file.machine not in machines:
+            other.setdefault((file.tier, file.suite), file)
+            continue
+        here.add((file.tier, file.suite))
+        if file.place.partition("/")[0] in answered:
+            continue
+        findings += [
+            _missing(file, entry) for entry in file.entries if (file.tier, file.suite, entry.subject) not in elsewhere
+        ]
+    ran = {(group.tier, group.suite) for group in groups}
+    findings += [
+        Finding(
+            file.tier,
+            f"{file.suite} of {file.fingerprint['model']}",
+            "all",
+            Verdict.NO_BASELINE,
+            f"the run has no records of the suite {file.suite}, and its baselines are of other machines "
+            f"({_listed(file.machine)})",
+        )
+        for key, file in other.items()
+        if key not in here and key not in ran
+    ]
+    return findings
+
+
+def _listed(fields: dict[str, JsonValue]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def _missing(file: BaselineFile, entry: Entry) -> Finding:
+    return Finding(
+        file.tier,
+        entry.subject,
+        "all",
+        Verdict.REGRESS,
+        f"the run did not produce it (removed, crashed or not selected); {file.place} has it",
+    )
+
+
+def _without_baseline(group: Group, baselines: Baselines) -> Finding:
+    """The nearest baseline's differences, so that the reader knows whether machine, model or text is another."""
+    alike = [file for file in baselines.files if (file.tier, file.suite) == (group.tier, group.suite)]
+    where = f"{len(group.snapshots)} records have no baseline in {baselines.origin}"
+
+    def differences(file: BaselineFile) -> list[str]:
+        names = [*file.fingerprint, *(name for name in group.fingerprint if name not in file.fingerprint)]
+        return [name for name in names if file.fingerprint.get(name) != group.fingerprint.get(name)]
+
+    if not alike:
+        reason = f"{where}: it has none of the suite {group.suite}"
+    else:
+        nearest = min(alike, key=lambda file: len(differences(file)))
+        changed = "; ".join(
+            f"{name} is {_short(group.fingerprint.get(name))} here and {_short(nearest.fingerprint.get(name))} there"
+            for name in differences(nearest)
+        )
+        reason = f"{where}: the nearest, {nearest.place}, is of something else ({changed})"
+    return Finding(group.tier, group.described, "all", Verdict.NO_BASELINE, reason)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:12] + "…"
+
+
+def _expired(file: BaselineFile, baselines: Baselines) -> Finding:
+    return Finding(
+        file.tier,
+        f"{file.suite} of {file.fingerprint['model']}, {file.fingerprint['protocol']}",
+        "all",
+        Verdict.NO_BASELINE,
+        f"{file.place} in {baselines.origin} expired on {file.expires}; measure and approve it again",
+    )
+
+
+def _compare(group: Group, file: BaselineFile) -> list[Finding | _Pending]:
+    found: list[Finding | _Pending] = []
+    for name, entry in file.by_subject.items():
+        head = group.snapshots.get(name)
+        if head is None:
+            found.append(_missing(file, entry))
+        elif head.status != entry.approved.status:
+            reason = f"the baseline was {entry.approved.status}, this run's record is {head.status}"
+            found.append(Finding(group.tier, name, "all", Verdict.REGRESS, reason))
+        elif group.tier == "exact":
+            found += _exact(name, head, entry.approved)
+        else:
+            found += _quality(name, head, entry)
+    for name in group.snapshots:
+        if name not in file.by_subject:
+            reason = f"it is not in {file.place}; `veloxbench baseline approve` adds what is new"
+            found.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
+    return found
+
+
+def _exact(name: str, head: Snapshot, base: Snapshot) -> list[Finding]:
+    """Equality of every metric, and of decoded samples up to the order of fp32 sums."""
+    changed = []
+    for metric, expected in base.metrics.items():
+        value = head.metrics.get(metric)
+        if value is None:
+            changed.append(Finding("exact", name, metric, Verdict.REGRESS, "the run did not produce it"))
+        elif value != expected:
+            reason = f"{value:.17g} is not {expected:.17g}"
+            changed.append(
+                Finding("exact", name, metric, Verdict.REGRESS, reason, value, expected, value - expected, limit=0.0)
+            )
+    for sample, expected_values in base.samples.items():
+        unlike = _unlike(head.samples.get(sample), expected_values)
+        if unlike is not None:
+            changed.append(Finding("exact", name, sample, Verdict.REGRESS, unlike))
+    new = [*(m for m in head.metrics if m not in base.metrics), *(s for s in head.samples if s not in base.samples)]
+    changed += [Finding("exact", name, item, Verdict.NO_BASELINE, "the baseline does not have it") for item in new]
+    if changed:
+        return changed
+    count = len(base.metrics) + len(base.samples)
+    if count == 0 and head.status == "measured":
+        return [Finding("exact", name, "all", Verdict.REGRESS, "the record has no exact metric: nothing was compared")]
+    return [Finding("exact", name, f"{count} metrics", Verdict.PASS, "all equal")]
+
+
+def _unlike(values: Sequence[float] | None, expected: Sequence[float]) -> str | None:
+    if values is None:
+        return "the run did not produce it"
+    if len(values) != len(expected):
+        return f"{len(values)} values, the baseline has {len(expected)}"
+    base = np.asarray(expected)
+    scale = float(np.sqrt(np.mean(base**2)))
+    worst = float(np.max(np.abs(np.asarray(values) - base), initial=0.0))
+    if worst <= ORDER_OF_SUMS * scale:
+        return None
+    return f"differs by {worst:.3g} of values of size {scale:.3g}; the order of fp32 sums explains {ORDER_OF_SUMS:.2g}"
+
+
+def _quality(name: str, head: Snapshot, entry: Entry) -> list[Finding | _Pending]:
+    found: list[Finding | _Pending] = []
+    for metric, base in entry.approved.samples.items():
+        values = head.samples.get(metric)
+        blank = Finding("quality", name, metric, Verdict.REGRESS, "the run did not produce it")
+        if values is None:
+            found.append(blank)
+            continue
+        mean = float(np.mean(base))
+        margin = BUDGETS[metric].margin(mean)
+        blank = replace(blank, value=float(np.mean(values)), baseline=mean, limit=margin)
+        if len(values) != len(base):
+            reason = f"{len(values)} sequences cannot be paired with the baseline's {len(base)}"
+            found.append(replace(blank, reason=reason))
+        elif len(values) < MIN_SEQUENCES:
+            reason = f"{len(values)} sequences are too few to judge: a gate needs {MIN_SEQUENCES}"
+            found.append(replace(blank, verdict=Verdict.INCONCLUSIVE, reason=reason))
+        else:
+            released = np.asarray(entry.released.samples.get(metric, base))
+            total = DRIFT_FACTOR * BUDGETS[metric].margin(float(released.mean()))
+            test = paired_test(np.asarray(values) - np.asarray(base), margin)
+            drift = paired_test(np.asarray(values) - released, total)
+            found.append(_Pending(blank, test, drift, tuple(base)))
+    missing = [metric for metric in head.samples if metric not in entry.approved.samples]
+    found += [
+        Finding("quality", name, metric, Verdict.NO_BASELINE, "the baseline does not have it") for metric in missing
+    ]
+    if not entry.approved.samples and head.status == "measured":
+        found.append(Finding("quality", name, "all", Verdict.REGRESS, "the baseline has no samples to compare with"))
+    return found
+
+
+def _decided(pending: Sequence[_Pending]) -> list[Finding]:
+    """Verdicts of the quality tier: Holm over all its tests of regression and of drift together."""
+    tests = [test for item in pending for test in (item.test, item.drift)]
+    levels = holm_levels([test.p_regress for test in tests])
+    return [_decide(item, levels[2 * i], levels[2 * i + 1], len(tests)) for i, item in enumerate(pending)]
+
+
+def _decide(item: _Pending, level: float, drift_level: float, n_tests: int) -> Finding:
+    test, drift = item.test, item.drift
+    low = test.bound(level or ALPHA / n_tests, -1)
+    high = test.bound(ALPHA, +1)
+    spread = test.standard_error * math.sqrt(test.n)
+    finding = replace(
+        item.finding,
+        change=test.mean,
+        low=low,
+        high=high,
+        detectable=smallest_detectable(item.baseline, test.margin, n_tests, spread),
+    )
+    regressed = test.p_regress <= level and low > test.margin
+    drifted = drift.p_regress <= drift_level and drift.mean > drift.margin
+    passes = test.p_pass <= ALPHA and high <= test.margin
+    within = drift.p_pass <= ALPHA and drift.bound(ALPHA, +1) <= drift.margin
+    if regressed:
+        reason = f"grew by {test.mean:.3g} [{low:.3g}, {high:.3g}], more than {test.margin:.3g}"
+        return replace(finding, verdict=Verdict.REGRESS, reason=reason)
+    if drifted:
+        reason = f"{drift.mean:.3g} above the last release, whose total budget is {drift.margin:.3g}"
+        return replace(finding, verdict=Verdict.REGRESS, reason=reason)
+    if passes and within:
+        better = " (better: approve it to keep it so)" if test.bound(ALPHA, +1) < -test.margin else ""
+        same = "no sequence changed" if test.mean == 0 and test.standard_error == 0 else f"changed by {test.mean:.3g}"
+        return replace(finding, verdict=Verdict.PASS, reason=f"{same}, limit {test.margin:.3g}{better}")
+    what = (
+        f"changed by {test.mean:.3g} [{low:.3g}, {high:.3g}]: {test.n} sequences cannot tell whether that is within "
+        f"{test.margin:.3g}"
+        if not passes
+        else f"{drift.mean:.3g} above the last release: {test.n} sequences cannot tell whether that is within the "
+        f"total budget of {drift.margin:.3g}"
+    )
+    return replace(finding, verdict=Verdict.INCONCLUSIVE, reason=what)
