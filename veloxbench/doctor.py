@@ -15,6 +15,7 @@ import veloxquant_mlx
 from veloxbench import environment
 from veloxbench.sources import cache_dir
 from veloxquant_kernels.blas import load_blas, measured_gflops
+from veloxquant_kernels.emulator import CompilerNotFound, find_compiler
 
 SLOW_GFLOPS = 20.0
 """MLX's reference BLAS reaches 2 to 6 on any machine; a real one passes 20 on a single old core."""
@@ -36,8 +37,7 @@ def examine() -> Iterator[Check]:
         "machine", None, f"{hardware['chip']}, {hardware['physical_cores']} cores, {hardware['memory_gib']} GiB"
     )
     yield Check("mlx", None, f"{versions['mlx']} on {hardware['device']}, mlx-lm {versions['mlx-lm']}")
-    metal = mx.metal.is_available()
-    yield Check("metal", None, "available" if metal else "no Metal device: kernels run through their references")
+    yield from kernel_backends()
     yield _blas()
     yield _implementation()
     yield _disk()
@@ -47,6 +47,17 @@ def examine() -> Iterator[Check]:
     yield Check("load", None, f"{state['load_1min']} over the last minute{advice}")
     if state["on_battery"]:
         yield Check("power", False, "on battery: timings will throttle")
+
+
+def kernel_backends() -> Iterator[Check]:
+    """Where the Metal kernels can run on this machine."""
+    metal = mx.metal.is_available()
+    yield Check("metal", None, "available" if metal else "no Metal device: caches compute in plain MLX")
+    try:
+        emulator = f"kernels' text compiled by {find_compiler()[1]}"
+    except CompilerNotFound as error:
+        emulator = str(error)
+    yield Check("emulator", None, emulator)
 
 
 def _blas() -> Check:

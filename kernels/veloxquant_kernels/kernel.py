@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +127,40 @@ def _metal(kernel: Kernel) -> Callable[..., list[mx.array]]:
         header=kernel.header,
     )
     return cast(Callable[..., list[mx.array]], launcher)
+
+
+def shipped_kernels() -> list[Kernel]:
+    """Every kernel of the package, by stem: those that the module beside a ``.metal`` body of its name holds."""
+    modules = [path for path in sorted(FOLDER.glob("*.metal")) if path.with_suffix(".py").exists()]
+    found = {
+        kernel.stem: kernel
+        for path in modules
+        for kernel in vars(importlib.import_module(f"veloxquant_kernels.{path.stem}")).values()
+        if isinstance(kernel, Kernel)
+    }
+    return [found[stem] for stem in sorted(found)]
+
+
+@dataclass(frozen=True)
+class FormatContract:
+    """What the comment that opens a ``.metal`` body promises.
+
+    Args:
+        summary: what the kernel does.
+        arrays: its inputs and, after ``->``, its outputs with shapes, dtypes and layouts, line by line.
+    """
+
+    summary: str
+    arrays: tuple[str, ...]
+
+
+def format_contract(stem: str) -> FormatContract:
+    """The contract of ``<stem>.metal``, read from the comment that opens it: a summary, then the indented arrays."""
+    comment = list(itertools.takewhile(lambda line: line.startswith("//"), metal_text(stem).splitlines()))
+    lines = [line.removeprefix("//") for line in comment]
+    summary = itertools.takewhile(str.strip, lines)
+    arrays = tuple(line.removeprefix("   ") for line in lines if line.startswith("   "))
+    return FormatContract(" ".join(line.strip() for line in summary), arrays)
 
 
 def as_rows(x: mx.array) -> mx.array:

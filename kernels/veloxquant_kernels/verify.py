@@ -7,7 +7,7 @@ through the CPU emulator, which also looks for races, out-of-bounds accesses and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from veloxquant_kernels.fused_attention import (
     fused_attention,
     fused_attention_reference,
 )
-from veloxquant_kernels.kernel import Backend
+from veloxquant_kernels.kernel import Backend, resolve_backend
 from veloxquant_kernels.kivi_quantize_pack import kivi_quantize_pack
 from veloxquant_kernels.pack_codes import pack_codes
 from veloxquant_kernels.pack_trits import pack_trits
@@ -60,6 +60,36 @@ class Outcome:
     def passed(self) -> bool:
         """Whether the error is within its bound; NaN is not."""
         return self.error <= 1
+
+
+@dataclass(frozen=True)
+class KernelResult:
+    """All cases of one kernel on one backend.
+
+    Args:
+        kernel: stem of the body.
+        backend: where it ran.
+        n_cases: how many cases.
+        error: the largest error relative to its bound; 0 says that every bit agreed.
+        failures: the outcomes beyond their bound.
+    """
+
+    kernel: str
+    backend: Backend
+    n_cases: int
+    error: float
+    failures: tuple[Outcome, ...]
+
+
+def by_kernel(outcomes: Sequence[Outcome]) -> list[KernelResult]:
+    """The outcomes of :func:`verify`, kernel by kernel in the order of their first case."""
+    groups: dict[tuple[str, Backend], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.kernel, outcome.backend), []).append(outcome)
+    return [
+        KernelResult(*key, len(group), max(o.error for o in group), tuple(o for o in group if not o.passed))
+        for key, group in groups.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -267,19 +297,39 @@ def cases() -> Iterator[Case]:
     yield _attention((1, 8), 128, 4, 33, mx.float32, n_sinks=33, n_tail=31, mask="bool", split_tokens=None, n_batch=3)
 
 
-def verify(backend: Backend | None = None, seed: int = 1) -> list[Outcome]:
+def default_backend() -> Backend:
+    """Where kernels are verified on this machine: Metal if there is a device, else the emulator."""
+    return "metal" if mx.metal.is_available() else "emulator"
+
+
+def verify(
+    backend: Backend | None = None, seed: int = 1, before: Callable[[Case], None] = lambda _: None
+) -> list[Outcome]:
     """Run every case.
 
     Args:
-        backend: ``"metal"`` or ``"emulator"``; None takes Metal if there is a device, else the emulator.
+        backend: ``"metal"`` or ``"emulator"``; None takes :func:`default_backend`.
         seed: scheduling order of the emulator.
+        before: is told of each case before it runs (the first run compiles the bodies, which takes a minute).
 
     Returns:
         One outcome a case, in order; a fault of the emulator or of Metal's compiler is an outcome, not an exception.
+
+    Raises:
+        CompilerNotFound: the emulator has no compiler.
+        RuntimeError: ``backend="metal"`` without a device.
+        ValueError: ``backend="reference"``, which is what the kernels are compared with.
     """
-    if backend is None:
-        backend = "metal" if mx.metal.is_available() else "emulator"
-    return [run_case(case, backend, seed) for case in cases()]
+    backend = default_backend() if backend is None else resolve_backend(backend)
+    if backend == "reference":
+        raise ValueError("backend must be 'metal' or 'emulator': the reference is what kernels are compared with")
+    if backend == "emulator":
+        emulator.find_compiler()
+    outcomes = []
+    for case in cases():
+        before(case)
+        outcomes.append(run_case(case, backend, seed))
+    return outcomes
 
 
 def run_case(case: Case, backend: Backend, seed: int = 1) -> Outcome:

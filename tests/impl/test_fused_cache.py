@@ -22,6 +22,7 @@ from veloxquant_mlx.cache.base import (
     save_prompt_cache,
 )
 from veloxquant_mlx.cache.fused import FusedKVCache, fuse, fused_route, remove_route
+from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
 needs_compiler = pytest.mark.skipif(
@@ -103,15 +104,48 @@ def test_mlx_lms_own_quantized_cache_is_forwarded(llama_model: Any) -> None:
         np.testing.assert_array_equal(run(), expected)
 
 
+without_metal = pytest.mark.skipif(mx.metal.is_available(), reason="this machine has a Metal device")
+
+
+@without_metal
 def test_auto_without_metal_changes_nothing(llama_model: Any) -> None:
-    """The plain path stays where there is no device, and the reason says so."""
-    if mx.metal.is_available():
-        pytest.skip("this machine has a Metal device")
+    """The plain path stays where there is no device, and every cache says so."""
     built = KVCacheBuilder.build(llama_model, CONFIGS["4 bits"])
-    caches, reasons = fuse(llama_model, built)
+    assert [type(cache) for cache in built] == [PackedKVCache] * 3
+    assert [cache.attention for cache in built] == ["plain (no Metal device)"] * 3
+    caches, reasons = fuse(llama_model, built, mode="off")
     assert [a is b for a, b in zip(caches, built, strict=True)] == [True] * 3
-    assert reasons == ["no Metal device"] * 3
-    assert fuse(llama_model, built, mode="off")[1] == ["switched off"] * 3
+    assert reasons == ["switched off"] * 3
+    assert caches[0].attention == "plain (switched off)"
+
+
+@without_metal
+def test_on_without_metal_says_what_is_missing(llama_model: Any) -> None:
+    """Switched on, a fused path that cannot be is an error, never a silent change of path."""
+    for backend in (None, "metal"):
+        config = KVCacheConfig(method="turboquant_mse", code_bits=4, fused="on", fused_backend=backend)
+        with pytest.raises(RuntimeError, match="Metal device"):
+            KVCacheBuilder.build(llama_model, config)
+
+
+@pytest.mark.parametrize(("field", "value"), [("fused", "yes"), ("fused", True), ("fused_backend", "cuda")])
+def test_an_unknown_switch_is_refused(field: str, value: Any) -> None:
+    """The three states and the backends are listed."""
+    with pytest.raises(ValueError, match=f"{field} must be one of .*got {value!r}"):
+        KVCacheConfig(method="turboquant_mse", code_bits=4, **{field: value})
+
+
+def test_the_builder_switches_layers_on_and_says_what_stays_plain(gemma_model: Any, llama_model: Any) -> None:
+    """The one full-attention layer fuses, sliding windows stay plain with their reason, and steps are counted."""
+    config = KVCacheConfig(method="turboquant_mse", code_bits=4, fused="on", fused_backend="reference")
+    caches = KVCacheBuilder.build(gemma_model, config)
+    step_logits(gemma_model, caches, prompt(30))
+    said = [cache.attention for cache in caches]
+    assert said.count("plain (a sliding window)") == 3
+    assert said.count(f"fused {STEPS}, plain 1 (several new tokens)") == 1
+    affine = KVCacheConfig(method="affine", code_bits=4, group_size=16, fused="on", fused_backend="reference")
+    with pytest.raises(ValueError, match=r"cannot be switched on: .*\(no fused kernel for affine\)"):
+        KVCacheBuilder.build(llama_model, affine)
 
 
 def test_layers_without_a_fused_kernel_stay_plain(llama_model: Any, gemma_model: Any) -> None:
@@ -146,9 +180,17 @@ def test_a_model_with_attention_sinks_falls_back() -> None:
 
 
 def test_the_probe_leaves_no_trace(llama_model: Any) -> None:
-    """Caches are empty after fuse, and the route of a failed probe is gone."""
-    caches, _ = fuse(llama_model, KVCacheBuilder.build(llama_model, CONFIGS["4 bits"]), backend="reference")
+    """Caches are empty after a build, and their observer was told of nothing."""
+    observer = DistortionObserver()
+    config = KVCacheConfig(
+        method="turboquant_mse", code_bits=4, distortion_observer=observer, fused="on", fused_backend="reference"
+    )
+    caches = KVCacheBuilder.build(llama_model, config)
     assert all(cache.empty() and cache.offset == 0 and not cache.steps for cache in caches)
+    assert {cache.attention for cache in caches} == {"fused, not used yet"}
+    assert len(observer.report().rows) == 0
+    llama_model(prompt(4), cache=caches)
+    assert len(observer.report().rows) > 0
 
 
 def test_a_fused_cache_saves_as_a_packed_one(llama_model: Any, tmp_path: Any) -> None:
@@ -201,9 +243,9 @@ def test_the_default_model_decodes_through_the_kernel() -> None:
 
     model, tokenizer = load_model(resolve_model("smollm2-135m"))
     tokens = mx.array([tokenizer.encode("The key-value cache of a language model holds, for every token it has read,")])
-    built = KVCacheBuilder.build(model, CONFIGS["4 bits"])
-    caches, reasons = fuse(model, built, mode="on", backend="emulator")
-    assert set(reasons) == {"fused"}
+    config = KVCacheConfig(method="turboquant_mse", code_bits=4, fused="on", fused_backend="emulator")
+    caches = KVCacheBuilder.build(model, config)
+    assert {type(cache) for cache in caches} == {FusedKVCache}
     ours = model(tokens, cache=caches)[:, -1]
     same_codes = 0
     for _ in range(8):
@@ -216,4 +258,4 @@ def test_the_default_model_decodes_through_the_kernel() -> None:
             same_codes += 1
             assert float(mx.max(mx.abs(ours - theirs))) < 1e-4 * float(mx.std(theirs))
     assert same_codes >= 4
-    assert all(cache.steps["fused"] == 8 for cache in caches)
+    assert {cache.attention for cache in caches} == {"fused 8, plain 1 (several new tokens)"}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
+from veloxquant_kernels.kernel import Backend
 from veloxquant_mlx.cache.batch import BatchPackedKVCache
+from veloxquant_mlx.cache.fused import FusedMode, fuse
 from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache
 from veloxquant_mlx.cache.persistence import load_prompt_cache, save_prompt_cache
 from veloxquant_mlx.cache.storage import HeldArray
@@ -52,6 +54,10 @@ class KVCacheConfig:
         sinks: first tokens kept in fp16, paid for in bytes; none on sliding-window layers.
         window: last tokens kept in fp16, paid for in bytes; absent: the method's default (0 for most).
         seed: of rotations and sketches.
+        fused: whether decode steps attend to the packed arrays through the fused Metal kernel: ``auto`` on a Metal
+            device, ``on`` (an error where it cannot be) or ``off``. A layer that is not fused says why in its
+            cache's ``attention``.
+        fused_backend: where the fused kernel runs; None is Metal, ``emulator`` executes it on the CPU.
         **options: fields of the method's options class.
 
     Raises:
@@ -68,6 +74,8 @@ class KVCacheConfig:
     sinks: int
     window: int
     seed: int
+    fused: FusedMode
+    fused_backend: Backend | None
     options: MethodOptions
 
     def __init__(
@@ -82,6 +90,8 @@ class KVCacheConfig:
         sinks: int = 0,
         window: int | None = None,
         seed: int = 0,
+        fused: FusedMode = "auto",
+        fused_backend: Backend | None = None,
         **options: Any,
     ) -> None:
         common = frozenset(field.name for field in dataclasses.fields(KVCacheConfig)) - {"options"}
@@ -89,6 +99,12 @@ class KVCacheConfig:
         for name, count in (("sinks", sinks), ("window", window), ("seed", seed)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
                 raise ValueError(f"{name} must be an int of at least 0, got {count!r}")
+        for name, value, known in (
+            ("fused", fused, get_args(FusedMode)),
+            ("fused_backend", fused_backend, (None, *get_args(Backend))),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
         if outlier_bits is not None and outlier_observer is None:
             raise ValueError("outlier_bits needs an outlier_observer that flags tokens")
         if outlier_observer is not None and outlier_bits is None:
@@ -103,6 +119,8 @@ class KVCacheConfig:
             "sinks": sinks,
             "window": made.default_window if window is None else window,
             "seed": seed,
+            "fused": fused,
+            "fused_backend": fused_backend,
             "options": made,
         }
         for name, field in fields.items():
@@ -228,14 +246,17 @@ class KVCacheBuilder:
         else (convolution, recurrence) keeps mlx-lm's own cache; in a layer with several states, attention is packed.
 
         Raises:
-            ValueError: the bit allocation does not fit the model's layers.
+            ValueError: the bit allocation does not fit the model's layers, or ``fused="on"`` and no layer can be.
+            RuntimeError: the fused path is switched on for Metal and there is no device.
         """
         own = make_prompt_cache(model)
         widths = config.layer_widths([_attention_caches(cache) > 0 for cache in own])
-        return [
+        packed = [
             KVCacheBuilder._packed(config, layer, pair, cache)
             for layer, (pair, cache) in enumerate(zip(widths, own, strict=True))
         ]
+        caches, _ = fuse(model, packed, mode=config.fused, backend=config.fused_backend)
+        return caches
 
     @staticmethod
     def _packed(config: KVCacheConfig, layer: int, widths: tuple[Widths, Widths], own: Any) -> Any:

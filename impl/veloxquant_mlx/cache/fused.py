@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import mlx.core as mx
 from mlx_lm.models import base as mlx_lm_base
@@ -87,11 +88,10 @@ class FusedKVCache(PackedKVCache):
     """A :class:`PackedKVCache` whose decode steps run the fused attention kernel.
 
     Storage, bytes, save and load are the packed cache's. Prefill, and steps that the kernel does not cover, decode
-    as the packed cache does; :attr:`steps` counts both, with the reason.
+    as the packed cache does; :attr:`steps` counts both, with the reason, and :attr:`attention` says it in words.
 
     Attributes:
         backend: of the kernel; None takes Metal if there is a device, else the kernel's plain-MLX reference.
-        steps: attention calls by path: ``"fused"``, or why the plain path was taken.
     """
 
     bits: Final = 0
@@ -99,7 +99,6 @@ class FusedKVCache(PackedKVCache):
     group_size: Final = 0
     """Read by mlx-lm beside :attr:`bits`."""
     backend: Backend | None = None
-    steps: Counter[str]
 
     @classmethod
     def from_packed(cls, cache: PackedKVCache, backend: Backend | None = None) -> FusedKVCache:
@@ -107,8 +106,19 @@ class FusedKVCache(PackedKVCache):
         made = cls.__new__(cls)
         made.__dict__.update(copy.copy(cache).__dict__)
         made.backend = backend
-        made.steps = Counter()
         return made
+
+    @functools.cached_property
+    def steps(self) -> Counter[str]:
+        """Attention calls by path: ``"fused"``, or why the plain path was taken."""
+        return Counter()
+
+    @property
+    def attention(self) -> str:
+        """Attention calls by path: ``fused 8, plain 1 (several new tokens)``."""
+        paths = [f"fused {self.steps['fused']}"] if "fused" in self.steps else []
+        paths += [f"plain {n} ({reason})" for reason, n in sorted(self.steps.items()) if reason != "fused"]
+        return ", ".join(paths) or "fused, not used yet"
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """Append ``[B, H, L, D]`` and return handles for the route."""
@@ -120,18 +130,15 @@ class FusedKVCache(PackedKVCache):
         """Attention of ``[B, n_heads, L, D]`` queries over everything stored."""
         reason = self._not_fused(queries, mask)
         if reason is None:
-            self._count("fused")
+            self.steps["fused"] += 1
             if mask is not None:
                 mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
             keys, values = _packed_side(self._keys), _packed_side(self._values)
             n_packed = self._keys.coded.blocks
             return fused_attention(queries, keys, values, n_packed, scale=scale, mask=mask, backend=self.backend)
-        self._count(reason)
+        self.steps[reason] += 1
         keys_read, values_read = self.fetch(self.size(), fetch_dtype(queries.dtype))
         return mx.fast.scaled_dot_product_attention(queries, keys_read, values_read, scale=scale, mask=mask)
-
-    def _count(self, path: str) -> None:
-        self.__dict__.setdefault("steps", Counter())[path] += 1
 
     def _not_fused(self, queries: mx.array, mask: Any) -> str | None:
         if queries.shape[2] != 1:
@@ -170,45 +177,65 @@ def fuse(
         model: the mlx-lm model; a probe of three tokens through throwaway caches shows whether its attention
             takes mlx-lm's quantized route (families with attention sinks, or with attention of their own, do not).
         caches: one per layer, as ``KVCacheBuilder.build`` gives them, nothing stored yet.
-        mode: ``auto`` fuses on Metal; ``on`` fuses on ``backend`` and lets errors of kernels through; ``off`` leaves
-            the caches as they are.
-        backend: of the kernel.
+        mode: ``auto`` fuses where there is a Metal device or a ``backend`` is named, and leaves alone what it cannot
+            fuse; ``on`` is an error where nothing can be fused; ``off`` leaves the caches as they are. A kernel that
+            fails raises in every mode.
+        backend: of the kernel; None is Metal.
 
     Returns:
-        The caches, and for each layer ``"fused"`` or why it is not.
+        The caches, and for each layer ``"fused"`` or why it is not; packed caches keep the reason (``not_fused``).
 
     Raises:
         ValueError: an unknown mode, or ``on`` for a model or for caches of which no layer can be fused.
-        RuntimeError: ``backend="metal"`` without a device.
+        RuntimeError: ``backend="metal"``, or ``on`` without a backend, and no Metal device.
     """
-    if mode not in ("auto", "on", "off"):
-        raise ValueError(f"mode must be 'auto', 'on' or 'off', got {mode!r}")
-    if mode == "off" or (mode == "auto" and backend is None and not mx.metal.is_available()):
-        return list(caches), ["switched off" if mode == "off" else "no Metal device"] * len(caches)
+    if mode not in get_args(FusedMode):
+        raise ValueError(f"fused must be one of {', '.join(map(repr, get_args(FusedMode)))}, got {mode!r}")
+    if mode == "off":
+        return _explained(caches, ["switched off"] * len(caches))
+    if backend is None and not mx.metal.is_available():
+        if mode == "on":
+            raise RuntimeError(
+                "the fused path cannot be switched on: there is no Metal device; the backend 'emulator' runs the "
+                "kernels on the CPU"
+            )
+        return _explained(caches, ["no Metal device"] * len(caches))
     resolve_backend(backend)
     reasons = [why_not_fused(cache) for cache in caches]
     problem = _probe(model, caches, reasons) if None in reasons else "no layer has a fused kernel"
     if problem is not None and mode == "on":
-        raise ValueError(f"the fused path cannot be switched on: {problem}")
+        raise ValueError(f"the fused path cannot be switched on: {problem}{_listed(reasons)}")
     if problem is not None:
-        return list(caches), [reason or problem for reason in reasons]
+        return _explained(caches, [reason or problem for reason in reasons])
     install_route()
     fused = [
         FusedKVCache.from_packed(cache, backend) if reason is None else cache
         for cache, reason in zip(caches, reasons, strict=True)
     ]
-    return fused, [reason or "fused" for reason in reasons]
+    return _explained(fused, [reason or "fused" for reason in reasons])
+
+
+def _explained(caches: Sequence[Any], reasons: list[str]) -> tuple[list[Any], list[str]]:
+    for cache, reason in zip(caches, reasons, strict=True):
+        if isinstance(cache, PackedKVCache) and not isinstance(cache, FusedKVCache):
+            cache.not_fused = reason
+    return list(caches), reasons
+
+
+def _listed(reasons: Sequence[str | None]) -> str:
+    found = sorted({reason for reason in reasons if reason is not None})
+    return f" ({', '.join(found)})" if found else ""
 
 
 def _probe(model: Any, caches: Sequence[Any], reasons: Sequence[str | None]) -> str | None:
-    """Whether the model's attention calls reach the route: a two-token prefill and one step on empty copies."""
-    trial = [
-        FusedKVCache.from_packed(copy.deepcopy(cache), "reference") if reason is None else copy.deepcopy(cache)
-        for cache, reason in zip(caches, reasons, strict=True)
-    ]
-    for cache in trial:
-        if isinstance(cache, PackedKVCache):
-            cache.distortion_observer = None
+    """Whether the model's attention calls reach the route: a two-token prefill and one step on throwaway caches.
+
+    They are made from the layers' specs, not copied: a copy would tell the caches' observers of the probe.
+    """
+    trial: list[Any] = []
+    for cache, reason in zip(caches, reasons, strict=True):
+        plain = PackedKVCache(cache.spec) if isinstance(cache, PackedKVCache) else copy.deepcopy(cache)
+        trial.append(FusedKVCache.from_packed(plain, "reference") if reason is None else plain)
     try:
         with fused_route():
             for tokens in (mx.array([[0, 0]]), mx.array([[0]])):

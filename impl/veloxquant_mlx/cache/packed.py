@@ -121,7 +121,12 @@ class PackedKVCache:
         spec: how to store.
         outlier_observer: flags tokens for ``spec.outlier_keys`` and ``spec.outlier_values``.
         distortion_observer: is told of everything that is encoded.
+
+    Attributes:
+        not_fused: why attention does not read the packed arrays directly, where a builder has said so.
     """
+
+    not_fused: str | None = None
 
     def __init__(
         self,
@@ -141,6 +146,11 @@ class PackedKVCache:
         self._outliers: OutlierTokens | None = None
         if spec.outlier_keys is not None and spec.outlier_values is not None:
             self._outliers = OutlierTokens(spec.outlier_keys, spec.outlier_values)
+
+    @property
+    def attention(self) -> str:
+        """How attention reads the cache: ``plain`` decodes every token of every step, with the reason if known."""
+        return "plain" if self.not_fused is None else f"plain ({self.not_fused})"
 
     def _side(self, quantizer: Quantizer, role: str) -> Side:
         observer = self.distortion_observer
