@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from veloxbench.report.github import ANNOTATIONS, SUMMARY_BYTES, annotations, publish, summary
+from veloxbench.report.github import ANNOTATIONS, SUMMARY_BYTES, annotation_lines, publish, summary
 from veloxbench.verdicts import Finding, Verdict
 
 
@@ -23,22 +23,22 @@ def many(count, verdict=Verdict.REGRESS):
 )
 def test_whatever_is_no_pass_is_annotated(verdict, kind):
     """A regression and a missing baseline are errors; too few samples to decide are a warning."""
-    assert [line.split(" ")[0] for line in annotations([finding(verdict)])] == [f"::{kind}"]
+    assert [line.split(" ")[0] for line in annotation_lines([finding(verdict)])] == [f"::{kind}"]
 
 
 def test_a_pass_makes_no_annotation():
     """A green run has nothing to say."""
-    assert annotations([finding(Verdict.PASS)]) == []
+    assert annotation_lines([finding(Verdict.PASS)]) == []
 
 
 def test_nothing_judged_is_an_error():
     """An empty gate is red, and says why."""
-    assert annotations([])[0].startswith("::error title=nothing was judged::")
+    assert annotation_lines([])[0].startswith("::error title=nothing was judged::")
 
 
 def test_a_finding_cannot_write_a_command_of_its_own():
     """Line feeds, carriage returns and percent signs are escaped; so are colons and commas in a property."""
-    line = annotations([finding(subject="a:b,c", reason="100%\n::set-env name=PATH::x\r\n")])[0]
+    line = annotation_lines([finding(subject="a:b,c", reason="100%\n::set-env name=PATH::x\r\n")])[0]
     assert "\n" not in line
     assert "\r" not in line
     assert line.startswith("::error title=regress%3A a%3Ab%2Cc::")
@@ -47,18 +47,18 @@ def test_a_finding_cannot_write_a_command_of_its_own():
 
 def test_ten_of_a_kind_at_most_and_the_rest_counted():
     """GitHub drops the eleventh error of a step: the tenth says how many there are."""
-    lines = annotations(many(25) + many(3, Verdict.INCONCLUSIVE))
+    lines = annotation_lines(many(25) + many(3, Verdict.INCONCLUSIVE))
     errors = [line for line in lines if line.startswith("::error")]
     assert len(errors) == ANNOTATIONS == 10
     assert errors[-1].startswith("::error title=16 more::")
     assert sum(line.startswith("::warning") for line in lines) == 3
-    assert len(annotations(many(10))) == 10
-    assert "more" not in annotations(many(10))[-1]
+    assert len(annotation_lines(many(10))) == 10
+    assert "more" not in annotation_lines(many(10))[-1]
 
 
 def test_worst_first():
     """Of twenty findings that cannot all be shown, the regression is."""
-    lines = annotations([*many(20, Verdict.NO_BASELINE), finding(subject="the bad one")])
+    lines = annotation_lines([*many(20, Verdict.NO_BASELINE), finding(subject="the bad one")])
     assert "the bad one" in lines[0]
 
 

@@ -31,7 +31,7 @@ _HEADER: Final = (
 )
 
 
-def annotations(findings: Sequence[Finding], limit: int = ANNOTATIONS) -> list[str]:
+def annotation_lines(findings: Sequence[Finding], limit: int = ANNOTATIONS) -> list[str]:
     """Workflow commands, at most ``limit`` errors and ``limit`` warnings, worst findings first.
 
     Where there are more, the last of the kind counts the ones left out.
@@ -128,7 +128,7 @@ def publish(findings: Sequence[Finding], title: str, environ: Mapping[str, str],
     """
     if environ.get("GITHUB_ACTIONS") != "true":
         return
-    for line in annotations(findings):
+    for line in annotation_lines(findings):
         print(line, file=stream)
     place = environ.get("GITHUB_STEP_SUMMARY")
     if not place:
