@@ -3,7 +3,8 @@
 A fingerprint holds what must be equal for a comparison to mean anything, and no more, so that a new commit
 finds its baseline. The implementation under test is never in it. By tier:
 
-- ``exact`` (bytes, codes, allocations): weights, tokenizer, text, protocol. True on every machine.
+- ``exact`` (bytes, codes, allocations): weights, tokenizer, text, protocol; for codes the kind of device. Holds on
+  every machine.
 - ``quality``: the same, and the chip family, the device and MLX's minor version, which move rounding.
 
 Stored timings gate nothing: another day of the same machine differs by more than a regression does.
@@ -12,7 +13,9 @@ A file is written whole by :func:`approve` alone, and carries the hash of its co
 
 from __future__ import annotations
 
+import getpass
 import json
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -75,8 +78,13 @@ class Entry(_Frozen):
 
     subject: str
     approved: Snapshot
-    released: Snapshot
+    released: Snapshot | None = Field(description="absent: the same as approved")
     approval: int = Field(description="index of the approval that set it")
+
+    @property
+    def at_release(self) -> Snapshot:
+        """The value from which drift is counted."""
+        return self.released or self.approved
 
 
 class Approval(_Frozen):
@@ -136,6 +144,10 @@ class BaselineFile(_Frozen):
         """The part of the fingerprint that says where it holds; empty: everywhere."""
         return {name: self.fingerprint[name] for name in MACHINE_FIELDS if name in self.fingerprint}
 
+    def holds_on(self, machine: Mapping[str, JsonValue]) -> bool:
+        """Whether a machine (its :func:`machine_fields`) is one of those."""
+        return all(machine.get(name) == value for name, value in self.machine.items())
+
     def to_text(self) -> str:
         """The file's text, one line per sample list so that a diff can be read."""
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
@@ -154,9 +166,8 @@ def chip_family(hardware: Mapping[str, JsonValue]) -> str:
     return machine or "unknown"
 
 
-def machine_fields(record: Record) -> dict[str, JsonValue]:
-    """Chip family, device and MLX's minor version of a record's machine."""
-    hardware, versions = record.provenance.hardware, record.provenance.versions
+def machine_fields(hardware: Mapping[str, JsonValue], versions: Mapping[str, str]) -> dict[str, JsonValue]:
+    """Chip family, device and MLX's minor version of a machine."""
     return {
         "chip_family": chip_family(hardware),
         "device": hardware.get("device"),
@@ -179,7 +190,11 @@ def fingerprint(record: Record, tier: StoredTier) -> dict[str, JsonValue]:
         "tokens_sha256": subject.text.tokens_sha256,
         "settings": subject.settings,
     }
-    return fields if tier == "exact" else {**fields, **machine_fields(record)}
+    machine = machine_fields(record.provenance.hardware, record.provenance.versions)
+    if tier == "quality":
+        return {**fields, **machine}
+    # codes on fixed inputs are those of one kind of device: a GPU may divide to another last bit
+    return {**fields, "device": machine["device"]} if subject.suite == "exact" else fields
 
 
 def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
@@ -239,10 +254,30 @@ class Group:
         return f"{self.suite} of {self.fingerprint['model']}, {self.fingerprint['protocol']}"
 
 
+def of_newest_code(records: Iterable[Record]) -> list[Record]:
+    """Records of the code that was measured last, oldest first.
+
+    A folder of results may hold an earlier commit's records; one of those must not stand in for a benchmark
+    that crashed in this one.
+    """
+    ordered = sorted(records, key=lambda record: record.provenance.started)
+    newest = {_package(record): record.subject.method.implementation for record in ordered}
+    harness = ordered[-1].subject.harness if ordered else ""
+    return [
+        record
+        for record in ordered
+        if record.subject.harness == harness and record.subject.method.implementation == newest[_package(record)]
+    ]
+
+
+def _package(record: Record) -> str:
+    return record.subject.method.implementation.partition(" ")[0]
+
+
 def grouped(records: Iterable[Record]) -> list[Group]:
-    """The gated parts of records by tier and fingerprint; of two records of one subject the later stands."""
+    """The gated parts of the newest code's records, by tier and fingerprint."""
     groups: dict[str, Group] = {}
-    for record in sorted(records, key=lambda record: record.provenance.started):
+    for record in of_newest_code(records):
         for tier in ("exact", "quality"):
             part = snapshot(record, tier)
             if part is None:
@@ -319,11 +354,13 @@ def _merged(
     entries = {} if drop_missing else dict(known)
     for name, part in group.snapshots.items():
         before = known.get(name)
-        released = part if before is None or release is not None else before.released
-        if before is not None and before.approved == part and before.released == released:
+        released = None if before is None or release is not None else before.at_release
+        if released == part:
+            released = None
+        if before is not None and (before.approved, before.released) == (part, released):
             entries[name] = before
-            continue
-        entries[name] = Entry(subject=name, approved=part, released=released, approval=len(approvals) - 1)
+        else:
+            entries[name] = Entry(subject=name, approved=part, released=released, approval=len(approvals) - 1)
     profiles = dict.fromkeys([*(() if old is None else old.profiles), profile])
     return BaselineFile.create(
         tier=group.tier,
@@ -334,6 +371,53 @@ def _merged(
         approvals=approvals,
         entries=tuple(entries[name] for name in sorted(entries)),
     )
+
+
+def checkout_changes(folder: Path) -> list[str] | None:
+    """Tracked files that differ from the commit of the checkout around ``folder``, baselines left out; None outside."""
+    place = folder.resolve()
+    while not place.is_dir():
+        place = place.parent
+    top = _git(place, "rev-parse", "--show-toplevel")
+    if top is None:
+        return None
+    inside = folder.resolve().relative_to(Path(top).resolve()).as_posix()
+    status = _git(Path(top), "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){inside}")
+    return [] if status is None else status.splitlines()
+
+
+def signed(folder: Path, why: str, *, who: str | None = None, release: str | None = None) -> Approval:
+    """An approval in the name of the checkout's git user, at its commit.
+
+    Raises:
+        UsageError: no reason is given, or the checkout has changed files.
+    """
+    if not why.strip():
+        raise UsageError("an approval needs its --reason: the next reader will ask why the numbers moved")
+    changed = checkout_changes(folder)
+    if changed:
+        raise UsageError(
+            f"the checkout has {len(changed)} changed files (first: {changed[0].strip()}); commit, measure, approve"
+        )
+    place = folder.resolve().parent
+    user = who or " ".join(filter(None, [_git(place, "config", "user.name"), _git(place, "config", "user.email")]))
+    return Approval(
+        who=user or getpass.getuser(),
+        when=datetime.now(UTC),
+        why=why.strip(),
+        commit=_git(place, "rev-parse", "HEAD"),
+        release=release,
+    )
+
+
+def _git(place: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(place), *arguments], capture_output=True, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip() or None if done.returncode == 0 else None
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ def judge(
     if not found:
         return []
     groups = grouped(found)
-    machines = [machine_fields(record) for record in found]
+    machines = [machine_fields(record.provenance.hardware, record.provenance.versions) for record in found]
     day = datetime.now(UTC).date() if today is None else today
     findings: list[Finding] = []
     pending: list[_Pending] = []
@@ -258,8 +258,13 @@ def _not_run(
     findings: list[Finding] = []
     here: set[tuple[str, str]] = set()
     other: dict[tuple[str, str], BaselineFile] = {}
-    for file in baselines.of_profile(profile):
-        if file.machine and file.machine not in machines:
+    files = baselines.of_profile(profile)
+    if not files:
+        named = ", ".join(sorted({name for file in baselines.files for name in file.profiles}))
+        reason = f"{baselines.origin} has no baseline of the profile {profile!r}; it has {named or 'none at all'}"
+        return [Finding("exact", f"profile {profile}", "all", Verdict.NO_BASELINE, reason)]
+    for file in files:
+        if not any(file.holds_on(machine) for machine in machines):
             other.setdefault((file.tier, file.suite), file)
             continue
         here.add((file.tier, file.suite))
@@ -294,7 +299,7 @@ def _missing(file: BaselineFile, entry: Entry) -> Finding:
         entry.subject,
         "all",
         Verdict.REGRESS,
-        f"the run did not produce it (removed, crashed or not selected); {file.place} has it",
+        f"the run did not produce it (removed, crashed or not selected), {file.place} has it",
     )
 
 
@@ -411,7 +416,7 @@ def _quality(name: str, head: Snapshot, entry: Entry) -> list[Finding | _Pending
             reason = f"{len(values)} sequences are too few to judge: a gate needs {MIN_SEQUENCES}"
             found.append(replace(blank, verdict=Verdict.INCONCLUSIVE, reason=reason))
         else:
-            released = np.asarray(entry.released.samples.get(metric, base))
+            released = np.asarray(entry.at_release.samples.get(metric, base))
             total = DRIFT_FACTOR * BUDGETS[metric].margin(float(released.mean()))
             test = paired_test(np.asarray(values) - np.asarray(base), margin)
             drift = paired_test(np.asarray(values) - released, total)

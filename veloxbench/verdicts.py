@@ -6,6 +6,7 @@ happen (no baseline, another machine's, too few samples, a benchmark that crashe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -75,3 +76,20 @@ def overall(findings: Sequence[Finding]) -> Verdict:
 def exit_code(findings: Sequence[Finding]) -> ExitCode:
     """The exit code of :func:`overall`."""
     return _CODES[overall(findings)]
+
+
+def sentence(findings: Sequence[Finding]) -> str:
+    """What a set of findings comes to, in one sentence: the worst one first."""
+    if not findings:
+        return "no-baseline: nothing was judged"
+    verdict = overall(findings)
+    if verdict is Verdict.PASS:
+        tiers = Counter(finding.tier for finding in findings)
+        return (
+            "pass: " + ", ".join(f"{count} {tier} findings" for tier, count in tiers.items()) + " within their limits"
+        )
+    worst = [finding for finding in findings if finding.verdict is verdict]
+    first = worst[0]
+    others = len([finding for finding in findings if not finding.passed]) - 1
+    more = f" (and {others} more)" if others else ""
+    return f"{verdict}: {first.tier}, {first.subject}, {first.metric}: {first.reason}{more}"
