@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,8 +17,12 @@ from rich.table import Table
 from veloxbench import __version__
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError, VeloxError
 
+if TYPE_CHECKING:
+    from veloxbench.records import Record
+
 RESULTS = Path("results")
 PAGE = "BENCHMARK_RESULTS.md"
+HTML_PAGE = "BENCHMARK_RESULTS.html"
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -101,7 +105,8 @@ def run(
     """Measure a model's caches: quality, memory and speed of every method and target.
 
     Each measurement becomes one record in `OUT/records.jsonl` the moment it ends. Stop the run at any time and
-    type the same command again: it goes on where it was. The tables are in `OUT/BENCHMARK_RESULTS.md`.
+    type the same command again: it goes on where it was. The tables are in `OUT/BENCHMARK_RESULTS.md`, and with
+    plots in `OUT/BENCHMARK_RESULTS.html`.
 
     **Examples**
 
@@ -113,7 +118,6 @@ def run(
     """
     from veloxbench.plan import customise, load_grid
     from veloxbench.progress import default_reporter
-    from veloxbench.report.markdown import render
     from veloxbench.run_progress import BarProgress, default_progress
     from veloxbench.runner import run as run_grid
     from veloxbench.store import open_store
@@ -134,8 +138,7 @@ def run(
         finally:
             if isinstance(progress, BarProgress):
                 progress.stop()
-            if store.records():
-                write_text(out / PAGE, render(store.records()))
+            write_pages(out, store.records())
         keys = set(outcome.keys)
         records = [record for record in store.records() if record.key in keys]
     if as_json:
@@ -159,7 +162,10 @@ def report(
     records: Annotated[
         list[Path] | None, typer.Argument(help="Folders or .jsonl files of records (default: results).")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the page here instead of standard output.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the page here instead of standard output; a name that ends in .html adds plots."),
+    ] = None,
     check: Annotated[
         Path | None, typer.Option(help="Compare with this page; exit 1 if it is not what the records say.")
     ] = None,
@@ -169,6 +175,8 @@ def report(
     **Examples**
 
     `veloxbench report results`
+
+    `veloxbench report results --out results.html`
 
     `veloxbench report records --check BENCHMARK_RESULTS.md`
     """
@@ -186,6 +194,10 @@ def report(
             print(f"{check} is stale: it is not what `veloxbench report` writes from these records", file=sys.stderr)
             raise typer.Exit(int(ExitCode.REGRESSION))
     elif out is not None:
+        if out.suffix == ".html":
+            from veloxbench.report.html import render_html
+
+            page = render_html(list(found.values()))
         write_text(out, page)
     else:
         print(page, end="")
@@ -362,6 +374,16 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_row(*row)
     wide = None if sys.stdout.isatty() else 200
     Console(width=wide, highlight=False, markup=False).print(table)
+
+
+def write_pages(folder: Path, records: Sequence[Record]) -> None:
+    """Both pages of a run, as far as there is anything to show."""
+    from veloxbench.report.html import render_html
+    from veloxbench.report.markdown import render
+
+    if records:
+        write_text(folder / PAGE, render(records))
+        write_text(folder / HTML_PAGE, render_html(records))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -98,14 +98,12 @@ class SuiteRun:
         return record
 
     def close(self) -> None:
-        """Write the page and free model and store."""
-        from veloxbench.cli import PAGE, write_text
-        from veloxbench.report.markdown import render
+        """Write the pages and free model and store."""
+        from veloxbench.cli import write_pages
 
         if self.session is not None:
             self.session.close()
-        if self.store.records():
-            write_text(self.folder / PAGE, render(self.store.records()))
+        write_pages(self.folder, self.store.records())
         self.exits.close()
 
 

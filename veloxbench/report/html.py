@@ -1,0 +1,75 @@
+"""The page as one HTML file that needs nothing else: the Markdown page's own tables, with plots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+
+from veloxbench.records import Record
+from veloxbench.report.markdown import newest, render
+from veloxbench.report.plots import quality_plot, speed_plot
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot and the sentence under it."""
+
+    svg: str
+    caption: str
+
+
+def render_html(records: Sequence[Record]) -> str:
+    """The whole page.
+
+    Args:
+        records: as for :func:`veloxbench.report.markdown.render`, which writes every figure that stands here.
+    """
+    text = re.sub(r"<!--.*?-->\n*", "", render(records), flags=re.DOTALL)
+    # raw HTML stays off: names of models and files are the user's text
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    headings = [heading.removeprefix("## ") for heading in text.splitlines() if heading.startswith("## ")]
+    environment = Environment(
+        loader=PackageLoader("veloxbench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    start, rest = _anchored(body).split("<h2", 1) if headings else (body, "")
+    return environment.get_template("page.html.j2").render(
+        start=start,
+        rest="<h2" + rest if headings else "",
+        headings=[(slug(heading), heading) for heading in headings],
+        plots=list(plots(records)),
+    )
+
+
+def plots(records: Sequence[Record]) -> Iterator[Plot]:
+    """For each model: quality over bits by protocol, then speed."""
+    rows = newest(records)
+    for model in dict.fromkeys(record.subject.model.name for record in rows):
+        of_model = [record for record in rows if record.subject.model.name == model]
+        quality = [record for record in of_model if record.subject.suite == "perplexity"]
+        for place in dict.fromkeys((r.subject.protocol, r.subject.text.name) for r in quality):
+            svg = quality_plot([r for r in quality if (r.subject.protocol, r.subject.text.name) == place])
+            if svg:
+                caption = (
+                    f"{model}, {place[0]} protocol on {place[1]}: quality lost over bits held. Lower left is better."
+                )
+                yield Plot(svg, caption)
+        svg = speed_plot([record for record in of_model if record.subject.suite == "throughput"])
+        if svg:
+            yield Plot(svg, f"{model}: decode speed beside fp16 in the same run. Above 1 is faster.")
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading."""
+    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
+
+
+def _anchored(body: str) -> str:
+    def anchor(match: re.Match[str]) -> str:
+        return f'<h2 id="{slug(match[1])}">{match[1]}</h2>'
+
+    tables = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    return re.sub(r"<h2>(.*?)</h2>", anchor, tables)
