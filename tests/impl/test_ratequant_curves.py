@@ -229,6 +229,18 @@ def test_sinks_are_paid_for_at_the_stated_length():
         allocate_bits_ratequant(curves, 2.9, min_bits=2, max_bits=2, at_tokens=64)
 
 
+def test_a_window_is_paid_for_at_the_stated_length():
+    """16 fp16 tokens of 64 at 2 + 16/128 bits: (48 * 2.125 + 16 * 16) / 64 = 5.59375."""
+    curves = fit_distortion_curve(sink_sensitivities(), widths=[1, 2])
+    result = allocate_bits_ratequant(curves, 5.59375, min_bits=2, max_bits=2, window=16, at_tokens=64)
+    assert result.bits_per_value == Fraction(179, 32)
+    assert result.window == 16
+    with pytest.raises(ValueError, match="at_tokens=16 must exceed the 0 sinks and the window of 16"):
+        allocate_bits_ratequant(curves, 4.0, max_bits=2, window=16, at_tokens=16)
+    with pytest.raises(ValueError, match="window=-1 must not be negative"):
+        allocate_bits_ratequant(curves, 4.0, max_bits=2, window=-1)
+
+
 def test_sliding_window_layers_have_no_sinks():
     """Their first tokens leave the window, so nothing is left out and nothing is paid."""
     base = sink_sensitivities()

@@ -1,9 +1,11 @@
-"""RateQuant of the reference implementation: a width per layer from gradients and measured distortion."""
+"""RateQuant of the reference implementation: widths from gradients and measured distortion."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from veloxbench.environment import source_hash
 from veloxbench.methods import BuildContext, register
 from veloxbench.methods.veloxquant import implementation, storage_formula
 from veloxbench.records import content_hash
+from veloxquant_mlx.allocators.curves import Weighting
 from veloxquant_mlx.allocators.ratequant import (
-    BitAllocation,
     DistortionCurves,
     Sensitivities,
     allocate_bits_ratequant,
@@ -23,54 +25,93 @@ from veloxquant_mlx.allocators.ratequant import (
     shuffled,
 )
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
-from veloxquant_mlx.quantizers.base import Quantizer
-from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
-from veloxquant_mlx.quantizers.turboquant_static import TurboQuantStatic
+from veloxquant_mlx.methods import make_options
 
-WIDTHS = {"turboquant_mse": range(1, 9), "turboquant_static": range(9)}
-QUANTIZERS: dict[str, Callable[[int], Quantizer]] = {
-    "turboquant_mse": TurboQuantMSE,
-    "turboquant_static": TurboQuantStatic,
-}
-LEAST_WITH_NORMS = 1.5
-"""Below this target a norm per token costs too much of it: codes with static scales take over."""
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a target is met.
+
+    Attributes:
+        base: the method that codes.
+        unit: what gets one width: ``layer``, ``layer_kv`` or ``head``.
+        sinks: first tokens kept in fp16, paid for.
+        min_bits: smallest width.
+        weighting: how gradients meet errors.
+    """
+
+    base: str
+    unit: str
+    sinks: int
+    min_bits: int
+    weighting: Weighting = "coherent"
+
+
+_STATIC = Recipe("turboquant_static", unit="head", sinks=1, min_bits=0)
+
+RECIPES: Mapping[float, Recipe] = {4.0: _STATIC, 3.0: _STATIC, 2.0: _STATIC, 1.5: _STATIC, 1.0: _STATIC}
+"""For each target the recipe of least mean KLD on calibration text (profile ``ratequant-recipes``)."""
+
+
+def _implementation() -> str:
+    recipes = content_hash({f"{target:g}": asdict(recipe) for target, recipe in RECIPES.items()})
+    return f"{implementation()} recipes {recipes[:8]}"
 
 
 @register(
     "ratequant",
-    summary="a code width per layer by RateQuant (arXiv 2605.06675) over TurboQuant; shuffle=N permutes the widths",
+    summary="code widths by RateQuant (arXiv 2605.06675) over TurboQuant; shuffle=N deals them out at random",
     cache_classes=(PackedKVCache,),
-    targets=(4.0, 3.0, 2.0, 1.5, 1.0),
+    targets=tuple(RECIPES),
     target_means="bits_per_value",
     formula=storage_formula,
-    implementation=implementation,
+    implementation=_implementation,
 )
-def ratequant(context: BuildContext, target: float, *, unit: str = "layer", shuffle: int = 0) -> list[Any]:
+def ratequant(
+    context: BuildContext,
+    target: float,
+    *,
+    base: str | None = None,
+    unit: str | None = None,
+    sinks: int | None = None,
+    min_bits: int | None = None,
+    weighting: Weighting | None = None,
+    at_tokens: int = 2048,
+    shuffle: int = 0,
+) -> list[Any]:
     """Calibrate once per model (kept on disk), allocate, build.
 
     Args:
-        unit: what gets one width: ``layer``, ``layer_kv`` or ``head``.
+        base: as in :class:`Recipe`, and so the next four; absent: the target's recipe.
+        unit: likewise.
+        sinks: likewise.
+        min_bits: likewise.
+        weighting: likewise.
+        at_tokens: sequence length at which the target holds: fp16 sinks weigh more in shorter ones.
         shuffle: 0 for RateQuant's allocation; otherwise the seed of a random permutation of its widths, the
             baseline that an allocation has to beat.
     """
-    base = "turboquant_mse" if target >= LEAST_WITH_NORMS else "turboquant_static"
-    allocation = _allocation(_curves(context, base), target, unit)
+    given: dict[str, Any] = {"base": base, "unit": unit, "sinks": sinks, "min_bits": min_bits, "weighting": weighting}
+    recipe = replace(RECIPES[target], **{name: value for name, value in given.items() if value is not None})
+    curves = _curves(context, recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the realised cost is in every record
+        allocation = allocate_bits_ratequant(
+            curves, target, recipe.min_bits, max(curves.widths), unit=recipe.unit, at_tokens=at_tokens
+        )
     if shuffle:
         allocation = shuffled(allocation, shuffle)
-    config = KVCacheConfig(method="ratequant", base=base, bit_allocation=allocation)
+    config = KVCacheConfig(method="ratequant", base=recipe.base, bit_allocation=allocation, sinks=recipe.sinks)
     return KVCacheBuilder.build(context.model, config)
 
 
-def _allocation(curves: DistortionCurves, target: float, unit: str) -> BitAllocation:
-    return allocate_bits_ratequant(curves, target, min_bits=min(curves.widths), max_bits=8, unit=unit)
-
-
-def _curves(context: BuildContext, base: str) -> DistortionCurves:
+def _curves(context: BuildContext, recipe: Recipe) -> DistortionCurves:
     """Sensitivities and curves of this model, from disk where this code has made them before."""
     code = source_hash(veloxquant_mlx, veloxquant_kernels)
     place = context.cache_folder / content_hash([context.model_id, context.n_layers, code])[:24]
     place.mkdir(parents=True, exist_ok=True)
-    curves_path, sensitivities_path = place / f"curves-{base}.json", place / "sensitivities.safetensors"
+    curves_path = place / f"curves-{recipe.base}-{recipe.sinks}-{recipe.weighting}.json"
+    sensitivities_path = place / "sensitivities.safetensors"
     if curves_path.exists():
         return DistortionCurves.load(curves_path)
     if sensitivities_path.exists():
@@ -78,7 +119,14 @@ def _curves(context: BuildContext, base: str) -> DistortionCurves:
     else:
         sensitivities = calibrate_layer_sensitivities(context.model, context.tokenizer)
         _save(sensitivities, sensitivities_path)
-    curves = fit_distortion_curve(sensitivities, QUANTIZERS[base], widths=tuple(WIDTHS[base]))
+    options = make_options(recipe.base, {})
+    curves = fit_distortion_curve(
+        sensitivities,
+        lambda bits: options.quantizer("keys", bits, 0),
+        widths=tuple(options.widths),
+        sinks=recipe.sinks,
+        weighting=recipe.weighting,
+    )
     _save(curves, curves_path)
     return curves
 

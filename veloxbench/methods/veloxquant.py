@@ -1,4 +1,4 @@
-"""The reference implementation's methods at uniform code widths, without sinks."""
+"""The reference implementation's methods at uniform code widths; ``sinks=N`` keeps the first N tokens in fp16."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ def storage_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fr
     return Fraction(spec.expected_nbytes(tokens, **shape))
 
 
-def _register(name: str, summary: str, configurations: Mapping[float, KVCacheConfig]) -> None:
-    """Register a method by its configuration at each target, a code width."""
+def _register(name: str, summary: str, options: Mapping[float, Mapping[str, Any]]) -> None:
+    """Register a method by its options at each target, a code width."""
 
     @register(
         name,
         summary=summary,
         cache_classes=(PackedKVCache,),
-        targets=tuple(configurations),
+        targets=tuple(options),
         target_means="code_bits",
         formula=storage_formula,
         implementation=implementation,
     )
-    def factory(context: BuildContext, target: float) -> list[Any]:
-        return KVCacheBuilder.build(context.model, configurations[target])
+    def factory(context: BuildContext, target: float, *, sinks: int = 0) -> list[Any]:
+        return KVCacheBuilder.build(context.model, KVCacheConfig(method=name, sinks=sinks, **options[target]))
 
 
-def _widths(method: str, widths: Iterable[int]) -> dict[float, KVCacheConfig]:
-    return {float(bits): KVCacheConfig(method=method, code_bits=bits) for bits in widths}
+def _widths(widths: Iterable[int]) -> dict[float, dict[str, int]]:
+    return {float(bits): {"code_bits": bits} for bits in widths}
 
 
 _register(
     "turboquant_mse",
     "random rotation, Lloyd-Max codes, one fp16 norm per vector (arXiv 2504.19874)",
-    _widths("turboquant_mse", range(8, 0, -1)),
+    _widths(range(8, 0, -1)),
 )
 _register(
     "turboquant_prod",
     "TurboQuant MSE at one bit less and a sign sketch of the residual: unbiased products (arXiv 2504.19874)",
-    _widths("turboquant_prod", range(8, 0, -1)),
+    _widths(range(8, 0, -1)),
 )
 _register(
     "turboquant_static",
     "TurboQuant codes under a mean and scale per head from the first 64 tokens, no norm per token",
-    _widths("turboquant_static", range(8, 0, -1)),
+    _widths(range(8, 0, -1)),
 )
-_register("rvq", "residual vector quantization of 8 coordinates at a time", _widths("rvq", range(4, 0, -1)))
+_register("rvq", "residual vector quantization of 8 coordinates at a time", _widths(range(4, 0, -1)))
 _register(
     "kivi",
     "keys per channel, values per token, groups of 32, the last 128 tokens in fp16 (arXiv 2402.02750)",
-    _widths("kivi", (8, 4, 3, 2)),
+    _widths((8, 4, 3, 2)),
 )
-_register("ternary", "three levels, five to a byte, one fp16 norm per vector", {1.6: KVCacheConfig(method="ternary")})
+_register("ternary", "three levels, five to a byte, one fp16 norm per vector", {1.6: {}})

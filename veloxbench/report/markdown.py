@@ -9,6 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from veloxbench.records import Estimate, Record, content_hash
+from veloxbench.report.allocation import CONTROL, comparisons, is_control, places, summary
 
 REFERENCE = "fp16"
 GATE_SEQUENCES = 16
@@ -40,18 +41,25 @@ def render(records: Sequence[Record]) -> str:
     """
     if not records:
         return "# Benchmark results\n\nNo records yet: `veloxbench run` makes them.\n"
+    standing = latest(records)
     rows = newest(records)
     models = list(dict.fromkeys(record.subject.model.name for record in rows))
-    parts = [_preamble(rows, len(records) - len(rows)), "## Choosing a target bit rate", _choosing_intro()]
+    parts = [_preamble(standing, len(records) - len(standing)), "## Choosing a target bit rate", _choosing_intro()]
     parts += [_choosing(model, [r for r in rows if r.subject.model.name == model]) for model in models]
     for model in models:
         parts += _model_section(model, [r for r in rows if r.subject.model.name == model])
-    parts += _provenance(rows)
+        parts += _allocation([r for r in standing if r.subject.model.name == model])
+    parts += _provenance(standing)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """One record per row of a table: the same subject measured with other code or elsewhere is superseded."""
+    """The rows of the tables: the latest records without shuffled allocations, which are controls."""
+    return [record for record in latest(records) if not is_control(record)]
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """One record per subject: the same one measured with other code or elsewhere is superseded."""
     found: dict[str, Record] = {}
     for record in records:
         subject = record.subject.model_dump(mode="json", exclude={"harness", "machine_class"})
@@ -157,7 +165,7 @@ def _model_section(model: str, rows: Sequence[Record]) -> list[str]:
     any_row = rows[0].subject.model
     cut = f", cut to its first {any_row.n_layers} layers" if any_row.n_layers else ""
     parts = [f"## {model}{cut}"]
-    parts += _quality(rows) + _memory(rows) + _throughput(rows)
+    parts += _quality(rows) + _memory(rows) + _throughput(rows) + _kernels(rows)
     return parts
 
 
@@ -210,6 +218,45 @@ def _floor(group: Sequence[Record]) -> str:
     return " ".join(notes) + " KLD and NLL in nats per token." if notes else ""
 
 
+def _allocation(rows: Sequence[Record]) -> list[str]:
+    """Whether each allocation beats its shuffles and the next dearer uniform widths."""
+    parts = []
+    for group in places(rows).values():
+        found = list(comparisons(group))
+        if not found:
+            continue
+        subject = group[0].subject
+        body = [
+            (
+                _target(c.record),
+                f"{c.record.metrics['bits_per_value'].value:.3f}",
+                _figure("kld_mean")(c.record),
+                c.rival,
+                f"{c.rival_bits:.3f}",
+                _significant(c.rival_kld),
+                format_estimate(c.worse_by),
+                c.verdict.split()[0],
+            )
+            for c in found
+        ]
+        header = ("target", "bits/value", "KLD", "against", "its bits/value", "its KLD", "worse by", "RateQuant is")
+        table = tabulate(
+            body, header, tablefmt="pipe", disable_numparse=True, colalign=("right",) * 3 + ("left",) + ("right",) * 4
+        )
+        said = [summary([c for c in found if c.record.id == own]) for own in dict.fromkeys(c.record.id for c in found)]
+        n = len(found[0].record.samples["kld_mean"])
+        parts.append(
+            f"### Bit allocation, {subject.protocol}; text {subject.text.name}\n\n{table}\n\n{'. '.join(said)}. "
+            f"*Worse by* is the rival's KLD minus RateQuant's, nats per token, paired over {n} sequences."
+        )
+    if parts:
+        parts[-1] += (
+            " A shuffle deals RateQuant's own widths to other units at random: same bytes, no knowledge of the model. "
+            "Of every uniform method the cheapest that costs more stands here."
+        )
+    return parts
+
+
 def _memory(rows: Sequence[Record]) -> list[str]:
     parts = []
     for title, group in _groups(rows, "memory").items():
@@ -260,6 +307,28 @@ def _throughput(rows: Sequence[Record]) -> list[str]:
     return parts
 
 
+def _kernels(rows: Sequence[Record]) -> list[str]:
+    parts = []
+    kinds = ("partials", "codebooks", "signs", "mask", "queries", "output")
+    for tokens in dict.fromkeys(r.subject.settings["tokens"] for r in rows if r.subject.suite == "kernels"):
+        group = [r for r in rows if r.subject.suite == "kernels" and r.subject.settings["tokens"] == tokens]
+        columns: list[Column] = [
+            ("method", _method),
+            ("packed bytes", _scaled("packed_bytes", 1, "{:,.0f}")),
+            ("read", _figure("packed_reads", "{:.3f}x")),
+            ("all other traffic", _figure("other_percent", "{:.2f}%")),
+            *((kind, _figure(f"{kind}_percent", "{:.2f}%")) for kind in kinds),
+            ("head_dim", _figure("head_dim", "{:.0f}")),
+            ("queries per KV head", _figure("queries_per_kv_head", "{:.0f}")),
+        ]
+        parts.append(
+            f"### Kernels, fused decode attention over {tokens} packed tokens\n\n{_table(columns, group)}\n\n"
+            "Bytes that one step moves for one KV head, counted by the emulator that runs the kernels' own text: how "
+            "often each packed byte is read, and everything else in percent of the packed bytes. Exact on any machine."
+        )
+    return parts
+
+
 def _provenance(rows: Sequence[Record]) -> list[str]:
     machines = {content_hash([r.provenance.hardware, r.provenance.versions]): r.provenance for r in rows}
     parts = ["## Provenance"]
@@ -270,7 +339,7 @@ def _provenance(rows: Sequence[Record]) -> list[str]:
                 [(name, "" if value is None else value) for name, value in facts], ("what", "value"), tablefmt="pipe"
             )
         )
-    texts = sorted({(_block(r), r.subject.text.tokens_sha256[:16]) for r in rows})
+    texts = sorted({(_block(r), r.subject.text.tokens_sha256[:16]) for r in rows if r.subject.text.name != "none"})
     weights = sorted({(r.subject.model.name, r.subject.model.weights_sha256[:16]) for r in rows})
     parts.append("Weights (sha256): " + ", ".join(f"{name} `{digest}`" for name, digest in weights) + ".")
     parts.append("Token blocks (sha256): " + ", ".join(f"{name} `{digest}`" for name, digest in texts) + ".")
@@ -279,20 +348,38 @@ def _provenance(rows: Sequence[Record]) -> list[str]:
         parts.append(f"{dirty} of {len(rows)} records were made from a checkout with uncommitted changes.")
     table = [
         (
-            r.id[:12],
+            r.id[:12] + (f" and {len(others)} more" if others else ""),
             r.subject.model.name,
             f"{r.subject.suite}/{r.subject.protocol}",
-            _method(r),
+            _method(_as_listed(r)),
             r.status,
-            f"{r.provenance.seconds:.1f}",
+            f"{sum(one.provenance.seconds for one in (r, *others)):.1f}",
             (r.provenance.commit or "")[:12],
             f"{r.provenance.started:%Y-%m-%d %H:%M}",
         )
-        for r in rows
+        for r, *others in _listed(rows)
     ]
     header = ("record", "model", "suite", "method", "status", "seconds", "commit", "started (UTC)")
     parts.append(tabulate(table, header, tablefmt="pipe", disable_numparse=True))
     return parts
+
+
+def _listed(rows: Sequence[Record]) -> Iterable[list[Record]]:
+    """Records that share a line: the shuffles of one allocation on one text."""
+    lines: dict[str, list[Record]] = {}
+    for record in rows:
+        listed = _as_listed(record).subject
+        lines.setdefault(content_hash(listed.model_dump(mode="json", exclude={"harness"})), []).append(record)
+    return lines.values()
+
+
+def _as_listed(record: Record) -> Record:
+    """The record itself; of a shuffled allocation any, whatever its seed."""
+    if not is_control(record):
+        return record
+    method = record.subject.method
+    anyone = method.model_copy(update={"parameters": {**method.parameters, CONTROL: "…"}})
+    return record.model_copy(update={"subject": record.subject.model_copy(update={"method": anyone})})
 
 
 def _block(record: Record) -> str:

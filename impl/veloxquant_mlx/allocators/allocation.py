@@ -268,6 +268,7 @@ class BitAllocation(Mapping[str, int]):
         quantizer: name of the quantizer whose costs and distortions were used.
         target_bits: the bits_per_value that was asked for.
         sinks: first tokens that the cache keeps in fp16, which the entries' costs count.
+        window: last tokens that it keeps in fp16, counted likewise.
         at_tokens: sequence length at which those costs hold.
         forecast_nats: loss increase per token that the curves predict; absent if not from curves.
     """
@@ -277,6 +278,7 @@ class BitAllocation(Mapping[str, int]):
     quantizer: str
     target_bits: float
     sinks: int = 0
+    window: int = 0
     at_tokens: int = 2048
     forecast_nats: float | None = None
 
@@ -317,6 +319,7 @@ class BitAllocation(Mapping[str, int]):
                 "quantizer": self.quantizer,
                 "target_bits": self.target_bits,
                 "sinks": self.sinks,
+                "window": self.window,
                 "at_tokens": self.at_tokens,
                 "forecast_nats": self.forecast_nats,
                 "entries": [{**vars(entry), "bits_per_value": str(entry.bits_per_value)} for entry in self.entries],

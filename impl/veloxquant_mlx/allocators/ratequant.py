@@ -68,17 +68,19 @@ class _Unit:
     losses: NDArray[np.float64]
 
 
-def _cost(curves: DistortionCurves, curve: DistortionCurve, column: int, at_tokens: int) -> Fraction:
-    """Bits per token of one head at a width, its fp16 sinks spread over ``at_tokens``."""
-    exact = Fraction(curve.sinks, at_tokens)
+def _cost(curves: DistortionCurves, curve: DistortionCurve, column: int, window: int, at_tokens: int) -> Fraction:
+    """Bits per token of one head at a width, its fp16 sinks and window spread over ``at_tokens``."""
+    exact = Fraction(curve.sinks + window, at_tokens)
     return curve.head_dim * ((1 - exact) * curves.costs[curve.head_dim][column] + exact * 16)
 
 
-def _units(curves: DistortionCurves, unit: str, widths: Iterable[int], at_tokens: int) -> list[_Unit]:
+def _units(curves: DistortionCurves, unit: str, widths: Iterable[int], window: int, at_tokens: int) -> list[_Unit]:
     if unit not in UNITS:
         raise ValueError(f"unit={unit!r} must be one of {', '.join(UNITS)}")
-    if at_tokens <= curves.sinks:
-        raise ValueError(f"at_tokens={at_tokens} must exceed the {curves.sinks} sinks")
+    if window < 0:
+        raise ValueError(f"window={window} must not be negative")
+    if at_tokens <= curves.sinks + window:
+        raise ValueError(f"at_tokens={at_tokens} must exceed the {curves.sinks} sinks and the window of {window}")
     columns = [curves.widths.index(bits) for bits in widths]
     units = []
     for name, group in groupby(curves.curves, key=UNITS[unit]):
@@ -89,7 +91,7 @@ def _units(curves: DistortionCurves, unit: str, widths: Iterable[int], at_tokens
                 n_values=sum(curve.head_dim for curve in members),
                 head_dim=members[0].head_dim,
                 costs=tuple(
-                    sum((_cost(curves, curve, i, at_tokens) for curve in members), Fraction(0)) for i in columns
+                    sum((_cost(curves, curve, i, window, at_tokens) for curve in members), Fraction(0)) for i in columns
                 ),
                 losses=np.array([sum(curve.losses[i] for curve in members) for i in columns]),
             )
@@ -134,6 +136,7 @@ def allocate_bits_ratequant(
     *,
     unit: str = "layer",
     solver: str = "optimal",
+    window: int = 0,
     at_tokens: int = 2048,
 ) -> BitAllocation:
     """Integer widths that minimise the forecast loss at a real cost of at most ``target_bits``.
@@ -146,8 +149,9 @@ def allocate_bits_ratequant(
         unit: ``layer`` (``layer_3``: one width for its keys and values), ``layer_kv`` (``layer_3.keys``) or
             ``head`` (``layer_3.keys.head_0``).
         solver: ``optimal`` (exact) or ``greedy`` (marginal steps on the lower convex hull, as in the paper).
-        at_tokens: sequence length at which the target holds; it matters only where the curves have ``sinks``,
-            whose fp16 tokens weigh less in longer sequences.
+        window: last tokens that the cache will keep in fp16 (128 by KIVI's default).
+        at_tokens: sequence length at which the target holds; it matters only where there are ``sinks`` or a
+            ``window``, whose fp16 tokens weigh less in longer sequences.
 
     Returns:
         A mapping from unit to width that knows its realised ``bits_per_value``, never above the target.
@@ -161,7 +165,7 @@ def allocate_bits_ratequant(
     if solver not in SOLVERS:
         raise ValueError(f"solver={solver!r} must be one of {', '.join(SOLVERS)}")
     widths = _check_widths(curves, min_bits, max_bits)
-    units = _units(curves, unit, widths, at_tokens)
+    units = _units(curves, unit, widths, window, at_tokens)
     values = _check_target(units, target_bits, min_bits, max_bits)
     # The decimal that was typed, not its binary neighbour: 1.2 must admit a cost of exactly 6/5.
     budget = Fraction(str(target_bits)) * values
@@ -175,6 +179,7 @@ def allocate_bits_ratequant(
         quantizer=curves.quantizer,
         target_bits=float(target_bits),
         sinks=curves.sinks,
+        window=window,
         at_tokens=at_tokens,
         forecast_nats=float(sum(u.losses[c] for u, c in zip(units, chosen, strict=True))),
     )
@@ -194,6 +199,7 @@ def allocate_bits_continuous(
     max_bits: int = 4,
     *,
     unit: str = "layer",
+    window: int = 0,
     at_tokens: int = 2048,
 ) -> dict[str, float]:
     """Real-valued widths by the closed form, from exponential fits: what the integers approximate.
@@ -204,6 +210,7 @@ def allocate_bits_continuous(
         min_bits: smallest width.
         max_bits: largest width.
         unit: as in :func:`allocate_bits_ratequant`.
+        window: likewise.
         at_tokens: likewise.
 
     Returns:
@@ -213,7 +220,7 @@ def allocate_bits_continuous(
         ValueError: as :func:`allocate_bits_ratequant`, or a unit whose loss is zero.
     """
     widths = _check_widths(curves, min_bits, max_bits)
-    units = _units(curves, unit, widths, at_tokens)
+    units = _units(curves, unit, widths, window, at_tokens)
     _check_target(units, target_bits, min_bits, max_bits)
     sizes = np.array([u.n_values for u in units], dtype=np.float64)
     overhead = [np.mean([float(cost / u.n_values) - b for cost, b in zip(u.costs, widths, strict=True)]) for u in units]

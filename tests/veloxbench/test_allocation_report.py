@@ -1,0 +1,85 @@
+"""The report's verdicts on bit allocations, on records whose answers are known."""
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from veloxbench.records import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
+from veloxbench.report.allocation import comparisons
+from veloxbench.report.markdown import newest, render
+
+
+def arm(name, target, bits, kld, text="t", **parameters):
+    """A quality record with the given KLD of each sequence."""
+    return Record.create(
+        subject=Subject(
+            suite="perplexity",
+            protocol="chunked",
+            model=ModelRef(name="m", weights_sha256="a", tokenizer_sha256="b", config_sha256="c"),
+            method=MethodRef(
+                name=name, target=target, target_means="bits_per_value", parameters=parameters, implementation="1"
+            ),
+            text=TextRef(name=text, tokens_sha256=text),
+            settings={"chunk": 64},
+            harness="h",
+            machine_class="k",
+        ),
+        status="measured",
+        metrics={
+            "kld_mean": Estimate(value=float(np.mean(kld)), unit="nats/token"),
+            "bits_per_value": Estimate(value=bits, unit="bits"),
+        },
+        samples={"kld_mean": list(kld)},
+        engagement=[],
+        provenance=Provenance(
+            started=datetime(2026, 1, 2, tzinfo=UTC),
+            seconds=1.0,
+            commit=None,
+            dirty=None,
+            versions={},
+            hardware={"chip": "c", "physical_cores": 2},
+            state={},
+        ),
+    )
+
+
+OURS = np.array([1.0, 2.0, 3.0, 4.0])
+RECORDS = [
+    arm("ratequant", 2.0, 1.99, OURS),
+    arm("ratequant", 2.0, 1.99, np.add(OURS, [0.3, 0.4, 0.5, 0.6]), shuffle=1),
+    arm("ratequant", 2.0, 1.99, np.add(OURS, [0.5, 0.4, 0.3, 0.2]), shuffle=2),
+    arm("uniform", 4.0, 4.25, OURS / 10),
+    arm("uniform", 2.0, 2.25, np.subtract(OURS, [0.1, 0.2, 0.1, 0.2])),
+    arm("uniform", 1.0, 1.25, OURS * 3),
+    arm("other", 1.6, 2.0, np.add(OURS, [1, -1, 1, -1])),
+    arm("other", 2.0, 2.0, OURS * 9, text="another"),
+]
+
+
+def test_each_rival_gets_the_verdict_of_its_paired_interval():
+    """Rivals worse on every pair are beaten, better ones are not; signs that alternate leave it undecided."""
+    found = {c.rival: c for c in comparisons([r for r in RECORDS if r.subject.text.name == "t"])}
+    verdicts = {name: c.verdict for name, c in found.items()}
+    assert verdicts == {
+        "mean of 2 shuffles (2 of them worse)": "better than",
+        "other 1.6": "undecided against",
+        "uniform 2": "worse than",  # the next dearer width, not 4.25 bits and not the cheaper 1.25
+    }
+    shuffles = found["mean of 2 shuffles (2 of them worse)"].worse_by
+    assert (shuffles.value, shuffles.low, shuffles.high) == pytest.approx((0.4, 0.4, 0.4))
+    # -0.15 with a standard error of 0.1/2/sqrt(3): Student t of 3 degrees of freedom is 3.182
+    uniform = found["uniform 2"].worse_by
+    assert (uniform.value, uniform.low, uniform.high) == pytest.approx(
+        (-0.15, -0.15 - 0.09187, -0.15 + 0.09187), abs=1e-4
+    )
+
+
+def test_shuffles_are_controls_and_no_rows():
+    """The page names them in the comparison and in one line of the provenance; no table of methods lists them."""
+    page = render(RECORDS)
+    assert len(newest(RECORDS)) == len(RECORDS) - 2
+    assert "ratequant 2 is better than mean of 2 shuffles (2 of them worse); worse than uniform 2" in page
+    lines = [line for line in page.splitlines() if "shuffle=" in line]
+    assert len(lines) == 1
+    assert "and 1 more" in lines[0]
