@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from veloxbench import __version__
+from veloxbench.cli_aa import aa
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError, VeloxError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(aa, name="aa")
 
 
 def _listed(text: str | None) -> list[str]:

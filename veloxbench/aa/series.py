@@ -1,0 +1,189 @@
+"""A recorded A/A series: one journal of blocks in which base and head are the same code, plain and slowed down.
+
+The file holds JSON lines, each written whole and synced: a header, a ``segment`` line at every start of the two
+processes, then blocks. Blocks of different segments are never neighbours: what happened in between is unknown.
+A ``.xz`` file (for committing) is read like the plain one.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+
+from veloxbench.decode_timing import DecodeSpec
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.timing_pairs import TimedBlock
+
+BASE = "base"
+"""The slot of the base side; every other slot is the head side's, named by :func:`slot_name`."""
+
+MAX_GAP_S = 3.0
+"""A longer pause between two blocks (a stopped process, a sleeping machine) separates them as a restart does."""
+
+
+def slot_name(slowdown: float) -> str:
+    """``head+5%``; the plain head is ``head+0%``."""
+    return f"head+{100 * slowdown:g}%"
+
+
+class SeriesHeader(BaseModel):
+    """What a series times and how: it does not change while the series grows.
+
+    Attributes:
+        extra_rows: slowdown -> rows of extra work in every step of that slot.
+        implementation: hash of the code that both sides run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["series"] = "series"
+    schema_version: Literal[1] = 1
+    decode: DecodeSpec
+    extra_rows: dict[float, int]
+    threads: int
+    core: int | None
+    implementation: str
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    hardware: dict[str, JsonValue]
+
+    @property
+    def slowdowns(self) -> list[float]:
+        """Slowdowns of the head's slots, in order; 0 is A/A."""
+        return sorted(self.extra_rows)
+
+
+class Segment(BaseModel):
+    """Both processes were started anew; ``seed`` drew the orders from here on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["segment"] = "segment"
+    started: float
+    seed: int
+    state: dict[str, JsonValue]
+
+
+Line = Annotated[SeriesHeader | Segment | TimedBlock, Field(discriminator="kind")]
+_LINE: TypeAdapter[SeriesHeader | Segment | TimedBlock] = TypeAdapter(Line)
+
+
+@dataclass(frozen=True)
+class Series:
+    """A whole series in memory: runs of neighbouring blocks."""
+
+    header: SeriesHeader
+    runs: tuple[tuple[TimedBlock, ...], ...]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in all."""
+        return sum(len(run) for run in self.runs)
+
+    @property
+    def seconds(self) -> float:
+        """Recorded time in all."""
+        return sum(block.seconds for run in self.runs for block in run)
+
+
+def read_series(path: Path) -> Series:
+    """A series from its journal.
+
+    Raises:
+        UsageError: there is no such file.
+        IntegrityError: a line that is not valid, or no header; names file and line. A last line without its newline
+            was being written when the process died; it is left out.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no series at {path}; `veloxbench aa record --out {path}` records one")
+    content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    lines = []
+    for number, text in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            lines.append(_LINE.validate_json(text))
+        except ValidationError as error:
+            raise IntegrityError(f"{path}:{number} is not a line of a series: {error.errors()[0]['msg']}") from error
+    if not lines or not isinstance(lines[0], SeriesHeader):
+        raise IntegrityError(f"{path} does not begin with the header of a series")
+    runs: list[list[TimedBlock]] = []
+    previous: TimedBlock | None = None
+    for number, line in enumerate(lines[1:], start=2):
+        if isinstance(line, SeriesHeader):
+            raise IntegrityError(f"{path}:{number} is a second header")
+        if isinstance(line, Segment):
+            previous = None
+            continue
+        if previous is None or line.started - (previous.started + previous.seconds) > MAX_GAP_S:
+            runs.append([])
+        runs[-1].append(line)
+        previous = line
+    return Series(lines[0], tuple(map(tuple, runs)))
+
+
+class Journal:
+    """A series' file, open for appending by one process. Use :func:`open_journal`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.series: Series | None = None
+        if path.exists():
+            content = path.read_bytes()
+            os.truncate(path, content.rfind(b"\n") + 1)  # a block that was being written counts for nothing
+            self.series = read_series(path) if path.stat().st_size else None
+
+    def append(self, line: SeriesHeader | Segment | TimedBlock) -> None:
+        """Write a line whole and sync it.
+
+        Raises:
+            UnfitEnvironmentError: the disk does not take it.
+        """
+        text = json.dumps(line.model_dump(mode="json"), separators=(",", ":")) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UnfitEnvironmentError(f"cannot write to {self.path}: {error}") from error
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[Journal]:
+    """Open a series for appending.
+
+    Raises:
+        UnfitEnvironmentError: its folder cannot be written, or another process records into it.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UnfitEnvironmentError(f"another process is recording into {path}") from error
+    except OSError as error:
+        raise UnfitEnvironmentError(f"cannot write to {path.parent}: {error.strerror or error}") from error
+    try:
+        yield Journal(path)
+    finally:
+        lock.release()
+
+
+def compress(path: Path, out: Path) -> None:
+    """Write a series as ``.xz``, to be committed."""
+    out.write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
+
+
+def changed(header: SeriesHeader, now: dict[str, Any]) -> list[str]:
+    """Fields of a header that are not what they would be now."""
+    recorded = header.model_dump(mode="json")
+    return [name for name, value in now.items() if recorded[name] != value]

@@ -1,0 +1,340 @@
+"""The timing gate: base against head in randomised ABBA blocks, tested group by group until it is decided.
+
+Protocol. A block times base and head in a mirrored random order (base head head base, or head base base head),
+so that a machine that drifts moves both alike. A canary, the same fixed work each time, is timed before and after;
+a block whose canary moved by more than ``canary_drift`` is void and run again: whether a block counts never depends
+on the times of base and head. Each block gives one number, the log ratio ``ln(head / base)``.
+
+Test. At every look (a planned number of blocks) two signed-rank tests (Wilcoxon 1945; `scipy.stats.wilcoxon`) ask
+whether the slowdown lies above ``margin`` and whether it lies below ``detect``. Signs of log ratios under no change
+are fair coins because the order is drawn, whatever the machine does and however its noise is correlated; ranks keep
+one hiccup from weighing more than its place. The error rates are spent over the looks: look k may use the share
+``shares[k]`` of ``alpha`` and of ``beta``, and the shares add up to one, so that by the union bound no more than
+``alpha`` of the gates with a slowdown of at most ``margin`` report a regression, and no more than ``beta`` of the
+gates with a slowdown of at least ``detect`` pass, without any assumption on how the looks depend on each other.
+
+Hence the smallest p / share over the looks is itself a valid p-value, and Holm (1979) across a tier's metrics acts
+on those. Passing needs every metric below ``detect``, each at the full ``beta`` (intersection-union).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from veloxbench.errors import UsageError
+from veloxbench.verdicts import Finding, Verdict
+
+Alternative = Literal["greater", "less"]
+
+Name = TypeVar("Name")
+
+Sides = tuple[Sequence[float], Sequence[float]]
+"""Seconds of one metric in one block: base's samples and head's, as many of each."""
+
+
+@dataclass(frozen=True)
+class TimingSpec:
+    """What is tested, at which error rates, within which budget.
+
+    Attributes:
+        margin: slowdown up to which reporting a regression is a false alarm.
+        detect: slowdown from which passing is a miss.
+        alpha: rate of false alarms, all looks and all metrics together.
+        beta: rate of misses, all looks of a metric together.
+        looks: blocks at which the tests are made; the last is the budget.
+        spending: look k has used ``(looks[k] / looks[-1]) ** spending`` of alpha and beta (Kim & DeMets 1987).
+        canary_drift: relative change of the canary within a block that voids it.
+        max_voids: void blocks after which the machine is too restless to decide.
+        max_seconds: budget of time; the block in which it ends is the last.
+    """
+
+    margin: float = 0.03
+    detect: float = 0.05
+    alpha: float = 0.01
+    beta: float = 0.05
+    looks: tuple[int, ...] = (12, 16, 24, 32, 48, 64, 96)
+    spending: float = 1.0
+    canary_drift: float = 0.02
+    max_voids: int = 48
+    max_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < self.detect:
+            raise UsageError(f"timing gate: margin {self.margin} must be at least 0 and below detect {self.detect}")
+        for name in ("alpha", "beta"):
+            if not 0 < getattr(self, name) < 0.5:
+                raise UsageError(f"timing gate: {name} {getattr(self, name)} must lie between 0 and 0.5")
+        if not self.looks or self.looks[0] < 1 or any(a >= b for a, b in zip(self.looks, self.looks[1:], strict=False)):
+            raise UsageError(f"timing gate: looks {self.looks} must be increasing numbers of blocks")
+        for name in ("spending", "canary_drift", "max_seconds"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"timing gate: {name} {getattr(self, name)} must be above zero")
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """Each look's share of alpha and beta; they add up to one."""
+        spent = (np.array(self.looks) / self.looks[-1]) ** self.spending
+        return np.diff(spent, prepend=0.0)
+
+
+def mirrored_order(names: Sequence[Name], rng: np.random.Generator) -> list[Name]:
+    """A random order followed by its mirror image: every name's mean place is the same, so linear drift cancels."""
+    first = [names[index] for index in rng.permutation(len(names))]
+    return first + first[::-1]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One mirrored block: the samples of every metric, the canary's readings and how long it all took.
+
+    Attributes:
+        sides: metric -> (base's seconds, head's seconds).
+        canary: the canary's seconds before and after (and between) the samples.
+        seconds: wall time of the whole block.
+    """
+
+    sides: Mapping[str, Sides]
+    canary: Sequence[float]
+    seconds: float
+
+    def log_ratio(self, metric: str) -> float:
+        """``ln(head / base)`` of the metric.
+
+        Raises:
+            ValueError: a time that is not positive and finite.
+        """
+        base, head = (np.asarray(side, dtype=np.float64) for side in self.sides[metric])
+        if len(base) != len(head) or not (np.isfinite([*base, *head]).all() and min([*base, *head], default=0) > 0):
+            raise ValueError(
+                f"{metric}: base {base.tolist()} and head {head.tolist()} must be as many times above zero"
+            )
+        return float(np.log(head).mean() - np.log(base).mean())
+
+    @property
+    def canary_drift(self) -> float:
+        """Largest relative change between two readings of the canary."""
+        return max(self.canary) / min(self.canary) - 1
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """Where a metric stands after some blocks; ``verdict`` is None while it is undecided.
+
+    Attributes:
+        estimate: Hodges-Lehmann slowdown, ``head / base - 1``.
+        low: lower bound of the slowdown at the level that its last look may spend (Holm's factor left out).
+        high: upper bound likewise, at beta's level.
+    """
+
+    metric: str
+    verdict: Verdict | None
+    blocks: int
+    estimate: float
+    low: float
+    high: float
+    regress_p: float
+    pass_p: float
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """The end of a gate: every metric's result and what it took."""
+
+    metrics: tuple[MetricResult, ...]
+    blocks: int
+    voids: int
+    seconds: float
+    stopped: str | None = None
+    """Why it ended undecided, if it did."""
+
+    @property
+    def decided(self) -> bool:
+        """Whether every metric has passed or regressed."""
+        return self.stopped is None
+
+
+def _signed_rank_p(log_ratios: NDArray[np.float64], null: float, alternative: Alternative) -> float:
+    p = float(stats.wilcoxon(log_ratios - null, alternative=alternative).pvalue) if np.any(log_ratios != null) else 1.0
+    return p if math.isfinite(p) else 1.0
+
+
+def p_values(log_ratios: Sequence[float], spec: TimingSpec) -> tuple[float, float]:
+    """Sequential p-values after all looks up to now: of "slower by more than margin" and "by less than detect".
+
+    Each is the smallest p / share over the looks made, at most 1: rejecting where it is at most alpha (beta)
+    keeps the error rate over any stopping rule.
+    """
+    regress = passing = 1.0
+    values = np.asarray(log_ratios, dtype=np.float64)
+    for look, share in zip(spec.looks, spec.shares, strict=True):
+        if look > len(values):
+            break
+        regress = min(regress, _signed_rank_p(values[:look], math.log1p(spec.margin), "greater") / float(share))
+        passing = min(passing, _signed_rank_p(values[:look], math.log1p(spec.detect), "less") / float(share))
+    return regress, passing
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (1979): reject where they are at most alpha."""
+    order = np.argsort(p, kind="stable")
+    factors = np.arange(len(p), 0, -1)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p, dtype=np.float64)[order] * factors), 1.0)
+    found: list[float] = adjusted.tolist()
+    return found
+
+
+def slowdown_bounds(log_ratios: Sequence[float], low_level: float, high_level: float) -> tuple[float, float, float]:
+    """Hodges-Lehmann estimate of the slowdown with one-sided bounds, by inverting the signed-rank test.
+
+    Args:
+        low_level: the lower bound is above the truth at most this often.
+        high_level: the upper bound is below the truth at most this often.
+    Returns:
+        ``(estimate, low, high)``; a bound that no number of blocks like this can give is infinite (-1 below).
+    """
+    values = np.asarray(log_ratios, dtype=np.float64)
+    if not len(values):
+        return math.nan, -1.0, math.inf
+    rows, columns = np.triu_indices(len(values))
+    walsh = np.sort((values[rows] + values[columns]) / 2)
+    # between two Walsh averages the test's p is constant; outside all of them it is smallest
+    cuts = np.concatenate([[walsh[0] - 1], (walsh[1:] + walsh[:-1]) / 2, [walsh[-1] + 1]])
+
+    def rejected(index: int, alternative: Alternative, level: float) -> bool:
+        return _signed_rank_p(values, float(cuts[index]), alternative) <= level
+
+    low, high = -math.inf, math.inf
+    if rejected(0, "greater", low_level):
+        left, right = 0, len(cuts) - 1  # rejected at left, not at right
+        while right - left > 1:
+            middle = (left + right) // 2
+            left, right = (middle, right) if rejected(middle, "greater", low_level) else (left, middle)
+        low = float(walsh[left])
+    if rejected(len(cuts) - 1, "less", high_level):
+        left, right = 0, len(cuts) - 1  # rejected at right, not at left
+        while right - left > 1:
+            middle = (left + right) // 2
+            left, right = (left, middle) if rejected(middle, "less", high_level) else (middle, right)
+        high = float(walsh[right - 1])
+    return tuple(float(np.expm1(value)) for value in (float(np.median(walsh)), low, high))  # type: ignore[return-value]
+
+
+class _Tally:
+    """Log ratios per metric and the decisions taken at the looks so far."""
+
+    def __init__(self, spec: TimingSpec) -> None:
+        self.spec = spec
+        self.log_ratios: dict[str, list[float]] = {}
+        self.verdicts: dict[str, tuple[Verdict, int]] = {}
+        self.p: dict[str, tuple[float, float]] = {}
+
+    def expect(self, metrics: Iterable[str]) -> None:
+        for metric in metrics:
+            self.log_ratios.setdefault(metric, [])
+
+    def add(self, block: Block) -> None:
+        for metric in block.sides:
+            self.log_ratios[metric].append(block.log_ratio(metric))
+
+    def look(self) -> bool:
+        """Judge if the number of blocks is a look; whether every metric is decided."""
+        counts = {len(values) for values in self.log_ratios.values()}
+        if len(counts) != 1:
+            raise ValueError(f"the blocks do not all time the same metrics: {sorted(self.log_ratios)}")
+        (blocks,) = counts
+        if blocks not in self.spec.looks:
+            return False
+        for metric, values in self.log_ratios.items():
+            if metric not in self.verdicts:
+                self.p[metric] = p_values(values, self.spec)
+        adjusted = dict(zip(self.p, holm([regress for regress, _ in self.p.values()]), strict=True))
+        for metric in self.log_ratios.keys() - self.verdicts.keys():
+            if adjusted[metric] <= self.spec.alpha:
+                self.verdicts[metric] = Verdict.REGRESS, blocks
+            elif self.p[metric][1] <= self.spec.beta:
+                self.verdicts[metric] = Verdict.PASS, blocks
+        return len(self.verdicts) == len(self.log_ratios)
+
+    def results(self) -> tuple[MetricResult, ...]:
+        shares = dict(zip(self.spec.looks, self.spec.shares, strict=True))
+        found = []
+        for metric, values in self.log_ratios.items():
+            verdict, blocks = self.verdicts.get(metric, (None, len(values)))
+            share = float(shares[max((look for look in shares if look <= blocks), default=self.spec.looks[0])])
+            bounds = slowdown_bounds(values[:blocks], self.spec.alpha * share, self.spec.beta * share)
+            found.append(MetricResult(metric, verdict, blocks, *bounds, *self.p.get(metric, (1.0, 1.0))))
+        return tuple(found)
+
+
+def run_gate(blocks: Iterable[Block], spec: TimingSpec) -> GateResult:
+    """Take blocks, live or recorded, until every metric is decided or the budget has ended.
+
+    Args:
+        blocks: pulled one at a time; none is measured after the decision.
+    Raises:
+        ValueError: a time that is not positive and finite; nothing is decided on it.
+    """
+    tally = _Tally(spec)
+    used = voids = 0
+    seconds = 0.0
+    stopped = "no block was timed"
+    for block in blocks:
+        seconds += block.seconds
+        tally.expect(block.sides)
+        if block.canary_drift > spec.canary_drift:
+            voids += 1
+        else:
+            used += 1
+            tally.add(block)
+            if tally.look():
+                return GateResult(tally.results(), used, voids, seconds)
+        stopped = f"undecided when the blocks ended after {used}"
+        if used >= spec.looks[-1]:
+            stopped = f"undecided after the budget of {used} blocks"
+            break
+        if voids > spec.max_voids:
+            stopped = f"the machine is too restless: {voids} blocks were void, their canary moved by more than " + (
+                f"{spec.canary_drift:.0%}"
+            )
+            break
+        if seconds > spec.max_seconds:
+            stopped = f"undecided when the budget of {spec.max_seconds:g} s ended"
+            break
+    return GateResult(tally.results(), used, voids, seconds, stopped)
+
+
+def findings(result: GateResult, spec: TimingSpec, subject: str) -> list[Finding]:
+    """What a gate's result says, one finding per metric (a ratio head / base); undecided metrics are inconclusive.
+
+    Raises:
+        ValueError: no block was taken at all, so that not even the metrics are known.
+    """
+    if not result.metrics:
+        raise ValueError(f"{subject}: {result.stopped}")
+    found = []
+    for metric in result.metrics:
+        verdict = metric.verdict or Verdict.INCONCLUSIVE
+        why = {
+            Verdict.PASS: f"slower by less than {spec.detect:.0%}",
+            Verdict.REGRESS: f"slower by more than {spec.margin:.0%}",
+            Verdict.INCONCLUSIVE: str(result.stopped),
+        }[verdict]
+        limit = 1 + spec.margin
+        if not metric.blocks:
+            found.append(Finding("timing", subject, metric.metric, verdict, why, limit=limit))
+            continue
+        ratios = (1 + metric.estimate, 1 + metric.low, 1 + metric.high)
+        span = f"x{ratios[0]:.3f} ({ratios[1]:.3f} to {ratios[2]:.3f}, {metric.blocks} blocks)"
+        change, low, high = (ratio if math.isfinite(ratio) else None for ratio in ratios)
+        found.append(
+            Finding("timing", subject, metric.metric, verdict, f"{span}: {why}", None, None, change, low, high, limit)
+        )
+    return found
