@@ -15,14 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from veloxbench.corpora import Role, Text, TokenBlock, token_block
 from veloxbench.environment import harness_hash, machine_class
 from veloxbench.errors import UsageError, unknown_name
-from veloxbench.measure import exact_cases, kernels
-from veloxbench.measure.exact import NO_MODEL, FixedInputs
-from veloxbench.measure.kernels import Traffic
 from veloxbench.measure.throughput import Timing
 from veloxbench.methods import Arm, get_method, make_arm, parse_method
 from veloxbench.models import ModelHandle
 from veloxbench.protocol import Chunked, Decode, Protocol
-from veloxbench.records import ModelRef, Record, Subject, Suite, TextRef, content_hash
+from veloxbench.records import ModelRef, Subject, Suite, TextRef
 
 REFERENCE = Arm("fp16")
 SEED = 0
@@ -54,13 +51,6 @@ class MemorySpec(_Strict):
     budget_gib: float
 
 
-class KernelSpec(_Strict):
-    """Packed tokens that a fused decode step reads, and the code widths to count it at."""
-
-    tokens: int = 4096
-    code_bits: tuple[int, ...] = (8, 4, 3, 2)
-
-
 class Grid(_Strict):
     """A profile: models x arms x suites, with the sizes of each suite."""
 
@@ -74,7 +64,6 @@ class Grid(_Strict):
     protocols: tuple[Annotated[Chunked | Decode, Field(discriminator="name")], ...]
     throughput: tuple[Timing, ...]
     memory: MemorySpec
-    kernels: KernelSpec = KernelSpec()
 
     def arm_list(self) -> list[Arm]:
         """Every arm but the reference, in order."""
@@ -155,17 +144,13 @@ def _arm_specs(grid: Grid, methods: Sequence[str], targets: Sequence[float]) -> 
         yield ArmSpec(method=name, targets=tuple(targets) or own.get(name) or method.targets, parameters=parameters)
 
 
-Task = Protocol | Timing | MemorySpec | Traffic | FixedInputs
-"""What a measurement does with its arm."""
-
-
 @dataclass(frozen=True)
 class Measurement:
     """One record to be made: its subject (whose hash is the key) and what the runner needs to make it."""
 
     subject: Subject
     arm: Arm
-    task: Task
+    task: Protocol | Timing | MemorySpec
     block: TokenBlock
 
     @property
@@ -180,7 +165,7 @@ class Cell:
 
     suite: Suite
     protocol: str
-    task: Task
+    task: Protocol | Timing | MemorySpec
     arm: Arm
     sequences: int
     length: int
@@ -190,11 +175,10 @@ class Cell:
 def cells(grid: Grid) -> list[Cell]:
     """Every place of the grid for one model, in the order in which to measure."""
     arms = [REFERENCE, *grid.arm_list()]
-    packed = [make_arm(kernels.METHOD, float(bits)) for bits in grid.kernels.code_bits]
     return [
         Cell(suite, name, task, arm, sequences, length)
         for suite, name, task, sequences, length in _tasks(grid)
-        for arm in (packed if suite == "kernels" else exact_cases.cases() if suite == "exact" else arms)
+        for arm in arms
     ]
 
 
@@ -211,7 +195,7 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
         config_sha256=handle.config_sha256,
         n_layers=grid.n_layers,
     )
-    blocks: dict[tuple[int, int], TokenBlock] = {(0, 0): kernels.NO_TEXT}
+    blocks: dict[tuple[int, int], TokenBlock] = {}
     found = []
     for cell in cells(grid):
         if cell.length > handle.context:
@@ -225,10 +209,10 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
         subject = Subject(
             suite=cell.suite,
             protocol=cell.protocol,
-            model=NO_MODEL if cell.suite == "exact" else model,
+            model=model,
             method=cell.arm.ref(),
-            text=_text(cell.task, blocks[size]),
-            settings=_all_settings(cell.task),
+            text=TextRef(name=_text_name(blocks[size]), tokens_sha256=blocks[size].sha256),
+            settings={**_settings(cell.task), "seed": SEED},
             harness=harness_hash(),
             machine_class=machine_class(cell.suite),
         )
@@ -236,46 +220,15 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
     return found
 
 
-def of_grid(grid: Grid, records: Iterable[Record]) -> list[Record]:
-    """The records that a run of this grid makes, whatever the code and the model."""
-    places = {
-        (cell.suite, cell.protocol, cell.arm.label, _settings_hash(_all_settings(cell.task))) for cell in cells(grid)
-    }
-    return [
-        record
-        for record in records
-        if (
-            record.subject.suite,
-            record.subject.protocol,
-            record.subject.method.label,
-            _settings_hash(record.subject.settings),
-        )
-        in places
-    ]
+def _text_name(block: TokenBlock) -> str:
+    return block.text if block.role == "evaluation" else f"{block.text} ({block.role})"
 
 
-def _settings_hash(settings: Mapping[str, Any]) -> str:
-    return content_hash(dict(settings))
-
-
-def _all_settings(task: Task) -> dict[str, Any]:
-    return {**_settings(task), "seed": SEED}
-
-
-def _text(task: Task, block: TokenBlock) -> TextRef:
-    if isinstance(task, FixedInputs):
-        return TextRef(name="fixed inputs", tokens_sha256=task.sha256)
-    name = block.text if block.role == "evaluation" else f"{block.text} ({block.role})"
-    return TextRef(name=name, tokens_sha256=block.sha256)
-
-
-def _settings(task: Task) -> Mapping[str, Any]:
+def _settings(task: Protocol | Timing | MemorySpec) -> Mapping[str, Any]:
     return task.model_dump() if isinstance(task, MemorySpec) else dict(vars(task))
 
 
-def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Task, int, int]]:
-    if "exact" in grid.suites:
-        yield "exact", "fixed inputs", exact_cases.INPUTS, 0, 0
+def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Protocol | Timing | MemorySpec, int, int]]:
     if "perplexity" in grid.suites:
         for protocol in grid.protocols:
             yield "perplexity", protocol.name, protocol, protocol.sequences, protocol.n_tokens + 1
@@ -284,5 +237,3 @@ def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Task, int, int]]:
     if "throughput" in grid.suites:
         for timing in grid.throughput:
             yield "throughput", f"depth {timing.depth}", timing, 1, timing.n_tokens
-    if "kernels" in grid.suites:
-        yield "kernels", "decode traffic", Traffic(grid.kernels.tokens), 0, 0
