@@ -1,0 +1,43 @@
+"""Grids: what a TOML file unfolds into."""
+
+from importlib import resources
+
+import pytest
+
+from veloxbench.plan import load_grid, parse_grid
+
+GRID = """
+summary = "lists"
+models = ["smollm2-135m"]
+corpus = "wikitext-2"
+part = "calibration"
+suites = ["perplexity"]
+throughput = []
+arms = [{ method = "ratequant", targets = [2, 1.5], parameters = { unit = "head", shuffle = [1, 2, 3] } }]
+protocols = [{ name = "chunked", sequences = 2, length = 96 }]
+memory = { tokens = 64, decode_steps = 2, budget_gib = 1.0 }
+"""
+
+
+def test_a_list_of_parameters_is_measured_at_each_value():
+    """Two targets and three seeds are six arms; what is no list is the same in all of them."""
+    arms = parse_grid(GRID, "test").arm_list()
+    assert [(arm.target, arm.parameters["shuffle"]) for arm in arms] == [(t, s) for t in (2.0, 1.5) for s in (1, 2, 3)]
+    assert {arm.parameters["unit"] for arm in arms} == {"head"}
+
+
+@pytest.mark.parametrize("file", [f.name for f in (resources.files("veloxbench") / "grids").iterdir()])
+def test_every_profile_names_arms_that_exist(file):
+    """Methods, parameters and targets of each grid of the package are known."""
+    assert load_grid(file.removesuffix(".toml")).arm_list()
+
+
+def test_the_ratequant_profile_has_twenty_shuffles_of_each_allocation_that_it_decides():
+    """At 3, 2 and 1.5 bits every allocation has itself, twenty shuffles, and rivals that cost more."""
+    arms = load_grid("ratequant").arm_list()
+    for target in (3.0, 2.0, 1.5):
+        ours = [arm.parameters for arm in arms if arm.method == "ratequant" and arm.target == target]
+        plain, *shuffles = ours
+        assert [s["shuffle"] for s in shuffles] == list(range(1, 21))
+        assert all({k: v for k, v in s.items() if k != "shuffle"} == plain for s in shuffles)
+    assert {arm.method for arm in arms} >= {"turboquant_mse", "turboquant_static"}
