@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,7 +15,9 @@ from rich.table import Table
 
 from veloxbench import __version__
 from veloxbench.cli_aa import aa
+from veloxbench.cli_gate import add_commands
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError, VeloxError
+from veloxbench.store import write_text
 
 if TYPE_CHECKING:
     from veloxbench.records import Record
@@ -88,7 +89,7 @@ def run(
     targets: Annotated[
         str | None, typer.Option(help="Code widths or bits_per_value, as the method understands them: `4,2`.")
     ] = None,
-    suites: Annotated[str | None, typer.Option(help="Any of perplexity, memory, throughput.")] = None,
+    suites: Annotated[str | None, typer.Option(help="Any of exact, perplexity, memory, throughput.")] = None,
     corpus: Annotated[
         str | None,
         typer.Option(help="A name from `veloxbench corpora`, a .txt/.jsonl/.parquet file, or a hub dataset."),
@@ -388,24 +389,7 @@ def write_pages(folder: Path, records: Sequence[Record]) -> None:
         write_text(folder / HTML_PAGE, render_html(records))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UnfitEnvironmentError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(file.name).chmod(0o666 & ~umask)
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise UnfitEnvironmentError(f"cannot write {path}: {error.strerror or error}") from error
+add_commands(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

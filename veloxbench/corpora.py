@@ -87,6 +87,17 @@ class TokenBlock:
     has_bos: bool
 
 
+NO_TEXT = TokenBlock(
+    tokens=np.zeros((0, 0), np.int32),
+    sha256=hashlib.sha256(b"").hexdigest(),
+    text="none",
+    role="evaluation",
+    starts=(),
+    has_bos=False,
+)
+"""What suites that read no text are fed."""
+
+
 @dataclass(frozen=True)
 class CorpusSpec:
     """A text that is known by name. ``files`` maps each role to its own pinned file, or both to one that is cut."""

@@ -12,14 +12,16 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from veloxbench.corpora import Role, Text, TokenBlock, token_block
+from veloxbench.corpora import NO_TEXT, Role, Text, TokenBlock, token_block
 from veloxbench.environment import harness_hash, machine_class
 from veloxbench.errors import UsageError, unknown_name
+from veloxbench.measure import exact_cases
+from veloxbench.measure.exact import NO_MODEL, FixedInputs
 from veloxbench.measure.throughput import Timing
 from veloxbench.methods import Arm, get_method, make_arm, parse_method
 from veloxbench.models import ModelHandle
 from veloxbench.protocol import Chunked, Decode, Protocol
-from veloxbench.records import ModelRef, Subject, Suite, TextRef
+from veloxbench.records import ModelRef, Record, Subject, Suite, TextRef, content_hash
 
 REFERENCE = Arm("fp16")
 SEED = 0
@@ -144,13 +146,17 @@ def _arm_specs(grid: Grid, methods: Sequence[str], targets: Sequence[float]) -> 
         yield ArmSpec(method=name, targets=tuple(targets) or own.get(name) or method.targets, parameters=parameters)
 
 
+Task = Protocol | Timing | MemorySpec | FixedInputs
+"""What a measurement does with its arm."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One record to be made: its subject (whose hash is the key) and what the runner needs to make it."""
 
     subject: Subject
     arm: Arm
-    task: Protocol | Timing | MemorySpec
+    task: Task
     block: TokenBlock
 
     @property
@@ -165,7 +171,7 @@ class Cell:
 
     suite: Suite
     protocol: str
-    task: Protocol | Timing | MemorySpec
+    task: Task
     arm: Arm
     sequences: int
     length: int
@@ -178,7 +184,7 @@ def cells(grid: Grid) -> list[Cell]:
     return [
         Cell(suite, name, task, arm, sequences, length)
         for suite, name, task, sequences, length in _tasks(grid)
-        for arm in arms
+        for arm in (exact_cases.cases() if suite == "exact" else arms)
     ]
 
 
@@ -195,7 +201,7 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
         config_sha256=handle.config_sha256,
         n_layers=grid.n_layers,
     )
-    blocks: dict[tuple[int, int], TokenBlock] = {}
+    blocks: dict[tuple[int, int], TokenBlock] = {(0, 0): NO_TEXT}
     found = []
     for cell in cells(grid):
         if cell.length > handle.context:
@@ -209,10 +215,10 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
         subject = Subject(
             suite=cell.suite,
             protocol=cell.protocol,
-            model=model,
+            model=NO_MODEL if cell.suite == "exact" else model,
             method=cell.arm.ref(),
-            text=TextRef(name=_text_name(blocks[size]), tokens_sha256=blocks[size].sha256),
-            settings={**_settings(cell.task), "seed": SEED},
+            text=_text(cell.task, blocks[size]),
+            settings=_all_settings(cell.task),
             harness=harness_hash(),
             machine_class=machine_class(cell.suite),
         )
@@ -220,15 +226,46 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
     return found
 
 
-def _text_name(block: TokenBlock) -> str:
-    return block.text if block.role == "evaluation" else f"{block.text} ({block.role})"
+def of_grid(grid: Grid, records: Iterable[Record]) -> list[Record]:
+    """The records that a run of this grid makes, whatever the code and the model."""
+    places = {
+        (cell.suite, cell.protocol, cell.arm.label, _settings_hash(_all_settings(cell.task))) for cell in cells(grid)
+    }
+    return [
+        record
+        for record in records
+        if (
+            record.subject.suite,
+            record.subject.protocol,
+            record.subject.method.label,
+            _settings_hash(record.subject.settings),
+        )
+        in places
+    ]
 
 
-def _settings(task: Protocol | Timing | MemorySpec) -> Mapping[str, Any]:
+def _settings_hash(settings: Mapping[str, Any]) -> str:
+    return content_hash(dict(settings))
+
+
+def _all_settings(task: Task) -> dict[str, Any]:
+    return {**_settings(task), "seed": SEED}
+
+
+def _text(task: Task, block: TokenBlock) -> TextRef:
+    if isinstance(task, FixedInputs):
+        return TextRef(name="fixed inputs", tokens_sha256=task.sha256)
+    name = block.text if block.role == "evaluation" else f"{block.text} ({block.role})"
+    return TextRef(name=name, tokens_sha256=block.sha256)
+
+
+def _settings(task: Task) -> Mapping[str, Any]:
     return task.model_dump() if isinstance(task, MemorySpec) else dict(vars(task))
 
 
-def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Protocol | Timing | MemorySpec, int, int]]:
+def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Task, int, int]]:
+    if "exact" in grid.suites:
+        yield "exact", "fixed inputs", exact_cases.INPUTS, 0, 0
     if "perplexity" in grid.suites:
         for protocol in grid.protocols:
             yield "perplexity", protocol.name, protocol, protocol.sequences, protocol.n_tokens + 1

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from veloxbench.baselines import Baselines
+    from veloxbench.models import ModelHandle
     from veloxbench.plan import Grid, Measurement
     from veloxbench.records import Record
     from veloxbench.runner import Session
+    from veloxbench.verdicts import Finding
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--veloxbench-profile", default="default", help="quick, default or full (with --benchmark)")
     group.addoption("--veloxbench-models", default="", help="models in place of the profile's, separated by commas")
     group.addoption("--veloxbench-out", default="results", help="folder of the records (with --benchmark)")
+    group.addoption(
+        "--veloxbench-baseline",
+        default="baselines",
+        help="folder of the baselines that gates compare with; none: measure without gates (with --benchmark)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,7 +54,9 @@ def _grid(config: pytest.Config) -> Grid:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One item per model and cell of the grid that belongs to the module's suite."""
+    """One item per model and cell of the grid that belongs to the module's suite; one per subject of the baselines."""
+    if "gated_subject" in metafunc.fixturenames:
+        metafunc.parametrize("gated_subject", _gated_subjects(metafunc.config))
     if "record" not in metafunc.fixturenames:
         return
     from veloxbench.plan import cells
@@ -73,22 +83,27 @@ class SuiteRun:
         self.exits = ExitStack()
         self.store = self.exits.enter_context(open_store(folder))
         self.plans: dict[str, list[Measurement]] = {}
+        self.produced: dict[str, Record] = {}
         self.session: Session | None = None
 
     def record(self, model: str, index: int) -> Record:
         """The record of a cell: from the store, or measured now and kept."""
         from veloxbench.models import resolve_model
         from veloxbench.progress import default_reporter
-        from veloxbench.run_progress import LineProgress
-        from veloxbench.runner import Session, plan_model
+        from veloxbench.runner import plan_model
 
         handle = resolve_model(model, reporter=default_reporter())
         if model not in self.plans:
             self.plans[model] = plan_model(self.grid, handle, default_reporter())
         item = self.plans[model][index]
-        known = self.store.get(item.subject.key)
-        if known is not None:
-            return known
+        found = self.store.get(item.subject.key) or self._measured(handle, item)
+        self.produced[found.key] = found
+        return found
+
+    def _measured(self, handle: ModelHandle, item: Measurement) -> Record:
+        from veloxbench.run_progress import LineProgress
+        from veloxbench.runner import Session
+
         if self.session is None or self.session.handle != handle:
             if self.session is not None:
                 self.session.close()
@@ -125,3 +140,54 @@ def record(request: Any, suite_run: SuiteRun) -> Record:
     if found.status == "unsupported":
         pytest.skip(found.reason or "not supported")
     return found
+
+
+def _gates(config: pytest.Config) -> str | None:
+    """The folder of the baselines, where this session gates."""
+    folder = str(config.getoption("--veloxbench-baseline"))
+    return folder if config.getoption("--benchmark") and folder != "none" else None
+
+
+def _baselines(config: pytest.Config) -> Baselines:
+    from veloxbench.baselines import read_baselines
+
+    return read_baselines(Path(_gates(config) or ""))
+
+
+def _gated_subjects(config: pytest.Config) -> list[Any]:
+    """Every subject that the profile's baselines hold for this machine: each is an item, measured or not."""
+    from veloxbench.baselines import machine_fields
+    from veloxbench.environment import hardware, versions
+    from veloxbench.errors import BaselineError
+
+    if _gates(config) is None:
+        return []
+    try:
+        files = _baselines(config).of_profile(config.getoption("--veloxbench-profile"))
+    except BaselineError:
+        return []  # the item for the gate as a whole says what is wrong
+    machine = machine_fields(hardware(), versions())
+    return [
+        pytest.param((file.tier, entry.subject), id=f"{file.tier}-{entry.subject}".replace(" ", "-"))
+        for file in files
+        if file.holds_on(machine)
+        for entry in file.entries
+    ]
+
+
+@pytest.fixture(scope="session")
+def gate_findings(request: pytest.FixtureRequest, suite_run: SuiteRun) -> list[Finding]:
+    """What the gate says of everything that this session measured (or found measured)."""
+    from veloxbench.gate import judge
+
+    config = request.config
+    if _gates(config) is None:
+        pytest.skip("gates judge with --benchmark and --veloxbench-baseline")
+    profile = config.getoption("--veloxbench-profile")
+    return judge(suite_run.produced.values(), _baselines(config), profile=profile)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gates judge what the other items measured, so they come last."""
+    items.sort(key=lambda item: "gate_findings" in getattr(item, "fixturenames", ()))

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, mo
 
 SCHEMA_VERSION: Literal[1] = 1
 
-Suite = Literal["perplexity", "memory", "throughput"]
+Suite = Literal["perplexity", "memory", "throughput", "kernels", "exact"]
 
 
 def _finite(value: float) -> float:

@@ -20,7 +20,7 @@ from mlx_lm.utils import load_tokenizer
 from veloxbench import environment
 from veloxbench.corpora import load_text
 from veloxbench.errors import ExitCode, VeloxError
-from veloxbench.measure import memory, quality, throughput
+from veloxbench.measure import exact, memory, quality, throughput
 from veloxbench.measure.divergence import ReferenceRows, worker_pool
 from veloxbench.measure.reference import ReferenceCache, lockstep, vocabulary_of
 from veloxbench.methods import Arm, BuildContext, build, get_method, probe
@@ -158,6 +158,8 @@ class Rates:
         """Estimated seconds of a measurement; a quantized cache is assumed to cost half as much again."""
         slower = 1.0 if item.arm == REFERENCE else 1.5
         match item.task:
+            case exact.FixedInputs():
+                return 0.1
             case Chunked() as task:
                 return slower * task.sequences * task.length * self.token_seconds
             case Decode() as task:
@@ -254,6 +256,9 @@ class Session:
                     (metrics, samples), layers = self._throughput(item, tick)
                 case MemorySpec():
                     (metrics, samples), layers = self._memory(item, item.task)
+                case exact.FixedInputs():
+                    assert isinstance(item.arm, exact.Case)
+                    metrics, samples = exact.measure(item.arm)
         commit, dirty = environment.git_state()
         return Record.create(
             subject=item.subject,
@@ -274,6 +279,8 @@ class Session:
         )
 
     def _refusal(self, arm: Arm) -> str | None:
+        if isinstance(arm, exact.Case):
+            return None
         if arm.label not in self.refusals:
             self.refusals[arm.label] = probe(self.context, arm)
         return self.refusals[arm.label]

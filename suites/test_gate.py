@@ -1,0 +1,24 @@
+"""The gates, after everything was measured: one item per subject of the baselines, and one for the whole."""
+
+from collections.abc import Callable
+
+from veloxbench.verdicts import Finding, Verdict, overall, sentence
+
+
+def test_subject_is_as_good_as_its_baseline(
+    gated_subject: tuple[str, str], gate_findings: list[Finding], record_property: Callable[[str, object], None]
+) -> None:
+    """Each subject of the baselines was produced, and every metric of it passes."""
+    tier, subject = gated_subject
+    findings = [finding for finding in gate_findings if (finding.tier, finding.subject) == (tier, subject)]
+    for finding in findings:
+        for name in ("value", "baseline", "change", "low", "high", "limit", "detectable"):
+            figure = getattr(finding, name)
+            if figure is not None:
+                record_property(f"{finding.metric}.{name}", figure)
+    assert overall(findings) is Verdict.PASS, sentence(findings)
+
+
+def test_gate_is_open(gate_findings: list[Finding]) -> None:
+    """Nothing measured is without a baseline, and nothing of the baselines is missing."""
+    assert overall(gate_findings) is Verdict.PASS, sentence(gate_findings)

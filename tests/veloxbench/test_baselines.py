@@ -1,0 +1,278 @@
+"""Baseline files and the commands over them: each thing that can be wrong is one sentence and a code above zero."""
+
+import json
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from gate_records import MODEL, damage, quality_record, run_records
+
+from veloxbench.baselines import BaselineFile, chip_family, fingerprint, fingerprint_id, read_baselines
+from veloxbench.cli import _run as veloxbench
+from veloxbench.errors import BaselineError
+from veloxbench.store import JOURNAL
+
+
+def write_records(folder: Path, records) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / JOURNAL).write_text("".join(record.to_line() for record in records))
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A git repository with an approved baseline of a small run, and that run's records."""
+    for command in (
+        ["init", "-q"],
+        ["config", "user.name", "Ada"],
+        ["config", "user.email", "ada@example.org"],
+        ["commit", "-q", "--allow-empty", "-m", "first"],
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    write_records(tmp_path / "results", run_records())
+    assert command_of(tmp_path, "baseline", "approve", "--reason", "first run") == 0
+    return tmp_path
+
+
+def command_of(project: Path, *arguments: str) -> int:
+    places = [] if arguments[-1] in ("show", "verify") else ["--records", str(project / "results")]
+    return veloxbench([*arguments, *places, "--baseline", str(project / "baselines")])
+
+
+def files_of(project: Path) -> list[Path]:
+    return sorted((project / "baselines").glob("*/*.json"))
+
+
+def test_gate_passes_on_the_run_that_was_approved(project, capsys):
+    """Exit 0, and one sentence."""
+    assert command_of(project, "gate") == 0
+    assert "veloxbench gate: pass:" in capsys.readouterr().err
+
+
+def test_approval_keeps_who_why_and_from_which_records(project):
+    """The file names the git user, the reason, the commit and the records' ids, and holds the raw samples."""
+    records = run_records()
+    (file,) = [f for f in read_baselines(project / "baselines").files if f.tier == "quality"]
+    approval = file.approvals[0]
+    assert (approval.who, approval.why) == ("Ada ada@example.org", "first run")
+    head = subprocess.run(["git", "-C", str(project), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert approval.commit == head.stdout.strip()
+    by_id = {record.id: record for record in records}
+    for entry in file.entries:
+        record = by_id[entry.approved.record_id]
+        assert {name: record.samples[name] for name in entry.approved.samples} == entry.approved.samples
+
+
+def test_files_lie_under_their_fingerprint_and_two_commits_share_one(project):
+    """The implementation is not in the fingerprint: a new commit finds the baseline of the last."""
+    one, other = quality_record(implementation="veloxquant_mlx 1"), quality_record(implementation="veloxquant_mlx 2")
+    assert fingerprint(one, "quality") == fingerprint(other, "quality")
+    for path in files_of(project):
+        assert path.parent.name == fingerprint_id(json.loads(path.read_text())["fingerprint"])
+
+
+def test_missing_folder_is_exit_3(project, capsys):
+    """No baseline at all."""
+    assert veloxbench(["gate", "--records", str(project / "results"), "--baseline", str(project / "nowhere")]) == 3
+    assert "there is no baseline folder" in capsys.readouterr().err
+
+
+def test_empty_folder_is_exit_3(project, capsys):
+    """A folder without a file."""
+    (project / "empty").mkdir()
+    assert veloxbench(["gate", "--records", str(project / "results"), "--baseline", str(project / "empty")]) == 3
+    assert "is empty" in capsys.readouterr().err
+
+
+def test_a_figure_changed_by_hand_is_exit_3(project, capsys):
+    """Loosening a baseline with an editor is found by its content hash."""
+    (path,) = [path for path in files_of(project) if '"quality"' in path.read_text()]
+    document = json.loads(path.read_text())
+    document["entries"][0]["approved"]["samples"][next(iter(document["entries"][0]["approved"]["samples"]))][0] += 1.0
+    path.write_text(json.dumps(document))
+    assert command_of(project, "gate") == 3
+    assert "edited by hand" in capsys.readouterr().err
+    assert command_of(project, "baseline", "verify") == 3
+
+
+def test_a_moved_file_is_exit_3(project, capsys):
+    """A file under another fingerprint's folder is not that baseline."""
+    path = files_of(project)[0]
+    path.parent.rename(path.parent.with_name("0" * 16))
+    assert command_of(project, "gate") == 3
+    assert "moved by hand" in capsys.readouterr().err
+
+
+def test_a_baseline_without_entries_is_not_a_file():
+    """An empty list of entries would let everything pass; it cannot be made."""
+    with pytest.raises(ValueError, match="no entries"):
+        BaselineFile.create(
+            tier="exact", suite="exact", fingerprint={}, profiles=("gate",), expires=None, approvals=(), entries=()
+        )
+
+
+@pytest.mark.parametrize("figure", ["NaN", "Infinity"])
+def test_nan_in_a_record_is_exit_5_and_named(project, capsys, figure):
+    """A figure that is not finite is refused where it is read: file, line and metric."""
+    journal = project / "results" / JOURNAL
+    lines = journal.read_text().splitlines()
+    record = json.loads(lines[1])
+    record["metrics"]["kld_mean"]["value"] = float(figure)
+    journal.write_text("\n".join([lines[0], json.dumps(record), *lines[2:]]) + "\n")
+    assert command_of(project, "gate") == 5
+    error = capsys.readouterr().err
+    assert f"{JOURNAL}:2" in error
+    assert "metrics.kld_mean.value" in error
+
+
+def test_zero_benchmarks_are_exit_4(project, capsys):
+    """An empty results folder is nothing to judge."""
+    (project / "results" / JOURNAL).unlink()
+    assert command_of(project, "gate") == 4
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_a_removed_benchmark_is_exit_1(project, capsys):
+    """A record fewer than approved."""
+    write_records(project / "results", run_records()[:-1])
+    assert command_of(project, "gate") == 1
+    assert "turboquant_mse 2" in capsys.readouterr().err
+
+
+def test_a_crashed_benchmark_points_to_the_log(project, capsys):
+    """The run's errors.log is named beside what is missing."""
+    write_records(project / "results", run_records()[:-1])
+    (project / "results" / "errors.log").write_text("ValueError: boom\n")
+    assert command_of(project, "gate") == 1
+    assert "errors.log says what crashed" in capsys.readouterr().err
+
+
+def test_another_model_is_exit_3(project, capsys):
+    """Other weights under the same name."""
+    write_records(project / "results", run_records(model=MODEL.model_copy(update={"weights_sha256": "v" * 64})))
+    assert command_of(project, "gate") == 3
+    assert "weights_sha256" in capsys.readouterr().err
+
+
+def test_an_unknown_profile_is_exit_4(project, capsys):
+    """A misspelt profile lists near matches."""
+    assert command_of(project, "gate", "--profile", "gat") == 4
+    assert "did you mean gate" in capsys.readouterr().err
+
+
+def test_json_and_junit_say_the_same(project, capsys):
+    """The machine-readable forms carry the verdict, every finding and the failure."""
+    write_records(project / "results", run_records(kld=damage(0.5)))
+    junit = project / "gate.xml"
+    assert command_of(project, "gate", "--json", "--junit", str(junit)) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["verdict"], printed["exit_code"]) == ("regress", 1)
+    suite = ET.parse(junit).getroot()
+    assert int(suite.attrib["tests"]) == len(printed["findings"]) == len(suite.findall("testcase"))
+    failed = [finding for finding in printed["findings"] if finding["verdict"] == "regress"]
+    assert int(suite.attrib["failures"]) == len(failed) == len(suite.findall("testcase/failure")) > 0
+
+
+def test_approve_refuses_a_changed_checkout(project, capsys):
+    """A tracked file that differs from the commit: exit 4, nothing is written."""
+    (project / "code.py").write_text("a = 1\n")
+    subprocess.run(["git", "-C", str(project), "add", "code.py"], check=True)
+    before = [path.read_bytes() for path in files_of(project)]
+    write_records(project / "results", run_records(kld=damage(0.05)))
+    assert command_of(project, "baseline", "approve", "--reason", "better") == 4
+    assert "changed files" in capsys.readouterr().err
+    assert [path.read_bytes() for path in files_of(project)] == before
+
+
+def test_approve_refuses_records_from_a_changed_checkout(project, capsys):
+    """What was measured on uncommitted code is nobody's baseline."""
+    write_records(project / "results", run_records(dirty=True))
+    assert command_of(project, "baseline", "approve", "--reason", "quick fix") == 4
+    assert "measured in a changed checkout" in capsys.readouterr().err
+
+
+def test_approve_needs_a_reason(project, capsys):
+    """An empty reason is none."""
+    assert command_of(project, "baseline", "approve", "--reason", " ") == 4
+    assert "--reason" in capsys.readouterr().err
+
+
+def test_approve_twice_keeps_the_release_and_both_reasons(project):
+    """The second approval's values are gated against; drift still counts from the first."""
+    write_records(project / "results", run_records(kld=damage(0.05)))
+    assert command_of(project, "baseline", "approve", "--reason", "better rotation") == 0
+    (file,) = [f for f in read_baselines(project / "baselines").files if f.tier == "quality"]
+    assert [approval.why for approval in file.approvals] == ["first run", "better rotation"]
+    entry = file.by_subject["smollm2-135m chunked turboquant_mse 4"]
+    assert entry.approved.samples["kld_mean"] == damage(0.05).tolist()
+    assert entry.at_release.samples["kld_mean"] == damage(0.058).tolist()
+    assert command_of(project, "gate") == 0
+
+
+def test_a_release_counts_drift_anew(project):
+    """``--release`` makes the approved values the ones that drift is counted from."""
+    write_records(project / "results", run_records(kld=damage(0.05)))
+    assert command_of(project, "baseline", "approve", "--reason", "0.2.0", "--release", "0.2.0") == 0
+    (file,) = [f for f in read_baselines(project / "baselines").files if f.tier == "quality"]
+    assert all(entry.at_release == entry.approved for entry in file.entries)
+    assert file.approvals[-1].release == "0.2.0"
+
+
+def test_a_partial_run_forgets_nothing_unless_told(project):
+    """Approving three of four subjects keeps the fourth; ``--drop-missing`` removes it."""
+    write_records(project / "results", run_records(kld=damage(0.05))[:-1])
+    assert command_of(project, "baseline", "approve", "--reason", "three of four") == 0
+    assert all(len(file.entries) == 4 for file in read_baselines(project / "baselines").files)
+    write_records(project / "results", run_records(kld=damage(0.051))[:-1])
+    assert command_of(project, "baseline", "approve", "--reason", "2 bits is gone", "--drop-missing") == 0
+    (file,) = [f for f in read_baselines(project / "baselines").files if f.tier == "quality"]
+    assert len(file.entries) == 3
+
+
+def test_diff_says_what_would_change_and_writes_nothing(project, capsys):
+    """The subjects that moved, with both values."""
+    before = [path.read_bytes() for path in files_of(project)]
+    write_records(project / "results", run_records(kld=damage(0.05)))
+    assert command_of(project, "baseline", "diff") == 0
+    assert "~ smollm2-135m chunked turboquant_mse 4: kld_mean" in capsys.readouterr().out
+    assert [path.read_bytes() for path in files_of(project)] == before
+
+
+def test_show_and_verify(project, capsys):
+    """Who approved why, and that all is as approved."""
+    places = ["--baseline", str(project / "baselines")]
+    assert veloxbench(["baseline", "show", *places]) == 0
+    assert "Ada ada@example.org: first run" in capsys.readouterr().out
+    assert veloxbench(["baseline", "verify", *places]) == 0
+
+
+def test_reading_names_the_file_and_the_field(tmp_path):
+    """A file that is not a baseline at all."""
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "perplexity.json").write_text('{"tier": "exact"}')
+    with pytest.raises(BaselineError, match=r"perplexity.json cannot be used as a baseline: suite"):
+        read_baselines(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("machine", "chip", "family"),
+    [
+        ("x86_64", "AMD EPYC", "x86-64"),
+        ("AMD64", "Intel(R) Xeon(R)", "x86-64"),
+        ("arm64", "Apple M4 Pro", "apple-silicon"),
+        ("aarch64", "Neoverse-N1", "arm64"),
+    ],
+)
+def test_chips_of_a_family(machine, chip, family):
+    """Two x86 chips are one family, an Apple chip and another ARM are two."""
+    assert chip_family({"machine": machine, "chip": chip}) == family
+
+
+@pytest.mark.parametrize(
+    "command", [["gate"], ["baseline"], *(["baseline", c] for c in ("show", "diff", "approve", "verify"))]
+)
+def test_help_of_every_command(command, capsys):
+    """``--help`` says what it does."""
+    assert veloxbench([*command, "--help"]) == 0
+    assert len(capsys.readouterr().out.split()) > 15

@@ -1,0 +1,293 @@
+"""Verdicts of the exact and the quality tier: what passes, what does not, and how often each is wrong."""
+
+import dataclasses
+import itertools
+from datetime import date, timedelta
+
+import numpy as np
+import pytest
+from gate_records import HARDWARE, MODEL, NOW, N, damage, quality_record, run_records
+from scipy import stats
+
+from veloxbench.baselines import from_records
+from veloxbench.errors import ExitCode
+from veloxbench.gate import (
+    ALPHA,
+    BUDGETS,
+    MIN_SEQUENCES,
+    POWER,
+    holm_levels,
+    judge,
+    paired_test,
+    smallest_detectable,
+)
+from veloxbench.verdicts import Verdict, exit_code, overall, sentence
+
+SIMULATED = 2000
+
+
+def verdict_of(findings, metric):
+    return next(finding for finding in findings if finding.metric == metric)
+
+
+def test_an_unchanged_program_passes_with_no_change_at_all():
+    """The same samples: every difference is zero, every metric passes, exit code 0."""
+    records = run_records()
+    findings = judge(records, from_records(records, "base"))
+    assert exit_code(findings) is ExitCode.PASS
+    changes = [finding.change for finding in findings if finding.tier == "quality"]
+    assert changes == [0.0] * 7  # the reference's nll, and two metrics of three arms
+
+
+def test_rounding_passes():
+    """Differences of the size of the noise floor (another order of sums) are no regression and not inconclusive."""
+    rng = np.random.default_rng(0)
+    base = quality_record()
+    noise = 4e-7 * rng.standard_normal((2, N))
+    head = quality_record(kld=damage(0.058) + noise[0], delta_nll=damage(0.064, 1) + noise[1])
+    findings = judge([head], from_records([base], "base"))
+    assert overall(findings) is Verdict.PASS
+
+
+def test_twice_the_smallest_detectable_change_regresses():
+    """A change that scales with each sequence's damage and exceeds what the gate detects is called a regression."""
+    base = quality_record()
+    detectable = verdict_of(judge([base], from_records([base], "base")), "kld_mean").detectable
+    assert detectable is not None
+    head = quality_record(kld=damage(0.058) * (1 + 2 * detectable / 0.058))
+    findings = judge([head], from_records([base], "base"))
+    finding = verdict_of(findings, "kld_mean")
+    assert finding.verdict is Verdict.REGRESS
+    assert finding.low > finding.limit
+    assert exit_code(findings) is ExitCode.REGRESSION
+
+
+def test_an_improvement_passes_and_says_so():
+    """Half the damage passes; the reader is told to keep it."""
+    base, head = quality_record(), quality_record(kld=damage(0.029), delta_nll=damage(0.032, 1))
+    findings = judge([head], from_records([base], "base"))
+    assert overall(findings) is Verdict.PASS
+    assert "better" in verdict_of(findings, "kld_mean").reason
+
+
+def test_a_change_that_the_sequences_cannot_decide_is_inconclusive():
+    """Differences as large as the damage itself around a mean near the margin: neither pass nor regress, exit 2."""
+    base = quality_record()
+    head = quality_record(kld=damage(0.058) + 0.01 * np.random.default_rng(3).standard_normal(N))
+    findings = judge([head], from_records([base], "base"))
+    assert verdict_of(findings, "kld_mean").verdict is Verdict.INCONCLUSIVE
+    assert exit_code(findings) is ExitCode.INCONCLUSIVE
+
+
+def test_fewer_than_sixteen_sequences_are_inconclusive():
+    """Eight sequences prove nothing, even when they did not change."""
+    record = quality_record(kld=damage(0.058, n=8), delta_nll=damage(0.064, 1, n=8))
+    finding = verdict_of(judge([record], from_records([record], "base")), "kld_mean")
+    assert finding.verdict is Verdict.INCONCLUSIVE
+    assert str(MIN_SEQUENCES) in finding.reason
+
+
+def test_another_number_of_sequences_is_not_paired():
+    """Samples that cannot be paired are no pass."""
+    head = quality_record(kld=damage(0.058, n=17), delta_nll=damage(0.064, 1, n=17))
+    assert exit_code(judge([head], from_records([quality_record()], "base"))) is ExitCode.REGRESSION
+
+
+def test_paired_test_is_scipys_student_test_where_that_is_the_larger():
+    """The t-test's own p-value, by its formula."""
+    values = damage(0.01, 5)
+    t = (values.mean() - 0.008) / stats.sem(values)
+    assert paired_test(values, 0.008).p_pass == pytest.approx(stats.t.cdf(t, N - 1))
+
+
+def test_sign_flips_guard_against_one_wild_sequence():
+    """Fifteen equal small changes and a huge negative one: the sign-flip test has the last word on passing."""
+    values = np.full(N, 0.5)
+    values[0] = -0.4
+    test = paired_test(values, 0.6)
+    flips = np.array(list(itertools.product([1, -1], repeat=N))) @ (values - 0.6)
+    assert test.p_pass >= np.mean(flips <= (values - 0.6).sum() + 1e-12) - 1e-12
+
+
+def test_differences_that_are_all_equal_are_certain():
+    """No spread, no test: the mean is compared with the margin itself."""
+    assert paired_test(np.full(N, 0.5), 0.4).p_regress == 0.0
+    assert paired_test(np.full(N, 0.5), 0.6).p_pass == 0.0
+
+
+@pytest.mark.parametrize("values", [[np.nan] * N, [1.0] * 15 + [np.inf], [1.0]])
+def test_a_test_of_what_is_not_finite_raises(values):
+    """NaN never reaches a verdict."""
+    with pytest.raises(ValueError, match="finite"):
+        paired_test(values, 0.1)
+
+
+def test_holm_steps_down():
+    """Textbook example: .01 .04 .03 .005 at .05 rejects the two smallest (Holm 1979)."""
+    p_values = [0.01, 0.04, 0.03, 0.005]
+    levels = holm_levels(p_values, 0.05)
+    assert [p <= level for p, level in zip(p_values, levels, strict=True)] == [True, False, False, True]
+    assert levels[3] == pytest.approx(0.05 / 4)
+    assert levels[1] == 0.0  # never looked at: the step before it stopped
+
+
+def test_false_regressions_are_rarer_than_alpha():
+    """Twelve metrics whose true change is exactly the margin: a gate calls any a regression at most 1% of the time.
+
+    2000 simulated gates; the binomial bound at 1% is 31 of them (99.9%).
+    """
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(SIMULATED):
+        t = (1 + 0.5 * rng.standard_normal((12, N)) - 1).T
+        p_values = stats.ttest_1samp(t, 0.0, alternative="greater").pvalue
+        wrong += any(p <= level for p, level in zip(p_values, holm_levels(list(p_values)), strict=True))
+    assert wrong <= stats.binom.isf(0.001, SIMULATED, ALPHA)
+
+
+def test_the_smallest_detectable_change_is_detected_as_often_as_stated():
+    """Changes of just that size, scaling with each sequence's damage, are called a regression 95% of the time.
+
+    2000 simulated baselines of 16 sequences whose damage varies by a fifth; within 4 standard errors of .95.
+    """
+    rng = np.random.default_rng(1)
+    margin, level = 0.02, ALPHA / 8
+    base = np.full(N, 1.0)
+    base[::2], base[1::2] = 1.2, 0.8
+    detectable = smallest_detectable(base, margin, 8)
+    variation = base.std(ddof=1)
+    differences = detectable * (1 + variation * rng.standard_normal((SIMULATED, N)))
+    caught = (stats.ttest_1samp(differences, margin, axis=1, alternative="greater").pvalue <= level).mean()
+    assert caught == pytest.approx(POWER, abs=4 * np.sqrt(0.05 * 0.95 / SIMULATED))
+
+
+def test_damage_that_varies_too_much_has_no_detectable_change():
+    """A metric whose sequences differ by more than their mean cannot promise to find anything."""
+    assert smallest_detectable(damage(1e-9) + np.linspace(-1, 1, N), 1e-3, 8) is None
+
+
+def test_margins_are_the_larger_of_absolute_and_relative():
+    """A KLD of 1e-4 is judged by the absolute budget, one of 0.1 by 2% of itself."""
+    assert BUDGETS["kld_mean"].margin(1e-4) == 1e-5
+    assert BUDGETS["kld_mean"].margin(0.1) == pytest.approx(0.002)
+
+
+def test_drift_since_the_release_is_judged_by_its_own_budget():
+    """Three approvals of 1.9% each pass one by one, and together exceed twice the margin."""
+    release = quality_record()
+    (file,) = [f for f in from_records([release], "base").files if f.tier == "quality"]
+    entry = file.entries[0]
+    head = quality_record(kld=damage(0.058) * 1.057)
+    approved = quality_record(kld=damage(0.058) * 1.038)
+    moved = dataclasses.replace(from_records([approved], "base"))
+    (quality,) = [f for f in moved.files if f.tier == "quality"]
+    drifted = quality.entries[0].model_copy(update={"released": entry.approved})
+    fields = {name: getattr(quality, name) for name in type(quality).model_fields if name != "content_sha256"}
+    rebuilt = type(quality).create(**{**fields, "entries": (drifted,)})
+    others = tuple(f for f in moved.files if f.tier != "quality")
+    findings = judge([head], dataclasses.replace(moved, files=(rebuilt, *others)))
+    finding = verdict_of(findings, "kld_mean")
+    assert finding.change < finding.limit
+    assert finding.verdict is Verdict.REGRESS
+    assert "last release" in finding.reason
+
+
+def test_another_size_in_bytes_is_a_regression_of_the_exact_tier():
+    """Bits per value are equal or they changed, in either direction."""
+    findings = judge([quality_record(bits=4.0)], from_records([quality_record()], "base"))
+    exact = [finding for finding in findings if finding.tier == "exact"]
+    assert [finding.metric for finding in exact] == ["bits_per_value", "allocated_bits_per_value"]
+    assert {finding.verdict for finding in exact} == {Verdict.REGRESS}
+
+
+def test_a_benchmark_that_was_removed_fails():
+    """One arm fewer than the baseline: exit 1, and the sentence names it."""
+    records = run_records()
+    findings = judge(records[:-1], from_records(records, "base"))
+    assert exit_code(findings) is ExitCode.REGRESSION
+    assert "turboquant_mse 2" in sentence(findings)
+    assert "did not produce it" in sentence(findings)
+
+
+def test_a_benchmark_that_produced_nothing_fails():
+    """A record without the gated metrics is no pass."""
+    base = quality_record()
+    head = quality_record(drop=("kld_mean", "delta_nll"))
+    findings = judge([head], from_records([base], "base"))
+    missing = {finding.metric for finding in findings if finding.verdict is Verdict.REGRESS}
+    assert missing == {"kld_mean", "delta_nll"}
+
+
+def test_a_metric_that_the_baseline_lacks_is_not_a_pass():
+    """Exit 3 until somebody approves it."""
+    base = quality_record(drop=("delta_nll",))
+    assert exit_code(judge([quality_record()], from_records([base], "base"))) is ExitCode.BASELINE
+
+
+def test_a_new_benchmark_has_no_baseline():
+    """Exit 3, and the sentence says how to add it."""
+    records = run_records()
+    findings = judge(records, from_records(records[:-1], "base"))
+    assert exit_code(findings) is ExitCode.BASELINE
+    assert "approve" in sentence(findings)
+
+
+def test_another_machine_has_no_baseline():
+    """An Apple chip's quality is not compared with an x86's; bytes are. Exit 3 names the field that differs."""
+    apple = {**HARDWARE, "chip": "Apple M4", "machine": "arm64", "device": "gpu"}
+    findings = judge(run_records(hardware=apple), from_records(run_records(), "base"))
+    assert exit_code(findings) is ExitCode.BASELINE
+    assert "chip_family is apple-silicon here and x86-64 there" in sentence(findings)
+    assert {finding.verdict for finding in findings if finding.tier == "exact"} == {Verdict.PASS}
+
+
+def test_other_weights_have_no_baseline():
+    """The same name with another hash is another model: exit 3."""
+    other = MODEL.model_copy(update={"weights_sha256": "v" * 64})
+    findings = judge(run_records(model=other), from_records(run_records(), "base"))
+    assert exit_code(findings) is ExitCode.BASELINE
+    assert "weights_sha256 is vvvvvvvvvvvv… here and wwwwwwwwwwww… there" in sentence(findings)
+
+
+def test_a_suite_that_never_ran_here_is_missed():
+    """Only another machine's baselines, and no record of that suite: nobody looked, so nobody passes."""
+    apple = {**HARDWARE, "chip": "Apple M4", "machine": "arm64", "device": "gpu"}
+    base = from_records([*run_records(hardware=apple)], "base")
+    exact_only = quality_record("other", 4.0, drop=("kld_mean", "delta_nll", "nll"))
+    findings = judge([exact_only], dataclasses.replace(base, files=tuple(f for f in base.files if f.tier == "quality")))
+    assert exit_code(findings) is not ExitCode.PASS
+
+
+def test_no_records_are_no_pass():
+    """Zero benchmarks selected: nothing was judged."""
+    assert exit_code(judge([], from_records(run_records(), "base"))) is ExitCode.BASELINE
+
+
+def test_an_expired_baseline_judges_nothing():
+    """A year and a day later: exit 3, with the date."""
+    records = run_records()
+    base = from_records(records, "base")
+    late = max(file.expires for file in base.files if file.expires) + timedelta(days=1)
+    findings = judge(records, base, today=late)
+    assert exit_code(findings) is ExitCode.BASELINE
+    assert "expired" in sentence(findings)
+    assert exit_code(judge(records, base, today=date.today())) is ExitCode.PASS
+
+
+def test_a_profile_without_baselines_is_no_pass():
+    """The folder has baselines, but none of the profile that was run: exit 3."""
+    records = run_records()
+    findings = judge(records, from_records(records, "base", profile="gate"), profile="nightly")
+    assert exit_code(findings) is ExitCode.BASELINE
+    assert "'nightly'" in sentence(findings)
+
+
+def test_an_older_commits_record_does_not_stand_in_for_a_crash():
+    """The results folder keeps yesterday's record; today's code crashed there: it was not produced."""
+    base = run_records()
+    yesterday = quality_record(
+        "turboquant_mse", 2.0, started=NOW - timedelta(days=1), implementation="veloxquant_mlx 0"
+    )
+    findings = judge([*base[:-1], yesterday], from_records(base, "base"))
+    assert exit_code(findings) is ExitCode.REGRESSION
+    assert "turboquant_mse 2" in sentence(findings)

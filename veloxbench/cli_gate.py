@@ -1,0 +1,274 @@
+"""The gate's commands: ``veloxbench gate`` and ``veloxbench baseline``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from veloxbench.errors import BaselineError, UsageError
+
+if TYPE_CHECKING:
+    from veloxbench.baselines import BaselineFile, Proposal, Snapshot
+    from veloxbench.records import Record
+    from veloxbench.verdicts import Finding
+
+RecordsOption = Annotated[Path, typer.Option("--records", help="Folder or .jsonl file of the run's records.")]
+BaselineOption = Annotated[Path, typer.Option("--baseline", help="Folder of the baselines.")]
+ProfileOption = Annotated[
+    str, typer.Option(help="The profile that was run: all of its baselines must have been produced.")
+]
+
+baseline_app = typer.Typer(
+    name="baseline", no_args_is_help=True, rich_markup_mode="markdown", help="What gates compare with."
+)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Enter the commands of this module into the program."""
+    app.command()(gate)
+    app.add_typer(baseline_app)
+
+
+def read_run(path: Path, profile: str) -> list[Record]:
+    """The records of a profile's run.
+
+    Raises:
+        UsageError: no such profile, or no record of it: zero benchmarks is no pass.
+    """
+    from veloxbench.plan import load_grid, of_grid
+    from veloxbench.store import read_records
+
+    grid = load_grid(profile)
+    records = read_records(path)
+    found = of_grid(grid, records)
+    if not found:
+        other = f" ({len(records)} of other profiles)" if records else ""
+        raise UsageError(
+            f"there are no records of the profile {profile!r} at {path}{other}: nothing was measured, "
+            f"so nothing can be judged; `veloxbench run --profile {profile} --out {path}` measures"
+        )
+    return found
+
+
+def gate(
+    records: RecordsOption = Path("results"),
+    baseline: BaselineOption = Path("baselines"),
+    profile: ProfileOption = "gate",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on standard output.")] = False,
+    junit_file: Annotated[Path | None, typer.Option("--junit", help="Write the findings as JUnit XML here.")] = None,
+) -> None:
+    """Judge a run by the baselines: exact facts are equal, quality lost no more than its limit.
+
+    Fails closed: what a baseline holds must have been produced, and what was produced must have a baseline.
+
+    Exit codes: 0 pass, 1 regression (or a benchmark that is gone), 2 inconclusive, 3 no baseline (missing, of another
+    machine, model or text, edited by hand, expired), 4 usage (no records), 5 environment (a damaged record).
+
+    **Example:** `veloxbench run --profile gate && veloxbench gate`
+    """
+    from veloxbench.baselines import read_baselines
+    from veloxbench.gate import judge
+    from veloxbench.report.junit import junit
+    from veloxbench.store import write_text
+    from veloxbench.verdicts import exit_code, overall, sentence
+
+    stored = read_baselines(baseline)
+    findings = judge(read_run(records, profile), stored, profile=profile)
+    code = exit_code(findings)
+    if junit_file is not None:
+        write_text(junit_file, junit(findings))
+    if as_json:
+        listed = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"verdict": overall(findings), "exit_code": int(code), "findings": listed}, indent=1))
+    else:
+        print_findings(findings)
+    log = (records if records.is_dir() else records.parent) / "errors.log"
+    hint = f"; {log} says what crashed" if code and log.exists() else ""
+    print(f"veloxbench gate: {sentence(findings)}{hint}", file=sys.stderr)
+    raise typer.Exit(int(code))
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """A table: every quality metric, and of the exact tier what is not equal."""
+    table = Table(
+        "tier",
+        "subject",
+        "metric",
+        "baseline",
+        "now",
+        "change",
+        "limit",
+        "detects",
+        "verdict",
+        box=None,
+        pad_edge=False,
+    )
+    equal = [finding for finding in findings if finding.tier == "exact" and finding.passed]
+    for finding in findings:
+        if finding in equal:
+            continue
+        change = _figure(finding.change)
+        if finding.low is not None and finding.high is not None:
+            change += f" [{finding.low:.3g}, {finding.high:.3g}]"
+        table.add_row(
+            finding.tier,
+            finding.subject,
+            finding.metric,
+            _figure(finding.baseline),
+            _figure(finding.value),
+            change,
+            _figure(finding.limit),
+            _figure(finding.detectable),
+            str(finding.verdict),
+        )
+    if equal:
+        table.add_row("exact", f"{len(equal)} subjects", "all", "", "", "none", "0", "", "pass")
+    _console().print(table)
+    for finding in findings:
+        if not finding.passed:
+            _console().print(
+                f"{finding.verdict}: {finding.subject}, {finding.metric}: {finding.reason}", soft_wrap=True
+            )
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+
+
+@baseline_app.command()
+def show(baseline: BaselineOption = Path("baselines")) -> None:
+    """What is stored: every file with its profile, machine, age, and who approved it why."""
+    from veloxbench.baselines import read_baselines
+
+    table = Table(
+        "file", "tier", "what", "holds on", "profiles", "entries", "expires", "approved", box=None, pad_edge=False
+    )
+    for file in read_baselines(baseline).files:
+        last = file.approvals[-1]
+        table.add_row(
+            file.place,
+            file.tier,
+            f"{file.fingerprint['model']}, {file.fingerprint['protocol']}",
+            ", ".join(str(value) for value in file.machine.values()) or "every machine",
+            ", ".join(file.profiles),
+            str(len(file.entries)),
+            "never" if file.expires is None else str(file.expires),
+            f"{last.when:%Y-%m-%d} {last.who}: {last.why}",
+        )
+    _console().print(table)
+
+
+@baseline_app.command()
+def verify(baseline: BaselineOption = Path("baselines")) -> None:
+    """Are all files whole, as they were approved, in their places and in date?"""
+    from veloxbench.baselines import read_baselines
+
+    files = read_baselines(baseline).files
+    late = [file for file in files if file.expires is not None and file.expires < datetime.now(UTC).date()]
+    if late:
+        raise BaselineError(f"{late[0].place} in {baseline} expired on {late[0].expires}; measure and approve it again")
+    print(f"{len(files)} files with {sum(len(file.entries) for file in files)} entries in {baseline} are as approved")
+
+
+@baseline_app.command()
+def diff(
+    records: RecordsOption = Path("results"),
+    baseline: BaselineOption = Path("baselines"),
+    profile: ProfileOption = "gate",
+) -> None:
+    """What `approve` would change, and nothing is written. The verdict on it is `veloxbench gate`'s."""
+    from veloxbench.baselines import Approval, propose
+
+    approval = Approval(who="", when=datetime.now(UTC), why="diff", commit=None)
+    _print_proposal(propose(read_run(records, profile), baseline, approval, profile=profile))
+
+
+@baseline_app.command()
+def approve(
+    reason: Annotated[str, typer.Option(help="Why the numbers may be these: kept in the file.")],
+    records: RecordsOption = Path("results"),
+    baseline: BaselineOption = Path("baselines"),
+    profile: ProfileOption = "gate",
+    release: Annotated[
+        str | None, typer.Option(help="The version being released: drift is counted from these values on.")
+    ] = None,
+    drop_missing: Annotated[
+        bool, typer.Option("--drop-missing", help="Forget entries of these files that the run does not have.")
+    ] = False,
+) -> None:
+    """Make a run's records the baseline: the only way to change one.
+
+    Refuses a changed checkout, and records that were measured in one. Commit the files that it writes.
+
+    **Example:** `veloxbench baseline approve --reason "rotation seed 1: KLD 3% lower, see the table in the change"`
+    """
+    from veloxbench.baselines import approve as write
+    from veloxbench.baselines import propose, signed
+
+    proposal = propose(
+        read_run(records, profile),
+        baseline,
+        signed(baseline, reason, release=release),
+        profile=profile,
+        drop_missing=drop_missing,
+    )
+    _print_proposal(proposal)
+    for path in write(proposal, baseline):
+        print(f"wrote {path}")
+
+
+def _print_proposal(proposal: Proposal) -> None:
+    if not proposal.changes:
+        print("the baselines hold these records already")
+    for old, new in proposal.changes:
+        print(f"{new.place} ({new.tier}, {new.fingerprint['model']}, {new.fingerprint['protocol']})")
+        for line in _changes(old, new):
+            print(f"  {line}")
+
+
+def _changes(old: BaselineFile | None, new: BaselineFile) -> list[str]:
+    before = {} if old is None else old.by_subject
+    lines = [f"- {name}" for name in before if name not in new.by_subject]
+    same = 0
+    for name, entry in new.by_subject.items():
+        if name not in before:
+            lines.append(f"+ {name}: {_described(entry.approved)}")
+            continue
+        moved = _moved(before[name].approved, entry.approved)
+        lines += [f"~ {name}: {change}" for change in moved]
+        same += not moved
+    return [*lines, *([f"= {same} unchanged"] if same else [])]
+
+
+def _described(part: Snapshot) -> str:
+    if part.status == "unsupported":
+        return "unsupported"
+    means = [f"{name} {sum(values) / len(values):.4g}" for name, values in part.samples.items() if len(values)]
+    return ", ".join(means[:3]) if not part.metrics else f"{len(part.metrics)} metrics"
+
+
+def _moved(old: Snapshot, new: Snapshot) -> list[str]:
+    changes = [
+        f"{name} {old.metrics.get(name)} -> {new.metrics.get(name)}"
+        for name in sorted({*old.metrics, *new.metrics})
+        if old.metrics.get(name) != new.metrics.get(name)
+    ]
+    for name in sorted({*old.samples, *new.samples}):
+        one, other = old.samples.get(name), new.samples.get(name)
+        if one != other:
+            means = (f"{sum(values) / len(values):.6g}" if values else "absent" for values in (one, other))
+            changes.append(f"{name} " + " -> ".join(means))
+    return changes

@@ -1,0 +1,148 @@
+"""The exact suite: codes, bytes and allocations of the reference implementation on fixed inputs, without a model.
+
+A case produces arrays; integers and halves become digests and must be equal, decoded values become a sketch and
+must agree up to the order of fp32 sums. Inputs are chosen so that rounding decides nothing: small whole numbers
+whose vectors have a length that is a whole number, so that sums are exact in any order and rotated coordinates lie
+on a lattice far from the boundaries between codes. One set of digests then holds for every BLAS and every CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from veloxbench.methods import Arm
+from veloxbench.records import Estimate, MethodRef, ModelRef, content_hash
+
+N_SKETCHES = 16
+DIGEST_HEX = 12
+"""Hexadecimal digits of a digest kept in a metric: 48 bits, which a double holds exactly."""
+
+Product = mx.array | NDArray[Any] | int | float | str | list[Any] | dict[str, Any]
+Products = Mapping[str, Product]
+
+
+NO_MODEL = ModelRef(name="no model", weights_sha256="", tokenizer_sha256="", config_sha256="")
+
+
+@dataclass(frozen=True)
+class FixedInputs:
+    """The task of the suite: what every case is fed."""
+
+    batch: int = 2
+    heads: int = 2
+    head_dim: int = 64
+    pieces: tuple[int, ...] = (70, 1, 1, 24)
+    """Tokens fed at a time: a prefill, single tokens, a chunk."""
+    trimmed: int = 5
+    """Tokens taken back after them."""
+    again: int = 3
+    """Tokens fed after that."""
+
+    def tensor(self, seed: int, tokens: int, head_dim: int | None = None) -> NDArray[np.float16]:
+        """Keys or values ``[batch, heads, tokens, head_dim]``."""
+        return lattice_vectors((self.batch, self.heads, tokens, head_dim or self.head_dim), seed)
+
+    @property
+    def sha256(self) -> str:
+        """Of the first case's keys: another generator is another suite."""
+        return hashlib.sha256(self.tensor(0, sum(self.pieces)).tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Arm):
+    """One thing to look at, named as an arm is: method, target, parameters.
+
+    Attributes:
+        produce: its arrays and figures by name. Strings, lists and mappings are digested as JSON.
+    """
+
+    target_means: Literal["code_bits", "bits_per_value"] | None = None
+    produce: Callable[[], Products] = field(compare=False)
+    implementation: Callable[[], str] = field(compare=False)
+
+    def ref(self) -> MethodRef:
+        """The case as it stands in a record's key."""
+        return MethodRef(
+            name=self.method,
+            target=self.target,
+            target_means=self.target_means,
+            parameters=dict(self.parameters),
+            implementation=self.implementation(),
+        )
+
+
+@functools.cache
+def lattice_vectors(shape: tuple[int, ...], seed: int) -> NDArray[np.float16]:
+    """Vectors of small whole numbers, all of one whole length, times powers of two; one of them is zero.
+
+    Args:
+        shape: ``[..., T, D]``.
+        seed: of NumPy's default generator.
+
+    Returns:
+        fp16. A vector divided by its root mean square and rotated by a Hadamard matrix has coordinates on a
+        lattice of odd multiples of one step (the length is odd), never on the boundary at zero.
+    """
+    rng = np.random.default_rng(seed)
+    *lead, n_tokens, head_dim = shape
+    n = int(np.prod(lead)) * n_tokens
+    length = round((3.5 * head_dim) ** 0.5) // 2 * 2 + 1
+    rows: list[NDArray[np.int64]] = []
+    found = 0
+    while found < n:
+        drawn = rng.integers(-2, 3, size=(256 * n, head_dim, 2)).sum(axis=-1)
+        rows.append(drawn[(drawn**2).sum(axis=-1) == length**2])
+        found += len(rows[-1])
+    whole = np.concatenate(rows)[:n]
+    scaled = whole * 2.0 ** rng.integers(-1, 2, size=(n, 1))
+    vectors = scaled.reshape(*lead, n_tokens, head_dim)
+    vectors[(0,) * len(lead) + (n_tokens // 2,)] = 0.0
+    halves = vectors.astype(np.float16)
+    halves.setflags(write=False)
+    return halves
+
+
+def digest(value: Product) -> int:
+    """48 bits of the sha256 of an array's dtype, shape and bytes, or of a value's canonical JSON."""
+    if isinstance(value, (mx.array, np.ndarray)):
+        array = np.ascontiguousarray(np.array(value))
+        if array.dtype.hasobject:
+            raise TypeError(f"an array of objects has no bytes to digest: {array!r:.80}")
+        content = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode() + array.tobytes()).hexdigest()
+    else:
+        content = content_hash(value)
+    return int(content[:DIGEST_HEX], 16)
+
+
+def sketch(values: NDArray[np.floating[Any]]) -> list[float]:
+    """Sums under 16 fixed patterns of signs, each divided by sqrt(n): as large as a value is, moved by every change."""
+    flat = np.asarray(values, dtype=np.float64).ravel()
+    signs = np.random.default_rng(flat.size).integers(0, 2, size=(N_SKETCHES, flat.size)) * 2.0 - 1.0
+    return [float(total) for total in signs @ flat / np.sqrt(flat.size)]
+
+
+def measure(case: Case) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
+    """Metrics and samples of a case.
+
+    fp32 and fp64 arrays are sketched, every other array, string, list and mapping is digested, numbers stay.
+    """
+    metrics: dict[str, Estimate] = {}
+    samples: dict[str, list[float]] = {}
+    for name, product in case.produce().items():
+        array = np.array(product) if isinstance(product, (mx.array, np.ndarray)) else None
+        if array is not None and array.dtype in (np.float32, np.float64):
+            samples[name] = sketch(array) if array.size > N_SKETCHES else [float(x) for x in array.ravel()]
+            metrics[f"{name}_values"] = Estimate(value=array.size, unit="count")
+        elif isinstance(product, (int, float)) and not isinstance(product, bool):
+            metrics[name] = Estimate(value=product, unit="count" if isinstance(product, int) else "")
+        else:
+            metrics[name] = Estimate(value=digest(product), unit="sha256/48")
+    return metrics, samples
