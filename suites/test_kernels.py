@@ -1,4 +1,8 @@
-"""Timings of the cache's own work, by pytest-benchmark (once, untimed, without ``--benchmark``)."""
+"""Kernel traffic, and timings of the cache's own work by pytest-benchmark (once, untimed, without ``--benchmark``).
+
+Traffic is counted by the emulator on every machine. Timings are of what runs natively: plain MLX everywhere, the fused
+kernel on Metal.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +11,54 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxquant_mlx.cache.base import KVCacheConfig
+from veloxbench.records import Record
+from veloxquant_mlx.cache.base import KVCacheConfig, PackedKVCache
+from veloxquant_mlx.cache.fused import FusedKVCache
 
+SUITE = "kernels"
 HEADS, TOKENS, HEAD_DIM = 3, 2048, 64
+GROUP = 3
+OTHER_PERCENT_LIMIT = 10.0
+"""Of everything but packed keys and values, at 4096 tokens and widths of 2 and more."""
+
+
+def test_packed_bytes_are_read_once(record: Record) -> None:
+    """Each packed byte is read exactly once; at 4096 tokens all other traffic is within a tenth."""
+    assert record.metrics["packed_reads"].value == 1.0
+    if record.subject.settings["tokens"] == 4096:
+        assert record.metrics["other_percent"].value <= OTHER_PERCENT_LIMIT
+
+
+@pytest.mark.parametrize("code_bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("path", ["plain", "fused"])
+def test_decode_attention(benchmark: Callable[..., Any], code_bits: int, path: str) -> None:
+    """One layer's decode step over 2048 packed tokens gives what attention over the decoded cache gives."""
+    if path == "fused" and not mx.metal.is_available():
+        pytest.skip("the fused kernel runs natively on Metal only")
+    config = KVCacheConfig(method="turboquant_mse", code_bits=code_bits)
+    cache = PackedKVCache(config.layer_spec(0, None, None, None))
+    rng = np.random.default_rng(0)
+
+    def normal(heads: int, tokens: int) -> mx.array:
+        return mx.array(rng.standard_normal((1, heads, tokens, HEAD_DIM)).astype(np.float32))
+
+    cache.store(normal(HEADS, TOKENS), normal(HEADS, TOKENS))
+    queries, scale = normal(HEADS * GROUP, 1), HEAD_DIM**-0.5
+    fused = FusedKVCache.from_packed(cache, "metal")
+    mx.eval(queries, [held.array for held in cache.held_arrays()])
+
+    def step() -> mx.array:
+        if path == "fused":
+            out = fused.attend(queries, scale, None)
+        else:
+            out = mx.fast.scaled_dot_product_attention(queries, *cache.fetch(TOKENS, mx.float32), scale=scale)
+        mx.eval(out)
+        return out
+
+    benchmark(step)
+    expected = FusedKVCache.from_packed(cache, "reference").attend(queries, scale, None)
+    # outputs are averages of 2048 values of size 1; fp32 rounds each sum to about 1e-6
+    np.testing.assert_allclose(np.array(step()), np.array(expected), atol=2e-5)
 
 
 @pytest.mark.parametrize("code_bits", [1, 2, 3, 4, 8])

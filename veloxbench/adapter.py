@@ -154,6 +154,7 @@ def engagement(
                 n_values=tokens * cache.n_values_per_token,
                 used_bytes=sum(h.used_bytes for h in held),
                 allocated_bytes=sum(h.array.nbytes for h in held),
+                attention=getattr(inner, "attention", None),
             )
         )
     return layers

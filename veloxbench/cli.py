@@ -15,6 +15,7 @@ from rich.table import Table
 
 from veloxbench import __version__
 from veloxbench.cli_aa import aa
+from veloxbench.cli_damages import damages
 from veloxbench.cli_gate import add_commands
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError, VeloxError
 from veloxbench.store import write_text
@@ -89,7 +90,7 @@ def run(
     targets: Annotated[
         str | None, typer.Option(help="Code widths or bits_per_value, as the method understands them: `4,2`.")
     ] = None,
-    suites: Annotated[str | None, typer.Option(help="Any of exact, perplexity, memory, throughput.")] = None,
+    suites: Annotated[str | None, typer.Option(help="Any of exact, perplexity, memory, throughput, kernels.")] = None,
     corpus: Annotated[
         str | None,
         typer.Option(help="A name from `veloxbench corpora`, a .txt/.jsonl/.parquet file, or a hub dataset."),
@@ -390,6 +391,7 @@ def write_pages(folder: Path, records: Sequence[Record]) -> None:
 
 
 add_commands(app)
+app.command()(damages)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

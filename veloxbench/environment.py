@@ -19,6 +19,7 @@ import psutil
 import veloxbench
 from veloxbench.records import Suite, content_hash
 from veloxquant_kernels.blas import load_blas
+from veloxquant_kernels.emulator import CompilerNotFound, find_compiler
 
 PACKAGES = ("mlx", "mlx-lm", "numpy", "scipy", "transformers", "tokenizers", "veloxbench")
 
@@ -78,12 +79,22 @@ def machine_state() -> dict[str, Any]:
 
 def machine_class(suite: Suite) -> str:
     """Hash of what moves a suite's numbers: chip, device and library versions for bytes and quality,
-    the whole hardware and all versions for timings."""
+    the whole hardware and all versions for timings, nothing for counts but whether the emulator can count."""
+    if suite == "kernels":
+        return content_hash(["emulator", _has_compiler()])
     chip, versioned = hardware(), versions()
     if suite == "throughput":
         return content_hash([chip, versioned])
     quality = {name: versioned[name] for name in ("mlx", "mlx-lm", "numpy")}
     return content_hash([{name: chip[name] for name in ("chip", "device", "blas")}, quality])
+
+
+def _has_compiler() -> bool:
+    try:
+        find_compiler()
+    except CompilerNotFound:
+        return False
+    return True
 
 
 @functools.cache

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from veloxbench.corpora import NO_TEXT, Role, Text, TokenBlock, token_block
 from veloxbench.environment import harness_hash, machine_class
 from veloxbench.errors import UsageError, unknown_name
-from veloxbench.measure import exact_cases
+from veloxbench.measure import exact_cases, kernels
 from veloxbench.measure.exact import NO_MODEL, FixedInputs
+from veloxbench.measure.kernels import Traffic
 from veloxbench.measure.throughput import Timing
 from veloxbench.methods import Arm, get_method, make_arm, parse_method
 from veloxbench.models import ModelHandle
@@ -53,6 +54,13 @@ class MemorySpec(_Strict):
     budget_gib: float
 
 
+class KernelSpec(_Strict):
+    """Packed tokens that a fused decode step reads, and the code widths to count it at."""
+
+    tokens: int = 4096
+    code_bits: tuple[int, ...] = (8, 4, 3, 2)
+
+
 class Grid(_Strict):
     """A profile: models x arms x suites, with the sizes of each suite."""
 
@@ -66,6 +74,7 @@ class Grid(_Strict):
     protocols: tuple[Annotated[Chunked | Decode, Field(discriminator="name")], ...]
     throughput: tuple[Timing, ...]
     memory: MemorySpec
+    kernels: KernelSpec = KernelSpec()
 
     def arm_list(self) -> list[Arm]:
         """Every arm but the reference, in order."""
@@ -146,7 +155,7 @@ def _arm_specs(grid: Grid, methods: Sequence[str], targets: Sequence[float]) -> 
         yield ArmSpec(method=name, targets=tuple(targets) or own.get(name) or method.targets, parameters=parameters)
 
 
-Task = Protocol | Timing | MemorySpec | FixedInputs
+Task = Protocol | Timing | MemorySpec | Traffic | FixedInputs
 """What a measurement does with its arm."""
 
 
@@ -181,10 +190,11 @@ class Cell:
 def cells(grid: Grid) -> list[Cell]:
     """Every place of the grid for one model, in the order in which to measure."""
     arms = [REFERENCE, *grid.arm_list()]
+    packed = [make_arm(kernels.METHOD, float(bits)) for bits in grid.kernels.code_bits]
     return [
         Cell(suite, name, task, arm, sequences, length)
         for suite, name, task, sequences, length in _tasks(grid)
-        for arm in (exact_cases.cases() if suite == "exact" else arms)
+        for arm in (packed if suite == "kernels" else exact_cases.cases() if suite == "exact" else arms)
     ]
 
 
@@ -274,3 +284,5 @@ def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Task, int, int]]:
     if "throughput" in grid.suites:
         for timing in grid.throughput:
             yield "throughput", f"depth {timing.depth}", timing, 1, timing.n_tokens
+    if "kernels" in grid.suites:
+        yield "kernels", "decode traffic", Traffic(grid.kernels.tokens), 0, 0

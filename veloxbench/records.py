@@ -109,6 +109,7 @@ class LayerEngagement(_Frozen):
     n_values: int = Field(description="cached K and V values of the stored tokens")
     used_bytes: Finite
     allocated_bytes: int
+    attention: str | None = Field(default=None, description="how attention read the layer: fused or plain, and why")
 
 
 class Provenance(_Frozen):
@@ -150,8 +151,12 @@ class Record(_Frozen):
         return self
 
     def content_id(self) -> str:
-        """sha256 of the canonical JSON without ``id``."""
-        return content_hash(self.model_dump(mode="json", exclude={"id"}))
+        """sha256 of the canonical JSON without ``id``; a layer's ``attention`` counts only where it is known."""
+        content = self.model_dump(mode="json", exclude={"id"})
+        for layer in content["engagement"]:
+            if layer["attention"] is None:  # records from before the field existed keep their id
+                del layer["attention"]
+        return content_hash(content)
 
     @classmethod
     def create(cls, **fields: Any) -> Record:

@@ -20,7 +20,7 @@ from mlx_lm.utils import load_tokenizer
 from veloxbench import environment
 from veloxbench.corpora import load_text
 from veloxbench.errors import ExitCode, VeloxError
-from veloxbench.measure import exact, memory, quality, throughput
+from veloxbench.measure import exact, kernels, memory, quality, throughput
 from veloxbench.measure.divergence import ReferenceRows, worker_pool
 from veloxbench.measure.reference import ReferenceCache, lockstep, vocabulary_of
 from veloxbench.methods import Arm, BuildContext, build, get_method, probe
@@ -158,6 +158,8 @@ class Rates:
         """Estimated seconds of a measurement; a quantized cache is assumed to cost half as much again."""
         slower = 1.0 if item.arm == REFERENCE else 1.5
         match item.task:
+            case kernels.Traffic():
+                return 8.0  # compiling two bodies, then a second
             case exact.FixedInputs():
                 return 0.1
             case Chunked() as task:
@@ -187,6 +189,11 @@ class Rates:
 
         yield tick
         progress.advance(total - spent)
+
+
+def _code_bits(arm: Arm) -> int:
+    assert arm.target is not None  # the kernel suite's method has a width
+    return int(arm.target)
 
 
 @dataclass
@@ -244,7 +251,7 @@ class Session:
         """
         started, clock = datetime.now(UTC), time.perf_counter()
         state = environment.machine_state()
-        refusal = self._refusal(item.arm)
+        refusal = self._refusal(item)
         metrics: dict[str, Estimate] = {}
         samples: dict[str, list[float]] = {}
         layers: list[LayerEngagement] = []
@@ -256,6 +263,8 @@ class Session:
                     (metrics, samples), layers = self._throughput(item, tick)
                 case MemorySpec():
                     (metrics, samples), layers = self._memory(item, item.task)
+                case kernels.Traffic() as task:
+                    metrics, samples = self._kernels(item, task)
                 case exact.FixedInputs():
                     assert isinstance(item.arm, exact.Case)
                     metrics, samples = exact.measure(item.arm)
@@ -278,7 +287,15 @@ class Session:
             ),
         )
 
-    def _refusal(self, arm: Arm) -> str | None:
+    def _kernels(self, item: Measurement, task: kernels.Traffic) -> quality.Measured:
+        shape = kernels.head_shape(self.handle.directory)
+        assert shape is not None  # else it was refused
+        return kernels.measure(task, shape, _code_bits(item.arm))
+
+    def _refusal(self, item: Measurement) -> str | None:
+        arm = item.arm
+        if isinstance(item.task, kernels.Traffic):
+            return kernels.refusal(kernels.head_shape(self.handle.directory), _code_bits(arm))
         if isinstance(arm, exact.Case):
             return None
         if arm.label not in self.refusals:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +14,15 @@ from veloxquant_kernels.fused_attention import PackedSide, fused_attention
 from veloxquant_kernels.pack_codes import packed_words
 
 PACKED: Final = ("key_words", "key_norms", "value_words", "value_norms")
+OTHER: Final[Mapping[str, tuple[str, ...]]] = {
+    "partials": ("partial_values", "partial_stats"),
+    "codebooks": ("key_centroids", "value_centroids"),
+    "signs": ("key_signs", "value_signs"),
+    "mask": ("mask",),
+    "queries": ("queries",),
+    "output": ("out",),
+}
+"""Everything else that a step over packed tokens alone moves, by kind."""
 _SCALARS: Final = ("counts", "scale")
 
 
@@ -47,8 +56,16 @@ class DecodeTraffic:
     @property
     def overhead(self) -> float:
         """All other bytes, relative to the packed ones."""
-        other = (item for item in self.items if item.name not in PACKED)
-        return sum(item.bytes_read + item.bytes_written for item in other) / self.packed_nbytes
+        return self._share([item.name for item in self.items if item.name not in PACKED])
+
+    @property
+    def overhead_by_kind(self) -> dict[str, float]:
+        """:attr:`overhead` in its parts, by the kinds of :data:`OTHER`."""
+        return {kind: self._share(names) for kind, names in OTHER.items()}
+
+    def _share(self, names: Sequence[str]) -> float:
+        moved = sum(item.bytes_read + item.bytes_written for item in self.items if item.name in names)
+        return moved / self.packed_nbytes
 
 
 def itemise(launches: Sequence[emulator.LaunchReport]) -> tuple[Item, ...]:
@@ -64,7 +81,14 @@ def itemise(launches: Sequence[emulator.LaunchReport]) -> tuple[Item, ...]:
 
 
 def decode_traffic(
-    n_tokens: int, head_dim: int, group: int, key_bits: int, value_bits: int, dtype: mx.Dtype = mx.float16
+    n_tokens: int,
+    head_dim: int,
+    group: int,
+    key_bits: int,
+    value_bits: int,
+    dtype: mx.Dtype = mx.float16,
+    *,
+    masked: bool = False,
 ) -> DecodeTraffic:
     """Count the traffic of one decode step over ``n_tokens`` packed tokens of one KV head.
 
@@ -75,9 +99,11 @@ def decode_traffic(
         key_bits: width of a key code.
         value_bits: width of a value code.
         dtype: of the queries.
+        masked: whether a bool mask is read, as batches of sequences of different lengths need.
 
     Raises:
         CompilerNotFound: the emulator has no compiler.
+        ValueError: shapes that the kernel does not serve.
     """
     rng = np.random.default_rng(0)
 
@@ -90,7 +116,8 @@ def decode_traffic(
 
     keys, values = side(key_bits), side(value_bits)
     queries = mx.array(rng.standard_normal((1, group, 1, head_dim)).astype(np.float32)).astype(dtype)
+    mask = mx.ones((1, 1, 1, n_tokens), mx.bool_) if masked else None
     with emulator.session("checked") as record:
-        fused_attention(queries, keys, values, n_tokens, scale=head_dim**-0.5, backend="emulator")
+        fused_attention(queries, keys, values, n_tokens, scale=head_dim**-0.5, mask=mask, backend="emulator")
     packed = sum(array.nbytes for array in (keys.words, keys.norms, values.words, values.norms))
     return DecodeTraffic(packed, itemise(record.launches))

@@ -1,18 +1,21 @@
 """Mutation testing of the ``.metal`` bodies: do the verification's cases notice a wrong kernel?
 
-    python tests/kernels/mutate_kernels.py --seed 0 --count 120 --out tests/kernels/mutations.json
+    python tests/kernels/mutate_kernels.py --seed 1 --count 200 --out tests/kernels/mutations.json
 
 A seeded tool draws small edits of the shipped texts (an index off by one, a wrong shift, a missing barrier, a swapped
 scale, a wrong split boundary, ...). Each mutant runs in a worker process through the checked emulator. A mutant is
-killed when a case fails, faults or does not end; one that does not compile is discarded and replaced.
+killed when a case fails, faults or does not end; one that does not compile is discarded and replaced. Verdicts are
+kept in OUT.partial as they fall: the same command goes on where it was stopped. A survivor that computes the same is
+given an ``equivalent`` note by hand in OUT, which later runs keep.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -137,18 +140,12 @@ def _worker(pipe) -> None:  # type: ignore[no-untyped-def]
 
 def _users() -> dict[str, set[str]]:
     """For each text the kernels whose cases run it."""
-    import importlib
-
-    from veloxquant_kernels.kernel import FOLDER, Kernel
+    from veloxquant_kernels.kernel import shipped_kernels
 
     users: dict[str, set[str]] = {}
-    for path in FOLDER.glob("*.py"):
-        if not path.with_suffix(".metal").exists():
-            continue
-        module = importlib.import_module(f"veloxquant_kernels.{path.stem}")
-        for kernel in (value for value in vars(module).values() if isinstance(value, Kernel)):
-            for stem in (kernel.stem, *kernel.headers):
-                users.setdefault(stem, set()).add(path.stem)
+    for kernel in shipped_kernels():
+        for stem in (kernel.stem, *kernel.headers):
+            users.setdefault(stem, set()).add(kernel.stem.removesuffix("_merge"))
     return users
 
 
@@ -186,6 +183,38 @@ class Worker:
         self._process.join()
 
 
+def text_hashes(texts: dict[str, str]) -> dict[str, str]:
+    """What a table is about: sha256 of every shipped text."""
+    return {stem: hashlib.sha256(text.encode()).hexdigest() for stem, text in sorted(texts.items())}
+
+
+class Journal:
+    """Verdicts as they fall, so that a stopped run goes on; started anew when a text or the seed has changed."""
+
+    def __init__(self, path: Path, subject: dict[str, object]) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        header = json.dumps(subject, sort_keys=True)
+        if not lines or lines[0] != header:
+            path.write_text(header + "\n")
+            lines = [header]
+        self._path = path
+        self._verdicts = {Mutant(**row["mutant"]): row["reason"] for row in map(json.loads, lines[1:])}
+
+    def verdict(self, mutant: Mutant, judge: Callable[[Mutant], str | None]) -> str | None:
+        """The verdict on a mutant: the kept one, or ``judge``'s, which is kept."""
+        if mutant not in self._verdicts:
+            self._verdicts[mutant] = judge(mutant)
+            with self._path.open("a") as file:
+                file.write(json.dumps({"mutant": asdict(mutant), "reason": self._verdicts[mutant]}) + "\n")
+        return self._verdicts[mutant]
+
+
+def _notes(path: Path) -> dict[tuple[str, str, str], str]:
+    """The notes on survivors in a committed table, by text and edit (a line may have moved)."""
+    rows = json.loads(path.read_text())["table"] if path.exists() else []
+    return {(row["stem"], row["before"], row["after"]): row["equivalent"] for row in rows if "equivalent" in row}
+
+
 def main() -> None:
     """Judge mutants and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -196,20 +225,25 @@ def main() -> None:
     from veloxquant_kernels.kernel import FOLDER
 
     texts = {path.stem: path.read_text() for path in FOLDER.glob("*.metal")}
+    subject = {"seed": arguments.seed, "texts": text_hashes(texts)}
+    partial = arguments.out.with_name(arguments.out.name + ".partial")
+    journal, notes = Journal(partial, subject), _notes(arguments.out)
     worker, table, started = Worker(), [], time.monotonic()
     for mutant in draw(texts, arguments.seed):
         if len(table) == arguments.count:
             break
-        reason = worker.judge(mutant)
+        reason = journal.verdict(mutant, worker.judge)
         if reason == "does not compile":
             continue
-        table.append({**asdict(mutant), "killed_by": reason})
+        note = notes.get((mutant.stem, mutant.before, mutant.after)) if reason is None else None
+        table.append({**asdict(mutant), "killed_by": reason, **({"equivalent": note} if note else {})})
         print(f"{len(table):4d} {time.monotonic() - started:6.0f} s  {mutant.stem}:{mutant.line} {mutant.kind}: "
               f"{mutant.before.strip()} -> {mutant.after.strip()}: {reason or 'SURVIVED'}", flush=True)  # fmt: skip
     worker.stop()
     killed = sum(row["killed_by"] is not None for row in table)
-    document = {"seed": arguments.seed, "mutants": len(table), "killed": killed, "table": table}
-    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    document = {**subject, "mutants": len(table), "killed": killed, "table": table}
+    arguments.out.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    partial.unlink()
     print(f"{killed} of {len(table)} killed")
 
 

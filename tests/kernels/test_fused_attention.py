@@ -182,16 +182,19 @@ def test_large_scores_do_not_overflow():
 # ---- traffic ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 3), (128, 4), (128, 8)])
-def test_traffic(bits, head_dim, group):
-    """At 4k tokens packed bytes are read exactly once, and all else is at most a tenth of them."""
-    traffic = decode_traffic(4096, head_dim, group, bits, bits)
+def test_traffic(bits, head_dim, group, masked):
+    """At 4k tokens packed bytes are read exactly once, and all else, a bool mask too, is at most a tenth of them."""
+    traffic = decode_traffic(4096, head_dim, group, bits, bits, masked=masked)
     assert traffic.packed_nbytes == 4096 * 2 * (head_dim * bits // 8 + 2)
     assert traffic.packed_reads == 1.0
     assert traffic.overhead <= 0.10
     names = {item.name for item in traffic.items}
     assert {"partial_values", "partial_stats", "queries", "key_signs", "key_centroids", "value_centroids"} <= names
+    assert ("mask" in names) == masked
+    assert sum(traffic.overhead_by_kind.values()) == pytest.approx(traffic.overhead, rel=1e-12)
 
 
 def test_traffic_counts_both_passes():

@@ -1,0 +1,76 @@
+"""The kernel suite's records: counted, exact, the same in every run, and refused where nothing can count."""
+
+import json
+import re
+
+import pytest
+
+from veloxbench.cli import _run as veloxbench
+from veloxbench.measure.kernels import HeadShape, Traffic, head_shape, measure, refusal
+from veloxbench.store import read_records
+from veloxquant_kernels import emulator
+
+KINDS = ("partials", "codebooks", "signs", "mask", "queries", "output")
+
+
+@pytest.fixture
+def kernel_grid(grid_file):
+    """The few seconds' grid with one width of kernels at 4096 tokens."""
+    grid_file.write_text(grid_file.read_text() + "\n[kernels]\ntokens = 4096\ncode_bits = [2]\n")
+    return grid_file
+
+
+def test_a_run_records_traffic_and_the_page_shows_it(cut_model, kernel_grid, tmp_path):
+    """At 4096 tokens and 2 bits packed bytes are read once, all else is within a tenth, and two runs agree exactly."""
+    found = []
+    for name in ("first", "second"):
+        out = tmp_path / name
+        arguments = ["run", "--profile", str(kernel_grid), "--models", str(cut_model), "--suites", "kernels"]
+        assert veloxbench([*arguments, "--out", str(out)]) == 0
+        found += read_records(out)
+    first, second = found
+    assert first.metrics == second.metrics
+    assert first.key == second.key
+    figures = {name: estimate.value for name, estimate in first.metrics.items()}
+    assert figures["packed_bytes"] == 4096 * 2 * (64 * 2 // 8 + 2)
+    assert figures["packed_reads"] == 1.0
+    assert figures["other_percent"] <= 10.0
+    assert sum(figures[f"{kind}_percent"] for kind in KINDS) == pytest.approx(figures["other_percent"], rel=1e-12)
+    assert figures["mask_percent"] == pytest.approx(100 / 36)  # one byte a token beside 2 x (16 + 2)
+    page = (tmp_path / "first" / "BENCHMARK_RESULTS.md").read_text()
+    assert "### Kernels, fused decode attention over 4096 packed tokens" in page
+    assert re.search(r"\| turboquant_mse 2 +\| +147,456 \| +1\.000x \|", page)
+
+
+def test_the_shape_comes_from_the_models_configuration(tmp_path):
+    """Stated, derived, or below text_config; a configuration that does not say is refused with the reason."""
+    configurations = {
+        HeadShape(64, 3): {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576},
+        HeadShape(256, 4): {"text_config": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}},
+        HeadShape(48, 1): {"num_attention_heads": 6, "hidden_size": 288},
+        None: {"n_head": 12, "n_embd": 768},
+    }
+    for expected, configuration in configurations.items():
+        (tmp_path / "config.json").write_text(json.dumps(configuration))
+        assert head_shape(tmp_path) == expected
+    assert "does not say num_attention_heads" in refusal(None, 4)
+
+
+def test_what_cannot_be_counted_is_unsupported(monkeypatch):
+    """A head that fits no kernel, and a machine without a compiler, each with its reason."""
+    assert "got 72" in refusal(HeadShape(72, 1), 4)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    emulator.find_compiler.cache_clear()
+    try:
+        assert "install g++" in refusal(HeadShape(64, 3), 4)
+    finally:
+        emulator.find_compiler.cache_clear()
+
+
+def test_a_mask_is_one_byte_a_token_and_everything_else_stays():
+    """The record counts a step with a bool mask; packed bytes are read once with it as without."""
+    metrics, samples = measure(Traffic(64), HeadShape(64, 2), 4)
+    assert samples == {}
+    assert metrics["packed_reads"].value == 1.0
+    assert metrics["mask_percent"].value == pytest.approx(100 * 64 / (64 * 68))
