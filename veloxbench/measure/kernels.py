@@ -6,15 +6,11 @@ kernels' own text alone, so every figure is exact and the same on every machine.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from veloxbench.corpora import TokenBlock
 from veloxbench.errors import UsageError
 from veloxbench.measure.quality import Measured
 from veloxbench.records import Estimate
@@ -24,17 +20,6 @@ from veloxquant_kernels.traffic import decode_traffic
 
 METHOD = "turboquant_mse"
 """The method whose packed cache the fused kernel reads."""
-
-
-NO_TEXT = TokenBlock(
-    tokens=np.zeros((0, 0), np.int32),
-    sha256=hashlib.sha256(b"").hexdigest(),
-    text="none",
-    role="evaluation",
-    starts=(),
-    has_bos=False,
-)
-"""What the suite reads: a record names its text, and this one has no tokens."""
 
 
 @dataclass(frozen=True)
