@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -77,6 +78,7 @@ def gate(
     """
     from veloxbench.baselines import read_baselines
     from veloxbench.gate import judge
+    from veloxbench.report.github import publish
     from veloxbench.report.junit import junit
     from veloxbench.store import write_text
     from veloxbench.verdicts import exit_code, overall, sentence
@@ -91,6 +93,7 @@ def gate(
         print(json.dumps({"verdict": overall(findings), "exit_code": int(code), "findings": listed}, indent=1))
     else:
         print_findings(findings)
+    publish(findings, "VeloxBench gate", os.environ)
     log = (records if records.is_dir() else records.parent) / "errors.log"
     hint = f"; {log} says what crashed" if code and log.exists() else ""
     print(f"veloxbench gate: {sentence(findings)}{hint}", file=sys.stderr)

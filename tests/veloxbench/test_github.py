@@ -1,11 +1,16 @@
 """Findings on a GitHub Actions run: its commands' escaping, its limits, and nothing lost without a word."""
 
 import io
+import json
 import re
 
 import pytest
+from gate_records import NOW, damage, run_records
 
+from veloxbench.baselines import Approval, approve, propose
+from veloxbench.cli import _run as veloxbench
 from veloxbench.report.github import ANNOTATIONS, SUMMARY_BYTES, annotation_lines, publish, summary
+from veloxbench.store import JOURNAL
 from veloxbench.verdicts import Finding, Verdict
 
 
@@ -121,3 +126,20 @@ def test_a_summary_that_cannot_be_written_is_said(tmp_path):
     environ = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "missing" / "page")}
     publish([finding(Verdict.PASS)], "Gate", environ, stream)
     assert stream.getvalue().startswith("::warning title=no summary::cannot write")
+
+
+def test_the_gate_publishes_on_a_runner(tmp_path, monkeypatch, capsys):
+    """`veloxbench gate --json` annotates on standard error, so that standard output stays JSON."""
+    page, results, baselines = tmp_path / "summary.md", tmp_path / "results", tmp_path / "baselines"
+    approval = Approval(who="me", when=NOW, why="a test", commit=None)
+    approve(propose(run_records(), baselines, approval, profile="gate"), baselines)
+    results.mkdir()
+    (results / JOURNAL).write_text("".join(record.to_line() for record in run_records(kld=damage(0.08))))
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
+    code = veloxbench(["gate", "--records", str(results), "--baseline", str(baselines), "--json"])
+    said = capsys.readouterr()
+    assert code == 1
+    assert json.loads(said.out)["verdict"] == "regress"
+    assert "::error title=regress" in said.err
+    assert page.read_text().startswith("## VeloxBench gate: regress")

@@ -115,7 +115,7 @@ def _worst_first(findings: Sequence[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: _WORST_FIRST.index(finding.verdict))
 
 
-def publish(findings: Sequence[Finding], title: str, environ: Mapping[str, str], stream: TextIO = sys.stdout) -> None:
+def publish(findings: Sequence[Finding], title: str, environ: Mapping[str, str], stream: TextIO | None = None) -> None:
     """On a GitHub runner, print the annotations and append to the step's summary; elsewhere do nothing.
 
     What cannot be written is said, and changes no verdict.
@@ -124,8 +124,9 @@ def publish(findings: Sequence[Finding], title: str, environ: Mapping[str, str],
         findings: of one gate.
         title: heading of the summary.
         environ: the process's environment.
-        stream: standard output, which GitHub reads for commands.
+        stream: read by GitHub for commands; absent: standard error, since standard output may be JSON.
     """
+    stream = sys.stderr if stream is None else stream
     if environ.get("GITHUB_ACTIONS") != "true":
         return
     for line in annotation_lines(findings):

@@ -1,0 +1,66 @@
+"""``veloxbench damages``: the quality gate tried on damage of known size."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from veloxbench.errors import ExitCode, UsageError
+
+STUDY = Path("records/gate/damages.json")
+
+
+def damages(
+    study: Annotated[Path, typer.Option(help="The measured study.")] = STUDY,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure it anew with the profile's model, text and protocol.")
+    ] = False,
+    profile: Annotated[str, typer.Option(help="Gives model, text, protocol and the number of arms.")] = "gate",
+    out: Annotated[Path | None, typer.Option(help="Write the page here instead of standard output.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Compare with this page; exit 1 if it is not what the study says.")
+    ] = None,
+) -> None:
+    """How much damage does the quality gate notice? True sizes on four gates' sequences, verdicts on one gate's each.
+
+    **Examples**
+
+    `veloxbench damages --check docs/damages.md`
+
+    `veloxbench damages --measure --study mine.json`
+    """
+    from veloxbench.damages import Study
+    from veloxbench.damages import measure as measure_study
+    from veloxbench.models import resolve_model
+    from veloxbench.plan import load_grid
+    from veloxbench.progress import default_reporter
+    from veloxbench.protocol import Chunked
+    from veloxbench.report.damages import render
+    from veloxbench.store import write_text
+
+    grid = load_grid(profile)
+    if measure:
+        protocol = next((p for p in grid.protocols if isinstance(p, Chunked)), None)
+        if protocol is None:
+            raise UsageError(f"profile {profile!r} has no chunked protocol to measure damages with")
+        reporter = default_reporter()
+        handle = resolve_model(grid.models[0], reporter=reporter)
+        journal = study.with_suffix(".part")
+        measured = measure_study(handle, grid.corpus, protocol, journal, reporter)
+        write_text(study, measured.model_dump_json(indent=1) + "\n")
+        journal.unlink()
+    if not study.exists():
+        raise UsageError(f"there is no study at {study}; `veloxbench damages --measure --study {study}` makes one")
+    found = Study.model_validate_json(study.read_text(encoding="utf-8"))
+    page = render(found, len(grid.arm_list()))
+    if check is not None:
+        if not check.exists() or check.read_text(encoding="utf-8") != page:
+            print(f"{check} is stale: it is not what `veloxbench damages` writes from {study}", file=sys.stderr)
+            raise typer.Exit(int(ExitCode.REGRESSION))
+    elif out is not None:
+        write_text(out, page)
+    else:
+        print(page, end="")

@@ -1,0 +1,295 @@
+"""Trying the quality gate: real damage, its true size, and what the gate says of it.
+
+Every damage of :mod:`veloxbench.methods.damaged` runs on the same sequences as its undamaged base. All of them
+together give the true change; the sequences dealt to one of four hands are one gate of the size that CI runs. Only
+samples are measured and kept: verdicts are computed from them by the gate's own code whenever the page is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import make_prompt_cache
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from veloxbench import environment
+from veloxbench.adapter import CacheUnderTest
+from veloxbench.baselines import from_records
+from veloxbench.corpora import load_text, token_block
+from veloxbench.gate import judge
+from veloxbench.measure import exact
+from veloxbench.measure.divergence import ReferenceRows, worker_pool
+from veloxbench.measure.quality import ArmCaches, arm_metrics, run_arm
+from veloxbench.measure.reference import lockstep
+from veloxbench.methods.damaged import (
+    BASES,
+    CACHE_CLASS,
+    DAMAGES,
+    STRUCK,
+    Damage,
+    damaged_caches,
+    exact_case,
+    undamaged,
+)
+from veloxbench.methods.veloxquant import implementation
+from veloxbench.models import ModelHandle, load_model
+from veloxbench.progress import Reporter
+from veloxbench.protocol import Chunked, feed
+from veloxbench.records import Estimate, Finite, MethodRef, ModelRef, Provenance, Record, Subject, Suite, TextRef
+from veloxbench.stats import mean_interval
+from veloxbench.verdicts import Finding, Verdict, overall
+
+GATES: Final = 4
+"""Gates that the measured sequences are dealt to, one sequence to each in turn, so that each spans the text."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Samples(_Frozen):
+    """One configuration on one gate's sequences: a figure per sequence."""
+
+    kld_mean: list[Finite]
+    delta_nll: list[Finite]
+    bits_per_value: Finite
+
+
+class Study(_Frozen):
+    """What was measured, on what."""
+
+    model: ModelRef
+    text: TextRef
+    protocol: dict[str, int | str]
+    measured: datetime
+    implementation: str
+    versions: dict[str, str]
+    hardware: dict[str, JsonValue]
+    samples: dict[str, tuple[Samples, ...]] = Field(description="of every base and every damage, one entry per gate")
+
+
+def arms() -> dict[str, tuple[str, Any]]:
+    """Base configuration and change of every base and every damage, by name."""
+    bases = {name: (name, undamaged) for name in BASES}
+    return bases | {damage.name: (damage.base, damage.change) for damage in DAMAGES}
+
+
+def measure(handle: ModelHandle, corpus: str, protocol: Chunked, journal: Path, reporter: Reporter) -> Study:
+    """Measure every base and damage on ``GATES`` times the protocol's sequences.
+
+    Args:
+        protocol: the gate's own, with the sequences of one gate.
+        journal: finished parts, one a line; a study that was stopped goes on from them.
+    """
+    model, tokenizer = load_model(handle)
+    text = load_text(corpus, "evaluation", reporter=reporter)
+    block = token_block(text, tokenizer, n_sequences=GATES * protocol.sequences, length=protocol.n_tokens + 1)
+    head = {
+        "model": {
+            "name": handle.name,
+            "weights_sha256": handle.weights_sha256,
+            "tokenizer_sha256": handle.tokenizer_sha256,
+            "config_sha256": handle.config_sha256,
+        },
+        "text": {"name": block.text, "tokens_sha256": block.sha256},
+        "protocol": dataclasses.asdict(protocol),
+        "implementation": implementation(),
+        "versions": environment.versions(),
+        "hardware": environment.hardware(),
+    }
+    done = _read_journal(journal, head)
+    with worker_pool() as pool:
+        for gate in range(GATES):
+            missing = [name for name in arms() if (name, gate) not in done]
+            if not missing:
+                continue
+            tokens = block.tokens[gate::GATES]
+            reference = list(_reference(model, tokens, protocol, pool))
+            for name in missing:
+                caches = damaged_caches(model, *arms()[name])
+                done[name, gate] = _samples(model, caches, tokens, protocol, reference, pool)
+                with journal.open("a", encoding="utf-8") as file:
+                    line = {"arm": name, "gate": gate, "samples": done[name, gate].model_dump()}
+                    file.write(json.dumps(line) + "\n")
+                reporter.message(f"gate {gate + 1} of {GATES}: {name}")
+            del reference
+            gc.collect()
+    samples = {name: [done[name, gate] for gate in range(GATES)] for name in arms()}
+    return Study.model_validate({**head, "measured": datetime.now(UTC), "samples": samples})
+
+
+def _read_journal(journal: Path, head: dict[str, Any]) -> dict[tuple[str, int], Samples]:
+    lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
+    parts = [json.loads(line) for line in lines]
+    if not parts or parts[0] != head:  # another model, text or implementation: nothing of it can be used
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        journal.write_text(json.dumps(head) + "\n", encoding="utf-8")
+        return {}
+    return {(part["arm"], part["gate"]): Samples.model_validate(part["samples"]) for part in parts[1:]}
+
+
+def _reference(
+    model: Module, tokens: NDArray[np.int32], protocol: Chunked, pool: ThreadPoolExecutor
+) -> Iterator[ReferenceRows]:
+    caches = [CacheUnderTest(cache) for cache in make_prompt_cache(model)]
+    return lockstep(feed(model, caches, tokens, protocol), pool)
+
+
+def _samples(
+    model: Module,
+    caches: list[Any],
+    tokens: NDArray[np.int32],
+    protocol: Chunked,
+    reference: list[ReferenceRows],
+    pool: ThreadPoolExecutor,
+) -> Samples:
+    arm = ArmCaches([CacheUnderTest(cache) for cache in caches], [True] * len(caches), (CACHE_CLASS,))
+    stats, nll = run_arm(model, arm, tokens, protocol, iter(reference), pool, lambda _: None)
+    metrics, samples = arm_metrics(stats, nll, arm.engagement())
+    return Samples(
+        kld_mean=samples["kld_mean"],
+        delta_nll=samples["delta_nll"],
+        bits_per_value=metrics["bits_per_value"].value,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A damage, its true size, and what the gates said.
+
+    Attributes:
+        true: mean change of the KLD per token over all sequences, with its interval.
+        share: of the base's KLD.
+        findings: of each gate, those of the damaged arm.
+        detectable: the smallest change of the KLD that the gates say they would call a regression, the largest of them.
+        exact: what the exact tier sees: the changed bytes of the real run and the changed metrics of its suite.
+    """
+
+    damage: Damage
+    true: Estimate
+    share: float
+    findings: tuple[tuple[Finding, ...], ...]
+    detectable: float | None
+    exact: tuple[str, ...]
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """The quality tier's verdict of each gate."""
+        return tuple(overall([f for f in findings if f.tier == "quality"]) for findings in self.findings)
+
+    @property
+    def above(self) -> bool:
+        """Whether the true change exceeds what the gates claim to detect."""
+        return self.detectable is not None and self.true.value > self.detectable
+
+
+def trials(study: Study, n_arms: int) -> list[Trial]:
+    """Every damage judged.
+
+    Args:
+        study: what was measured.
+        n_arms: arms in the gate's profile: the others are unchanged, and count in the correction for many tests.
+    """
+    found = []
+    for damage in DAMAGES:
+        pairs = list(zip(study.samples[damage.base], study.samples[damage.name], strict=True))
+        before = np.concatenate([base.kld_mean for base, _ in pairs])
+        after = np.concatenate([head.kld_mean for _, head in pairs])
+        findings = tuple(_judged(study, damage.base, base, head, n_arms) for base, head in pairs)
+        bytes_changed = {f.metric: None for of_gate in findings for f in of_gate if f.tier == "exact" and not f.passed}
+        found.append(
+            Trial(
+                damage,
+                mean_interval(after - before, "nats/token"),
+                float((after - before).mean() / before.mean()),
+                findings,
+                _largest(findings),
+                (*bytes_changed, *exact_changes(study, damage)),
+            )
+        )
+    return found
+
+
+def unchanged_detectable(study: Study, base: str, n_arms: int) -> float | None:
+    """The smallest change of the KLD that gates on an unchanged base would call a regression, as :func:`_largest`."""
+    return _largest([_judged(study, base, samples, samples, n_arms) for samples in study.samples[base]])
+
+
+def _largest(findings: Sequence[Sequence[Finding]]) -> float | None:
+    """The largest detectable change of the KLD that any of the gates states; None where one states none."""
+    stated = [f.detectable for of_gate in findings for f in of_gate if f.metric == "kld_mean"]
+    known = [change for change in stated if change is not None]
+    return max(known) if len(known) == len(stated) else None
+
+
+def _judged(study: Study, arm: str, base: Samples, head: Samples, n_arms: int) -> tuple[Finding, ...]:
+    others = [f"unchanged {number}" for number in range(1, n_arms)]
+    before = [_quality_record(study, name, base) for name in (arm, *others)]
+    after = [_quality_record(study, arm, head), *before[1:]]
+    findings = judge(after, from_records(before, "undamaged"), profile="compared", today=study.measured.date())
+    return tuple(f for f in findings if not any(f.subject.endswith(name) for name in others))
+
+
+def exact_changes(study: Study, damage: Damage) -> list[str]:
+    """Metrics of the exact suite's life of a cache that a damage changes, by the gate's own comparison."""
+    changed: dict[str, None] = {}
+    for layer in STRUCK:
+        base, head = (
+            _record(study, "exact", damage.base, *exact.measure(exact_case(damage.base, layer, change)))
+            for change in (undamaged, damage.change)
+        )
+        findings = judge([head], from_records([base], "undamaged"), profile="compared", today=study.measured.date())
+        changed |= {finding.metric: None for finding in findings if not finding.passed}
+    return list(changed)
+
+
+def _quality_record(study: Study, name: str, samples: Samples) -> Record:
+    return _record(
+        study,
+        "perplexity",
+        name,
+        {"bits_per_value": Estimate(value=samples.bits_per_value, unit="bits")},
+        {"kld_mean": samples.kld_mean, "delta_nll": samples.delta_nll},
+    )
+
+
+def _record(
+    study: Study, suite: Suite, name: str, metrics: Mapping[str, Estimate], samples: Mapping[str, Sequence[float]]
+) -> Record:
+    subject = Subject(
+        suite=suite,
+        protocol=str(study.protocol["name"]),
+        model=study.model,
+        method=MethodRef(name=name, target=4.0, target_means="code_bits", implementation=study.implementation),
+        text=study.text,
+        settings=dict(study.protocol),
+        harness=environment.harness_hash(),
+        machine_class=environment.machine_class(suite),
+    )
+    provenance = Provenance(
+        started=study.measured,
+        seconds=0.0,
+        commit=None,
+        dirty=False,
+        versions=study.versions,
+        hardware=study.hardware,
+        state={},
+    )
+    return Record.create(
+        subject=subject,
+        status="measured",
+        metrics=dict(metrics),
+        samples={key: list(values) for key, values in samples.items()},
+        engagement=[],
+        provenance=provenance,
+    )
