@@ -222,18 +222,32 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
         size = (cell.sequences, cell.length)
         if size not in blocks:
             blocks[size] = token_block(text, tokenizer, n_sequences=cell.sequences, length=cell.length)
-        subject = Subject(
-            suite=cell.suite,
-            protocol=cell.protocol,
-            model=NO_MODEL if cell.suite == "exact" else model,
-            method=cell.arm.ref(),
-            text=_text(cell.task, blocks[size]),
-            settings=_all_settings(cell.task),
-            harness=harness_hash(),
-            machine_class=machine_class(cell.suite),
-        )
-        found.append(Measurement(subject, cell.arm, cell.task, blocks[size]))
+        found.append(_measurement(cell, model, blocks[size]))
     return found
+
+
+def needs_model(grid: Grid) -> bool:
+    """Whether anything of the grid reads weights or text."""
+    return set(grid.suites) != {"exact"}
+
+
+def measurements_without_model(grid: Grid) -> list[Measurement]:
+    """Every measurement of a grid that needs no model, in order."""
+    return [_measurement(cell, NO_MODEL, NO_TEXT) for cell in cells(grid)]
+
+
+def _measurement(cell: Cell, model: ModelRef, block: TokenBlock) -> Measurement:
+    subject = Subject(
+        suite=cell.suite,
+        protocol=cell.protocol,
+        model=NO_MODEL if cell.suite == "exact" else model,
+        method=cell.arm.ref(),
+        text=_text(cell.task, block),
+        settings=_all_settings(cell.task),
+        harness=harness_hash(),
+        machine_class=machine_class(cell.suite),
+    )
+    return Measurement(subject, cell.arm, cell.task, block)
 
 
 def of_grid(grid: Grid, records: Iterable[Record]) -> list[Record]:
@@ -270,7 +284,8 @@ def _text(task: Task, block: TokenBlock) -> TextRef:
 
 
 def _settings(task: Task) -> Mapping[str, Any]:
-    return task.model_dump() if isinstance(task, MemorySpec) else dict(vars(task))
+    fields = task.model_dump() if isinstance(task, MemorySpec) else vars(task)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Task, int, int]]:

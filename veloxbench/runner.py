@@ -22,10 +22,19 @@ from veloxbench.corpora import load_text
 from veloxbench.errors import ExitCode, VeloxError
 from veloxbench.measure import exact, kernels, memory, quality, throughput
 from veloxbench.measure.divergence import ReferenceRows, worker_pool
+from veloxbench.measure.exact import NO_MODEL
 from veloxbench.measure.reference import ReferenceCache, lockstep, vocabulary_of
 from veloxbench.methods import Arm, BuildContext, build, get_method, probe
 from veloxbench.models import ModelHandle, load_model, resolve_model
-from veloxbench.plan import REFERENCE, Grid, Measurement, MemorySpec, measurements
+from veloxbench.plan import (
+    REFERENCE,
+    Grid,
+    Measurement,
+    MemorySpec,
+    measurements,
+    measurements_without_model,
+    needs_model,
+)
 from veloxbench.progress import Reporter
 from veloxbench.protocol import Chunked, Decode, feed
 from veloxbench.records import Estimate, LayerEngagement, Provenance, Record, content_hash
@@ -91,39 +100,43 @@ def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, acc
     keys: list[str] = []
     failures: list[Failure] = []
     # every model and text is there, and every window fits, before the first minute is spent
-    handles = [resolve_model(name, reporter=reporter, accept_licence=accept_licence) for name in grid.models]
-    plans = [(handle, plan_model(grid, handle, reporter)) for handle in handles]
+    plans: list[tuple[ModelHandle | None, list[Measurement]]] = [(None, measurements_without_model(grid))]
+    if needs_model(grid):
+        handles = [resolve_model(name, reporter=reporter, accept_licence=accept_licence) for name in grid.models]
+        plans = [(handle, plan_model(grid, handle, reporter)) for handle in handles]
     for handle, plan in plans:
+        name = NO_MODEL.name if handle is None else handle.name
         pending = [item for item in plan if store.get(item.subject.key) is None]
         keys += [item.subject.key for item in plan]
         resumed += len(plan) - len(pending)
         if not pending:
-            progress.plan(handle.name, len(plan), len(plan), 0.0, "all of it is recorded already")
+            progress.plan(name, len(plan), len(plan), 0.0, "all of it is recorded already")
             continue
-        session = Session.open(handle, grid.n_layers, progress)
-        rates = session.rates()
+        session = None if handle is None else Session.open(handle, grid.n_layers, progress)
+        rates = Rates(0.0, 0.0) if session is None else session.rates()
         progress.plan(
-            handle.name,
+            name,
             len(plan),
             len(plan) - len(pending),
             sum(rates.seconds(item) for item in pending),
-            rates.describe(),
+            "nothing of it reads a model" if session is None else rates.describe(),
         )
         for item in pending:
-            progress.begin(f"{handle.name} {item.label}")
+            progress.begin(f"{name} {item.label}")
             try:
                 with rates.ticking(item, progress) as tick:
-                    record = session.measure(item, tick)
+                    record = measure_exact(item) if session is None else session.measure(item, tick)
             except KeyboardInterrupt:
                 raise
             except Exception as error:
                 failures.append(_failure(item, error, store.path.parent))
-                progress.message(f"FAILED {handle.name} {item.label}: {failures[-1].reason}")
+                progress.message(f"FAILED {name} {item.label}: {failures[-1].reason}")
                 continue
             store.append(record)
             measured += 1
             progress.recorded(record)
-        session.close()
+        if session is not None:
+            session.close()
     return Outcome(tuple(keys), measured, resumed, tuple(failures))
 
 
@@ -196,6 +209,34 @@ def _code_bits(arm: Arm) -> int:
     return int(arm.target)
 
 
+def measure_exact(item: Measurement) -> Record:
+    """Make one record of the exact suite, which reads no model."""
+    assert isinstance(item.arm, exact.Case)
+    started, clock, state = datetime.now(UTC), time.perf_counter(), environment.machine_state()
+    metrics, samples = exact.measure(item.arm)
+    return Record.create(
+        subject=item.subject,
+        status="measured",
+        metrics=metrics,
+        samples=samples,
+        engagement=[],
+        provenance=_provenance(started, time.perf_counter() - clock, state),
+    )
+
+
+def _provenance(started: datetime, seconds: float, state: dict[str, Any]) -> Provenance:
+    commit, dirty = environment.git_state()
+    return Provenance(
+        started=started,
+        seconds=seconds,
+        commit=commit,
+        dirty=dirty,
+        versions=environment.versions(),
+        hardware=environment.hardware(),
+        state=state,
+    )
+
+
 @dataclass
 class Session:
     """One loaded model and what its measurements share."""
@@ -266,9 +307,7 @@ class Session:
                 case kernels.Traffic() as task:
                     metrics, samples = self._kernels(item, task)
                 case exact.FixedInputs():
-                    assert isinstance(item.arm, exact.Case)
-                    metrics, samples = exact.measure(item.arm)
-        commit, dirty = environment.git_state()
+                    return measure_exact(item)
         return Record.create(
             subject=item.subject,
             status="measured" if refusal is None else "unsupported",
@@ -276,15 +315,7 @@ class Session:
             metrics=metrics,
             samples=samples,
             engagement=layers,
-            provenance=Provenance(
-                started=started,
-                seconds=time.perf_counter() - clock,
-                commit=commit,
-                dirty=dirty,
-                versions=environment.versions(),
-                hardware=environment.hardware(),
-                state=state,
-            ),
+            provenance=_provenance(started, time.perf_counter() - clock, state),
         )
 
     def _kernels(self, item: Measurement, task: kernels.Traffic) -> quality.Measured:

@@ -1,0 +1,122 @@
+"""The gate on the real model cut to four layers: measured, approved, judged, damaged, through both front doors."""
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from veloxbench import environment
+from veloxbench.cli import _run as veloxbench
+from veloxquant_mlx.quantizers import turboquant_mse
+
+ROOT = Path(__file__).parents[2]
+GRID = """
+summary = "seconds"
+models = ["smollm2-135m"]
+n_layers = 4
+corpus = "bundled"
+suites = ["perplexity"]
+throughput = []
+
+[[arms]]
+method = "turboquant_mse"
+targets = [4]
+
+[[protocols]]
+name = "chunked"
+sequences = 16
+length = 48
+chunk = 16
+score_from = 16
+
+[memory]
+tokens = 64
+decode_steps = 2
+budget_gib = 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def approved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a profile, the records of its run and the baseline made of them."""
+    folder = tmp_path_factory.mktemp("gate")
+    (folder / "mine.toml").write_text(GRID)
+    with pytest.MonkeyPatch.context() as patch:
+        # the tests' own checkout may have changes; whose it is does not matter here
+        patch.setattr(environment, "git_state", lambda: (None, None))
+        assert run(folder, "results") == 0
+    assert veloxbench(["baseline", "approve", "--reason", "first", *places(folder, "results")]) == 0
+    return folder
+
+
+def run(folder: Path, out: str) -> int:
+    return veloxbench(["run", "--profile", str(folder / "mine.toml"), "--out", str(folder / out)])
+
+
+def places(folder: Path, out: str) -> list[str]:
+    return [
+        "--records", str(folder / out), "--baseline", str(folder / "baselines"), "--profile", str(folder / "mine.toml")
+    ]  # fmt: skip
+
+
+def test_the_same_program_measured_again_passes_without_any_change(approved, capsys):
+    """A second run in another folder gives the same samples to the last bit."""
+    assert run(approved, "again") == 0
+    capsys.readouterr()
+    assert veloxbench(["gate", "--json", *places(approved, "again")]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [finding["change"] for finding in findings if finding["tier"] == "quality"] == [0.0, 0.0, 0.0]
+
+
+def test_centroids_five_percent_off_are_a_regression_of_quality(approved, monkeypatch, capsys):
+    """Damage in the decoder, through the real cache and the real model: exit 1, KLD above its limit."""
+    original = turboquant_mse.decode_words
+    monkeypatch.setattr(turboquant_mse, "decode_words", lambda *arguments: original(*arguments) * 1.05)
+    assert run(approved, "damaged") == 0
+    capsys.readouterr()
+    assert veloxbench(["gate", "--json", *places(approved, "damaged")]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    regressed = {(finding["tier"], finding["metric"]) for finding in findings if finding["verdict"] == "regress"}
+    assert ("quality", "kld_mean") in regressed
+
+
+def pytest_gate(folder: Path, *options: str, baseline: str = "baselines") -> tuple[int, str, list[ET.Element]]:
+    junit = folder / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "suites/test_perplexity.py", "suites/test_gate.py", "--benchmark", "-q"]
+    command += ["--veloxbench-profile", str(folder / "mine.toml"), "--veloxbench-out", str(folder / "results")]
+    command += ["--veloxbench-baseline", str(folder / baseline), "--junitxml", str(junit), "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, list(ET.parse(junit).iter("testcase"))
+
+
+def test_gates_are_pytest_items(approved):
+    """Each subject of the baselines is an item with its figures in the JUnit file, after the measurements."""
+    code, output, cases = pytest_gate(approved)
+    assert code == 0, output
+    gates = [case for case in cases if "test_subject_is_as_good" in case.attrib["name"]]
+    # fp16 and one arm, each in the exact and in the quality tier
+    assert len(gates) == 4
+    properties = {item.attrib["name"] for case in gates for item in case.iter("property")}
+    assert {"kld_mean.change", "kld_mean.limit", "nll.value"} <= properties
+    names = [case.attrib["name"] for case in cases]
+    assert names.index(gates[0].attrib["name"]) > names.index(
+        "test_arm_reads_what_its_cache_stores[smollm2-135m-chunked-fp16]"
+    )
+
+
+def test_a_gated_metric_that_no_item_produced_fails(approved):
+    """Selecting the gates alone measures nothing, which is no pass."""
+    code, output, cases = pytest_gate(approved, "-k", "gate or as_good")
+    assert code == 1
+    assert all(case.find("failure") is not None for case in cases)
+    assert "nothing was judged" in output
+
+
+def test_a_missing_baseline_fails_the_session(approved):
+    """Measuring with gates but without baselines fails, and says how to make one."""
+    code, output, _ = pytest_gate(approved, baseline="nowhere")
+    assert code == 1
+    assert "there is no baseline folder" in output
