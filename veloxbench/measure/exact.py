@@ -97,8 +97,8 @@ def lattice_vectors(shape: tuple[int, ...], seed: int) -> NDArray[np.float16]:
     length = round((3.5 * head_dim) ** 0.5) // 2 * 2 + 1
     rows: list[NDArray[np.int64]] = []
     found = 0
-    while found < n:
-        drawn = rng.integers(-2, 3, size=(256 * n, head_dim, 2)).sum(axis=-1)
+    while found < n:  # one in a hundred or so has the length
+        drawn = rng.integers(-2, 3, size=(4096, head_dim, 2), dtype=np.int8).sum(axis=-1, dtype=np.int64)
         rows.append(drawn[(drawn**2).sum(axis=-1) == length**2])
         found += len(rows[-1])
     whole = np.concatenate(rows)[:n]

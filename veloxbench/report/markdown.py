@@ -43,14 +43,25 @@ def render(records: Sequence[Record]) -> str:
         return "# Benchmark results\n\nNo records yet: `veloxbench run` makes them.\n"
     standing = latest(records)
     rows = newest(records)
-    models = list(dict.fromkeys(record.subject.model.name for record in rows))
+    models = list(dict.fromkeys(record.subject.model.name for record in rows if record.subject.suite != "exact"))
     parts = [_preamble(standing, len(records) - len(standing)), "## Choosing a target bit rate", _choosing_intro()]
     parts += [_choosing(model, [r for r in rows if r.subject.model.name == model]) for model in models]
     for model in models:
         parts += _model_section(model, [r for r in rows if r.subject.model.name == model])
         parts += _allocation([r for r in standing if r.subject.model.name == model])
+    parts.append(_exact([record for record in rows if record.subject.suite == "exact"]))
     parts += _provenance(standing)
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _exact(records: Sequence[Record]) -> str:
+    if not records:
+        return ""
+    facts = sum(len(record.metrics) + len(record.samples) for record in records)
+    return (
+        f"## Exact facts\n\n{len(records)} cases on fixed inputs gave {facts} digests, sizes and sums; they are not for "
+        "reading but for `veloxbench gate`, which compares them."
+    )
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
