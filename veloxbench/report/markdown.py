@@ -59,8 +59,8 @@ def _exact(records: Sequence[Record]) -> str:
         return ""
     facts = sum(len(record.metrics) + len(record.samples) for record in records)
     return (
-        f"## Exact facts\n\n{len(records)} cases on fixed inputs gave {facts} digests, sizes and sums; they are not for "
-        "reading but for `veloxbench gate`, which compares them."
+        f"## Exact facts\n\n{len(records)} cases on fixed inputs gave {facts} digests, sizes and sums; they are not "
+        "for reading but for `veloxbench gate`, which compares them."
     )
 
 
