@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from typing import Any
 
 import mlx.core as mx
@@ -25,9 +24,7 @@ from veloxquant_mlx.cache.fused import FusedKVCache, fuse, fused_route, remove_r
 from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
-needs_compiler = pytest.mark.skipif(
-    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="the emulator needs a C++ compiler"
-)
+needs_compiler = pytest.mark.usefixtures("compiler")
 STEPS = 5
 
 

@@ -315,6 +315,26 @@ def test_bad_input_is_refused(call, error, message):
         call()
 
 
+NO_ROWS = {
+    "pack_codes": lambda: pack_codes(CODES[:0], 4),
+    "unpack_codes": lambda: unpack_codes(WORDS[:0], 4, 64),
+    "pack_trits": lambda: pack_trits(CODES[:0]),
+    "unpack_trits": lambda: unpack_trits(CODES[:0], 64),
+    "rotate_quantize_pack": lambda: rotate_quantize_pack(X[:0], SIGNS, mx.zeros((15,)), 4),
+    "unpack_dequantize_unrotate": lambda: unpack_dequantize_unrotate(WORDS[:0], NORMS[:0], mx.zeros((16,)), SIGNS, 4),
+    "affine_quantize_pack": lambda: affine_quantize_pack(X[:0], 4, 32),
+    "kivi_quantize_pack": lambda: kivi_quantize_pack(X[:0], 4, 32),
+    "affine_unpack_dequantize": lambda: affine_unpack_dequantize(WORDS[:0], NORMS[:0], NORMS[:0], 4, 64, 64),
+}
+
+
+@pytest.mark.parametrize("call", NO_ROWS.values(), ids=NO_ROWS)
+def test_no_tokens_are_refused(call):
+    """An array without rows (T = 0) is refused by every kernel, naming the shape."""
+    with pytest.raises(ValueError, match=r"at least one element, got shape \(0, "):
+        call()
+
+
 @pytest.mark.skipif(mx.metal.is_available(), reason="this machine has a Metal device")
 def test_metal_without_a_device_is_refused():
     """Asking for Metal where there is none fails loudly."""

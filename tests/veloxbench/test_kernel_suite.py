@@ -20,7 +20,7 @@ def kernel_grid(grid_file):
     return grid_file
 
 
-def test_a_run_records_traffic_and_the_page_shows_it(cut_model, kernel_grid, tmp_path):
+def test_a_run_records_traffic_and_the_page_shows_it(compiler, cut_model, kernel_grid, tmp_path):
     """At 4096 tokens and 2 bits packed bytes are read once, all else is within a tenth, and two runs agree exactly."""
     found = []
     for name in ("first", "second"):
@@ -56,7 +56,7 @@ def test_the_shape_comes_from_the_models_configuration(tmp_path):
     assert "does not say num_attention_heads" in refusal(None, 4)
 
 
-def test_what_cannot_be_counted_is_unsupported(monkeypatch):
+def test_what_cannot_be_counted_is_unsupported(compiler, monkeypatch):
     """A head that fits no kernel, and a machine without a compiler, each with its reason."""
     assert "got 72" in refusal(HeadShape(72, 1), 4)
     monkeypatch.setenv("PATH", "")
@@ -68,7 +68,7 @@ def test_what_cannot_be_counted_is_unsupported(monkeypatch):
         emulator.find_compiler.cache_clear()
 
 
-def test_a_mask_is_one_byte_a_token_and_everything_else_stays():
+def test_a_mask_is_one_byte_a_token_and_everything_else_stays(compiler):
     """The record counts a step with a bool mask; packed bytes are read once with it as without."""
     metrics, samples = measure(Traffic(64), HeadShape(64, 2), 4)
     assert samples == {}

@@ -1,3 +1,5 @@
+"""What all tests share: a C++ compiler for the emulator, or a skip that says why."""
+
 import os
 
 import pytest
