@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,8 +150,9 @@ class BaselineFile(_Frozen):
         return all(machine.get(name) == value for name, value in self.machine.items())
 
     def to_text(self) -> str:
-        """The file's text, one line per sample list so that a diff can be read."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+        """The file's text, a list of samples on one line so that a diff can be read."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True)
+        return re.sub(r"\[[-+\d.eE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
 MACHINE_FIELDS = ("chip_family", "device", "mlx")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from veloxbench.methods import Arm
 from veloxbench.records import Estimate, MethodRef, ModelRef, content_hash
 
-N_SKETCHES = 16
+N_SKETCHES = 8
 DIGEST_HEX = 12
 """Hexadecimal digits of a digest kept in a metric: 48 bits, which a double holds exactly."""
 
@@ -123,7 +123,7 @@ def digest(value: Product) -> int:
 
 
 def sketch(values: NDArray[np.floating[Any]]) -> list[float]:
-    """Sums under 16 fixed patterns of signs, each divided by sqrt(n): as large as a value is, moved by every change."""
+    """Sums under fixed patterns of signs, each divided by sqrt(n): as large as a value is, moved by every change."""
     flat = np.asarray(values, dtype=np.float64).ravel()
     signs = np.random.default_rng(flat.size).integers(0, 2, size=(N_SKETCHES, flat.size)) * 2.0 - 1.0
     return [float(total) for total in signs @ flat / np.sqrt(flat.size)]

@@ -14,7 +14,7 @@ import veloxquant_kernels
 import veloxquant_mlx
 from veloxbench.adapter import arrays_of
 from veloxbench.environment import source_hash
-from veloxbench.measure.exact import Case, FixedInputs, Products
+from veloxbench.measure.exact import Case, FixedInputs, Products, digest
 from veloxquant_mlx.allocators.allocation import BitAllocation, shuffled
 from veloxquant_mlx.allocators.curves import DistortionCurves, Weighting, fit_distortion_curve
 from veloxquant_mlx.allocators.ratequant import UNITS, allocate_bits_continuous, allocate_bits_ratequant
@@ -51,15 +51,17 @@ def _inputs(head_dim: int, seed: int, tokens: int) -> tuple[mx.array, mx.array]:
 
 def _account(name: str, cache: Any) -> Products:
     """What a cache holds now and what attention would read, each name starting with ``name``."""
+    keys, values = cache.fetch(cache.size(), mx.float32)
+    return {**_held(name, cache), f"{name}_keys": keys, f"{name}_values": values}
+
+
+def _held(name: str, cache: Any) -> Products:
     leaves = arrays_of(cache)
     codes = [np.array(leaf).tolist() for leaf in leaves if leaf.dtype not in (mx.float16, mx.float32)]
     halves = [np.array(leaf).tolist() for leaf in leaves if leaf.dtype == mx.float16]
-    keys, values = cache.fetch(cache.size(), mx.float32)
     return {
         f"{name}_codes": codes,
         f"{name}_halves": halves,
-        f"{name}_keys": keys,
-        f"{name}_values": values,
         f"{name}_tokens": cache.size(),
         f"{name}_bits_per_value": float(cache.bits_per_value()),
         f"{name}_formula_bytes": float(cache.formula_nbytes()),
@@ -90,11 +92,11 @@ def _whole_life(make: Callable[[], PackedKVCache], *, head_dim: int = INPUTS.hea
     products["trimmable"] = int(cache.is_trimmable())
     if cache.is_trimmable():
         cache.trim(INPUTS.trimmed)
-        products |= _account("trimmed", cache)
+        products |= _held("trimmed", cache)
     _feed(cache, keys[:, :, total:], values[:, :, total:], (INPUTS.again,))
     products |= _account("again", cache)
-    restored = PackedKVCache.from_state(cache.state)
-    products |= _account("restored", restored)
+    again, restored = _account("", cache), _account("", PackedKVCache.from_state(cache.state))
+    products["restored_unlike"] = sum(digest(again[name]) != digest(restored[name]) for name in again)
     return products
 
 
