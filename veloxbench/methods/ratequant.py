@@ -22,10 +22,12 @@ from veloxquant_mlx.allocators.ratequant import (
     allocate_bits_ratequant,
     calibrate_layer_sensitivities,
     fit_distortion_curve,
+    refine_distortion_curve,
     shuffled,
 )
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.methods import make_options
+from veloxquant_mlx.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Recipe:
         sinks: first tokens kept in fp16, paid for.
         min_bits: smallest width.
         weighting: how gradients meet errors.
+        refined_at: uniform width at which the heads' real contributions correct the forecast; 0 for none.
     """
 
     base: str
@@ -45,6 +48,7 @@ class Recipe:
     sinks: int
     min_bits: int
     weighting: Weighting = "coherent"
+    refined_at: int = 0
 
 
 _STATIC = Recipe("turboquant_static", unit="head", sinks=1, min_bits=0)
@@ -76,22 +80,31 @@ def ratequant(
     sinks: int | None = None,
     min_bits: int | None = None,
     weighting: Weighting | None = None,
+    refined_at: int | None = None,
     at_tokens: int = 2048,
     shuffle: int = 0,
 ) -> list[Any]:
     """Calibrate once per model (kept on disk), allocate, build.
 
     Args:
-        base: as in :class:`Recipe`, and so the next four; absent: the target's recipe.
+        base: as in :class:`Recipe`, and so the next five; absent: the target's recipe.
         unit: likewise.
         sinks: likewise.
         min_bits: likewise.
         weighting: likewise.
+        refined_at: likewise.
         at_tokens: sequence length at which the target holds: fp16 sinks weigh more in shorter ones.
         shuffle: 0 for RateQuant's allocation; otherwise the seed of a random permutation of its widths, the
             baseline that an allocation has to beat.
     """
-    given: dict[str, Any] = {"base": base, "unit": unit, "sinks": sinks, "min_bits": min_bits, "weighting": weighting}
+    given: dict[str, Any] = {
+        "base": base,
+        "unit": unit,
+        "sinks": sinks,
+        "min_bits": min_bits,
+        "weighting": weighting,
+        "refined_at": refined_at,
+    }
     recipe = replace(RECIPES[target], **{name: value for name, value in given.items() if value is not None})
     curves = _curves(context, recipe)
     with warnings.catch_warnings():
@@ -106,29 +119,39 @@ def ratequant(
 
 
 def _curves(context: BuildContext, recipe: Recipe) -> DistortionCurves:
-    """Sensitivities and curves of this model, from disk where this code has made them before."""
+    """Curves of this model, from disk where this code has made them before."""
     code = source_hash(veloxquant_mlx, veloxquant_kernels)
     place = context.cache_folder / content_hash([context.model_id, context.n_layers, code])[:24]
     place.mkdir(parents=True, exist_ok=True)
-    curves_path = place / f"curves-{recipe.base}-{recipe.sinks}-{recipe.weighting}.json"
-    sensitivities_path = place / "sensitivities.safetensors"
-    if curves_path.exists():
-        return DistortionCurves.load(curves_path)
-    if sensitivities_path.exists():
-        sensitivities = Sensitivities.load(sensitivities_path)
-    else:
-        sensitivities = calibrate_layer_sensitivities(context.model, context.tokenizer)
-        _save(sensitivities, sensitivities_path)
+    path = place / f"curves-{recipe.base}-{recipe.sinks}-{recipe.weighting}-{recipe.refined_at}.json"
+    if path.exists():
+        return DistortionCurves.load(path)
     options = make_options(recipe.base, {})
-    curves = fit_distortion_curve(
-        sensitivities,
-        lambda bits: options.quantizer("keys", bits, 0),
-        widths=tuple(options.widths),
-        sinks=recipe.sinks,
-        weighting=recipe.weighting,
-    )
-    _save(curves, curves_path)
+
+    def quantizer(bits: int) -> Quantizer:
+        return options.quantizer("keys", bits, 0)
+
+    if recipe.refined_at:
+        forecast = _curves(context, replace(recipe, refined_at=0))
+        curves = refine_distortion_curve(context.model, context.tokenizer, forecast, recipe.refined_at, quantizer)
+    else:
+        curves = fit_distortion_curve(
+            _sensitivities(context, place / "sensitivities.safetensors"),
+            quantizer,
+            widths=tuple(options.widths),
+            sinks=recipe.sinks,
+            weighting=recipe.weighting,
+        )
+    _save(curves, path)
     return curves
+
+
+def _sensitivities(context: BuildContext, path: Path) -> Sensitivities:
+    if path.exists():
+        return Sensitivities.load(path)
+    sensitivities = calibrate_layer_sensitivities(context.model, context.tokenizer)
+    _save(sensitivities, path)
+    return sensitivities
 
 
 def _save(artefact: DistortionCurves | Sensitivities, path: Path) -> None:

@@ -27,6 +27,7 @@ from veloxquant_mlx.allocators.allocation import (
     reverse_water_filling,
     shuffled,
 )
+from veloxquant_mlx.allocators.attribution import refine_distortion_curve
 from veloxquant_mlx.allocators.curves import (
     DistortionCurve,
     DistortionCurves,
@@ -43,6 +44,7 @@ __all__ = [
     "allocate_bits_ratequant",
     "calibrate_layer_sensitivities",
     "fit_distortion_curve",
+    "refine_distortion_curve",
     "shuffled",
 ]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -245,6 +245,22 @@ def probe_layers(model: Module) -> tuple[int, ...]:
     return tuple(i for i, cache in enumerate(make_prompt_cache(model)) if _attention_part(cache) is not None)
 
 
+def probed_caches(model: Module, probes: Mapping[int, ProbeCache]) -> list[Any]:
+    """The model's own caches with probes in place of the keys and values of some.
+
+    Args:
+        model: an mlx-lm model.
+        probes: by index of the cache.
+    """
+    caches = list(make_prompt_cache(model))
+    for layer, probe in probes.items():
+        own = caches[layer]
+        parts = own.caches if isinstance(own, CacheList) else [own]
+        probed = [probe if part is _attention_part(own) else part for part in parts]
+        caches[layer] = CacheList(*probed) if isinstance(own, CacheList) else probe  # type: ignore[no-untyped-call]
+    return caches
+
+
 def sequence_loss(
     model: Module,
     tokens: mx.array,
@@ -263,13 +279,8 @@ def sequence_loss(
         The loss in nats (a scalar, fp32), and for each layer the keys and values ``[1, H, T, D]`` before the
         errors.
     """
-    caches = list(make_prompt_cache(model))
     probes = [ProbeCache(delta) for delta in (deltas if deltas is not None else [None] * len(layers))]
-    for layer, probe in zip(layers, probes, strict=True):
-        own = caches[layer]
-        parts = own.caches if isinstance(own, CacheList) else [own]
-        probed = [probe if part is _attention_part(own) else part for part in parts]
-        caches[layer] = CacheList(*probed) if isinstance(own, CacheList) else probe  # type: ignore[no-untyped-call]
+    caches = probed_caches(model, dict(zip(layers, probes, strict=True)))
     logits = model(tokens[None], cache=caches)[0, :-1].astype(mx.float32)
     loss = cross_entropy(logits, tokens[1:], reduction="sum")
     seen = []
