@@ -3,12 +3,19 @@
 import json
 import re
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from veloxbench.adapter import CacheUnderTest, engagement
 from veloxbench.cli import _run as veloxbench
 from veloxbench.measure.kernels import HeadShape, Traffic, head_shape, measure, refusal
+from veloxbench.models import load_model, resolve_model
 from veloxbench.store import read_records
 from veloxquant_kernels import emulator
+from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
+from veloxquant_mlx.cache.fused import remove_route
 
 KINDS = ("partials", "codebooks", "signs", "mask", "queries", "output")
 
@@ -74,3 +81,30 @@ def test_a_mask_is_one_byte_a_token_and_everything_else_stays(compiler):
     assert samples == {}
     assert metrics["packed_reads"].value == 1.0
     assert metrics["mask_percent"].value == pytest.approx(100 * 64 / (64 * 68))
+
+
+def test_a_fused_method_through_the_harness_says_so_per_layer(compiler):
+    """The executed kernel behind the harness' adapter: the default model's first two layers give the plain path's
+    logits, and each layer's engagement names the path and its reasons (none for fp16, which has no choice)."""
+    model, _ = load_model(resolve_model("smollm2-135m"), n_layers=2)
+    tokens = mx.array([[504, 1789, 29, 8, 21, 30, 44]])
+
+    def run(config):
+        caches = [CacheUnderTest(cache) for cache in KVCacheBuilder.build(model, config)]
+        model(tokens[:, :4], cache=caches)
+        logits = [model(tokens[:, i : i + 1], cache=caches) for i in range(4, 7)]
+        layers = engagement(caches, [True, True], PackedKVCache)
+        return np.array(mx.concatenate(logits, axis=1)), layers
+
+    turboquant = {"method": "turboquant_mse", "code_bits": 4}
+    expected, plain = run(KVCacheConfig(**turboquant, fused="off"))
+    logits, fused = run(KVCacheConfig(**turboquant, fused="on", fused_backend="emulator"))
+    remove_route()
+    # fp32 sums in another order; a code that flips on it would show as 1e-2
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * float(np.std(expected)))
+    assert [layer.attention for layer in plain] == ["plain (switched off)"] * 2
+    assert [layer.attention for layer in fused] == ["fused 3, plain 1 (several new tokens)"] * 2
+    assert [layer.used_bytes for layer in fused] == [layer.used_bytes for layer in plain]
+    fp16 = [CacheUnderTest(cache) for cache in make_prompt_cache(model)]
+    model(tokens, cache=fp16)
+    assert [layer.attention for layer in engagement(fp16, [True, True], KVCache)] == [None, None]
