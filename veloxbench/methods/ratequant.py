@@ -32,7 +32,7 @@ from veloxquant_mlx.quantizers.base import Quantizer
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a target is met.
+    """How a target is met; the defaults are RateQuant at its plainest.
 
     Attributes:
         base: the method that codes.
@@ -43,17 +43,24 @@ class Recipe:
         refined_at: uniform width at which the heads' real contributions correct the forecast; 0 for none.
     """
 
-    base: str
-    unit: str
-    sinks: int
-    min_bits: int
+    base: str = "turboquant_mse"
+    unit: str = "layer"
+    sinks: int = 0
+    min_bits: int = 1
     weighting: Weighting = "coherent"
     refined_at: int = 0
 
 
-_STATIC = Recipe("turboquant_static", unit="head", sinks=1, min_bits=0)
+_BY_HEAD = Recipe(unit="head")
+_COARSE = Recipe("turboquant_static", unit="head", sinks=1, refined_at=2)
 
-RECIPES: Mapping[float, Recipe] = {4.0: _STATIC, 3.0: _STATIC, 2.0: _STATIC, 1.5: _STATIC, 1.0: _STATIC}
+RECIPES: Mapping[float, Recipe] = {
+    4.0: _BY_HEAD,
+    3.0: _BY_HEAD,
+    2.0: _COARSE,
+    1.5: _COARSE,
+    1.0: replace(_COARSE, min_bits=0),
+}
 """For each target the recipe of least mean KLD on calibration text (profile ``ratequant-recipes``)."""
 
 
@@ -87,7 +94,8 @@ def ratequant(
     """Calibrate once per model (kept on disk), allocate, build.
 
     Args:
-        base: as in :class:`Recipe`, and so the next five; absent: the target's recipe.
+        base: as in :class:`Recipe`, and so the next five. Without any of them the target's recipe is taken; with one,
+            the others are the plainest.
         unit: likewise.
         sinks: likewise.
         min_bits: likewise.
@@ -105,7 +113,8 @@ def ratequant(
         "weighting": weighting,
         "refined_at": refined_at,
     }
-    recipe = replace(RECIPES[target], **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    recipe = Recipe(**given) if given else RECIPES[target]
     curves = _curves(context, recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the realised cost is in every record
