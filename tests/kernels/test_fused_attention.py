@@ -117,6 +117,12 @@ def test_the_schedule_does_not_change_a_bit(seed, mode):
     assert bool(mx.array_equal(run(case, mode, seed, split_tokens=32), run(case, mode, 99, split_tokens=32)))
 
 
+def test_a_hundred_and_twenty_eight_thousand_tokens():
+    """The longest context: as many splits as the traffic allows, within the same bound."""
+    case = small(n_packed=131072, n_kv_heads=1, group=1, bits=(2, 2))
+    assert attention_error(run(case, "fast"), *case, 0.125) <= 1
+
+
 def test_only_uncompressed_tokens():
     """A cache whose tokens all lie in sinks and tail."""
     case = small(n_packed=0, n_sinks=2, n_tail=5)

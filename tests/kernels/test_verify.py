@@ -1,7 +1,5 @@
 """The verification that users run: it reaches every line of every body, passes here, and notices a wrong body."""
 
-import shutil
-
 import pytest
 
 from veloxquant_kernels import emulator, kernel, verify
@@ -44,10 +42,8 @@ def test_an_outcome_beyond_its_bound_fails(error):
     assert not verify.Outcome("kernel", "case", "emulator", error).passed
 
 
-def test_every_line_of_every_body_runs(tmp_path, monkeypatch):
+def test_every_line_of_every_body_runs(gcov, tmp_path, monkeypatch):
     """gcov: each executable line of each shipped body and header runs in the verification's cases."""
-    if not shutil.which("gcov"):
-        pytest.skip("gcov is not installed")
     monkeypatch.setenv("VELOXBENCH_CACHE", str(tmp_path))
     with emulator.session("coverage") as record:
         for case in verify.cases():
