@@ -333,7 +333,7 @@ def kernels(
         except CompilerNotFound as error:
             raise UnfitEnvironmentError(f"there is no Metal device here, and no emulator: {error}") from error
     if default_backend() == "emulator":
-        print(f"There is no Metal device here; the CPU emulator ran the kernels: {places['emulator']}.\n")
+        print(f"There is no Metal device here; the CPU emulator {places['emulator']}.\n")
     results = by_kernel(outcomes)
     rows = [
         (

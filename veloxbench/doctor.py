@@ -54,7 +54,7 @@ def kernel_backends() -> Iterator[Check]:
     metal = mx.metal.is_available()
     yield Check("metal", None, "available" if metal else "no Metal device: caches compute in plain MLX")
     try:
-        emulator = f"kernels' text compiled by {find_compiler()[1]}"
+        emulator = f"runs the kernels' own text, compiled by {find_compiler()[1]}"
     except CompilerNotFound as error:
         emulator = str(error)
     yield Check("emulator", None, emulator)
