@@ -348,6 +348,8 @@ def _compare(group: Group, file: BaselineFile) -> list[Finding | _Pending]:
         elif head.status != entry.approved.status:
             reason = f"the baseline was {entry.approved.status}, this run's record is {head.status}"
             found.append(Finding(group.tier, name, "all", Verdict.REGRESS, reason))
+        elif head.status == "unsupported":
+            found.append(Finding(group.tier, name, "all", Verdict.PASS, "not supported, as in the baseline"))
         elif group.tier == "exact":
             found += _exact(name, head, entry.approved)
         else:
@@ -380,7 +382,7 @@ def _exact(name: str, head: Snapshot, base: Snapshot) -> list[Finding]:
     if changed:
         return changed
     count = len(base.metrics) + len(base.samples)
-    if count == 0 and head.status == "measured":
+    if count == 0:
         return [Finding("exact", name, "all", Verdict.REGRESS, "the record has no exact metric: nothing was compared")]
     return [Finding("exact", name, f"{count} metrics", Verdict.PASS, "all equal")]
 
@@ -425,7 +427,7 @@ def _quality(name: str, head: Snapshot, entry: Entry) -> list[Finding | _Pending
     found += [
         Finding("quality", name, metric, Verdict.NO_BASELINE, "the baseline does not have it") for metric in missing
     ]
-    if not entry.approved.samples and head.status == "measured":
+    if not entry.approved.samples:
         found.append(Finding("quality", name, "all", Verdict.REGRESS, "the baseline has no samples to compare with"))
     return found
 

@@ -33,6 +33,7 @@ def quality_record(
     hardware: dict[str, Any] | None = None,
     started: datetime = NOW,
     drop: tuple[str, ...] = (),
+    refused: str | None = None,
     **provenance: Any,
 ) -> Record:
     """A chunked perplexity record of the gate profile."""
@@ -60,9 +61,10 @@ def quality_record(
             harness="h",
             machine_class="k",
         ),
-        status="measured",
-        metrics={name: value for name, value in metrics.items() if name not in drop},
-        samples={name: value for name, value in samples.items() if name not in drop},
+        status="measured" if refused is None else "unsupported",
+        reason=refused,
+        metrics={} if refused else {name: value for name, value in metrics.items() if name not in drop},
+        samples={} if refused else {name: value for name, value in samples.items() if name not in drop},
         engagement=[],
         provenance=Provenance(
             started=started,

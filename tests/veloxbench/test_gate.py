@@ -218,6 +218,13 @@ def test_a_benchmark_that_produced_nothing_fails():
     assert missing == {"kld_mean", "delta_nll"}
 
 
+def test_what_was_refused_then_and_now_passes_and_a_new_refusal_does_not():
+    """An arm that mlx-lm does not support is as it was approved; one that it supported before is a regression."""
+    refused = quality_record(refused="not supported by mlx-lm")
+    assert exit_code(judge([refused], from_records([refused], "base"))) is ExitCode.PASS
+    assert exit_code(judge([refused], from_records([quality_record()], "base"))) is ExitCode.REGRESSION
+
+
 def test_a_metric_that_the_baseline_lacks_is_not_a_pass():
     """Exit 3 until somebody approves it."""
     base = quality_record(drop=("delta_nll",))

@@ -83,18 +83,18 @@ def test_centroids_five_percent_off_are_a_regression_of_quality(approved, monkey
     assert ("quality", "kld_mean") in regressed
 
 
-def pytest_gate(folder: Path, *options: str, baseline: str = "baselines") -> tuple[int, str, list[ET.Element]]:
+def pytest_gate(folder: Path, *modules: str, baseline: str = "baselines") -> tuple[int, str, list[ET.Element]]:
     junit = folder / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "suites/test_perplexity.py", "suites/test_gate.py", "--benchmark", "-q"]
+    command = [sys.executable, "-m", "pytest", *(f"suites/{name}.py" for name in modules), "--benchmark", "-q"]
     command += ["--veloxbench-profile", str(folder / "mine.toml"), "--veloxbench-out", str(folder / "results")]
     command += ["--veloxbench-baseline", str(folder / baseline), "--junitxml", str(junit), "-p", "no:cacheprovider"]
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, list(ET.parse(junit).iter("testcase"))
 
 
 def test_gates_are_pytest_items(approved):
     """Each subject of the baselines is an item with its figures in the JUnit file, after the measurements."""
-    code, output, cases = pytest_gate(approved)
+    code, output, cases = pytest_gate(approved, "test_perplexity", "test_gate")
     assert code == 0, output
     gates = [case for case in cases if "test_subject_is_as_good" in case.attrib["name"]]
     # fp16 and one arm, each in the exact and in the quality tier
@@ -109,7 +109,7 @@ def test_gates_are_pytest_items(approved):
 
 def test_a_gated_metric_that_no_item_produced_fails(approved):
     """Selecting the gates alone measures nothing, which is no pass."""
-    code, output, cases = pytest_gate(approved, "-k", "gate or as_good")
+    code, output, cases = pytest_gate(approved, "test_gate")
     assert code == 1
     assert all(case.find("failure") is not None for case in cases)
     assert "nothing was judged" in output
@@ -117,6 +117,6 @@ def test_a_gated_metric_that_no_item_produced_fails(approved):
 
 def test_a_missing_baseline_fails_the_session(approved):
     """Measuring with gates but without baselines fails, and says how to make one."""
-    code, output, _ = pytest_gate(approved, baseline="nowhere")
+    code, output, _ = pytest_gate(approved, "test_gate", baseline="nowhere")
     assert code == 1
     assert "there is no baseline folder" in output
