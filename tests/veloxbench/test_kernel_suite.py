@@ -14,6 +14,7 @@ from veloxbench.measure.kernels import HeadShape, Traffic, head_shape, measure, 
 from veloxbench.models import load_model, resolve_model
 from veloxbench.store import read_records
 from veloxquant_kernels import emulator
+from veloxquant_kernels.emulator import build
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.cache.fused import remove_route
 
@@ -81,6 +82,18 @@ def test_a_mask_is_one_byte_a_token_and_everything_else_stays(compiler):
     assert samples == {}
     assert metrics["packed_reads"].value == 1.0
     assert metrics["mask_percent"].value == pytest.approx(100 * 64 / (64 * 68))
+
+
+def test_counts_do_not_depend_on_the_compilers_optimisation(compiler, monkeypatch):
+    """No load is merged or dropped before it is counted: -O0 and -O2 give the figures of -O1, so any machine does."""
+    expected, _ = measure(Traffic(64), HeadShape(64, 2), 4)
+    for level in ("-O0", "-O2"):
+        flags = {"checked": tuple(level if flag == "-O1" else flag for flag in build._KERNEL_FLAGS["checked"])}
+        monkeypatch.setattr(build, "_KERNEL_FLAGS", flags)
+        build._build.cache_clear()
+        assert measure(Traffic(64), HeadShape(64, 2), 4)[0] == expected
+        monkeypatch.undo()
+    build._build.cache_clear()
 
 
 def test_a_fused_method_through_the_harness_says_so_per_layer(compiler):
