@@ -5,7 +5,8 @@ finds its baseline. The implementation under test is never in it. By tier:
 
 - ``exact`` (bytes, codes, allocations): weights, tokenizer, text, protocol; for codes the kind of device. Holds on
   every machine.
-- ``quality``: the same, and the chip family, the device and MLX's minor version, which move rounding.
+- ``quality``: the same, and the chip family, the device, MLX's minor version and the order of fp32 sums
+  (:func:`veloxbench.environment.rounding`): another order draws the quantization noise anew.
 
 Stored timings gate nothing: another day of the same machine differs by more than a regression does.
 A file is written whole by :func:`approve` alone, and carries the hash of its content.
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
@@ -155,11 +156,11 @@ class BaselineFile(_Frozen):
         return re.sub(r"\[[-+\d.eE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
-MACHINE_FIELDS = ("chip_family", "device", "mlx")
+MACHINE_FIELDS = ("chip_family", "device", "mlx", "rounding")
 
 
 def chip_family(hardware: Mapping[str, JsonValue]) -> str:
-    """``x86-64``, ``apple-silicon`` or ``arm64``: chips whose rounding differs by less than the quality margins."""
+    """``x86-64``, ``apple-silicon`` or ``arm64``."""
     machine = str(hardware.get("machine", "")).lower()
     if machine in ("x86_64", "amd64"):
         return "x86-64"
@@ -169,11 +170,12 @@ def chip_family(hardware: Mapping[str, JsonValue]) -> str:
 
 
 def machine_fields(hardware: Mapping[str, JsonValue], versions: Mapping[str, str]) -> dict[str, JsonValue]:
-    """Chip family, device and MLX's minor version of a machine."""
+    """Chip family, device, MLX's minor version and the order of fp32 sums of a machine."""
     return {
         "chip_family": chip_family(hardware),
         "device": hardware.get("device"),
         "mlx": ".".join(versions.get("mlx", "unknown").split(".")[:2]),
+        "rounding": hardware.get("rounding"),
     }
 
 
@@ -296,6 +298,13 @@ class Baselines:
 
     files: tuple[BaselineFile, ...]
     origin: str
+    tiers: tuple[StoredTier, ...] = get_args(StoredTier)
+    """The tiers that are judged by them."""
+
+    def of_tiers(self, tiers: Sequence[str]) -> Baselines:
+        """Those of some tiers, to judge these alone."""
+        chosen = tuple(tier for tier in self.tiers if tier in tiers)
+        return Baselines(tuple(file for file in self.files if file.tier in chosen), self.origin, chosen)
 
     def find(self, group: Group) -> BaselineFile | None:
         """The file that a group is compared with."""

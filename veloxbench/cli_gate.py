@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from veloxbench.errors import BaselineError, UsageError
+from veloxbench.errors import BaselineError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from veloxbench.baselines import BaselineFile, Proposal, Snapshot
@@ -66,6 +66,9 @@ def gate(
     profile: ProfileOption = "gate",
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on standard output.")] = False,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write the findings as JUnit XML here.")] = None,
+    tier: Annotated[
+        str | None, typer.Option(help="Judge **exact** or **quality** alone; exact holds on every machine.")
+    ] = None,
 ) -> None:
     """Judge a run by the baselines: exact facts are equal, quality lost no more than its limit.
 
@@ -76,7 +79,7 @@ def gate(
 
     **Example:** `veloxbench run --profile gate && veloxbench gate`
     """
-    from veloxbench.baselines import read_baselines
+    from veloxbench.baselines import StoredTier, read_baselines
     from veloxbench.gate import judge
     from veloxbench.report.github import publish
     from veloxbench.report.junit import junit
@@ -84,7 +87,9 @@ def gate(
     from veloxbench.verdicts import exit_code, overall, sentence
 
     stored = read_baselines(baseline)
-    findings = judge(read_run(records, profile), stored, profile=profile)
+    if tier is not None and tier not in get_args(StoredTier):
+        raise unknown_name("tier", tier, get_args(StoredTier))
+    findings = judge(read_run(records, profile), stored if tier is None else stored.of_tiers([tier]), profile=profile)
     code = exit_code(findings)
     if junit_file is not None:
         write_text(junit_file, junit(findings))
