@@ -118,7 +118,8 @@ class SuiteRun:
 
         if self.session is not None:
             self.session.close()
-        write_pages(self.folder, self.store.records())
+        if self.produced:
+            write_pages(self.folder, self.store.records())
         self.exits.close()
 
 
