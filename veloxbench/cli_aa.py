@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from veloxbench.decode_timing import DecodeSpec
 
 aa = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +30,7 @@ def record(
         int | None, typer.Option(help="Keep both sides on this core (Linux), beside other work on the others.")
     ] = None,
     threads: Annotated[int, typer.Option(help="BLAS threads of each side; recorded with the series.")] = 1,
+    model: Annotated[str, typer.Option(help="A name from `veloxbench models`, or a directory.")] = "smollm2-135m",
     depth: Annotated[int, typer.Option(help="Tokens in the cache before the timed steps.")] = 128,
     steps: Annotated[int, typer.Option(help="Timed decode steps of a sample.")] = 3,
     method: Annotated[str, typer.Option(help="The cache whose decode is timed, from `veloxbench methods`.")] = (
@@ -45,5 +49,192 @@ def record(
     from veloxbench.aa.record import record as record_series
     from veloxbench.decode_timing import DecodeSpec
 
-    decode = DecodeSpec(method=method, target=None if method == "fp16" else target, depth=depth, steps=steps)
+    decode = DecodeSpec(
+        model=model, method=method, target=None if method == "fp16" else target, depth=depth, steps=steps
+    )
     record_series(RecordSpec(decode=decode, hours=hours, threads=threads, core=core), out, to_stderr)
+
+
+RATES = "error-rates.json"
+
+
+@aa.command()
+def live(
+    series: Annotated[Path, typer.Argument(help="A recorded series: its benchmark and calibrated work are used.")],
+    out: Annotated[Path, typer.Option(help="Journal of the gates; running goes on where it ended.")],
+    gates: Annotated[int, typer.Option(help="Gates of each slowdown that the journal shall hold in the end.")] = 20,
+    slowdown: Annotated[str, typer.Option(help="Percent of extra work in head, separated by commas; 0 is A/A.")] = (
+        "0,5"
+    ),
+) -> None:
+    """Run whole gates live, each with two fresh processes: the same code, and head slowed down.
+
+    **Example:** `veloxbench aa live aa.jsonl --gates 20 --slowdown 0,5 --out live.jsonl`
+    """
+    from veloxbench.aa.live import run_live
+    from veloxbench.aa.record import to_stderr
+    from veloxbench.decode_timing import default_clock
+    from veloxbench.timing_gate import TimingSpec
+
+    run_live(series, out, _shares(slowdown), gates, TimingSpec(), default_clock(), to_stderr)
+
+
+@aa.command()
+def resample(
+    series: Annotated[Path, typer.Argument(help="A recorded series (.jsonl, or .jsonl.xz).")],
+    out: Annotated[Path, typer.Option(help="The record of error rates to write.")] = Path(RATES),
+    gates: Annotated[int, typer.Option(help="Gates to draw for each slowdown.")] = 1000,
+    live_gates: Annotated[Path | None, typer.Option("--live", help="Journal of live gates to count as well.")] = None,
+    clock: Annotated[Literal["wall", "cpu"] | None, typer.Option(help="Default: as the gate on this device.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the gates.")] = 0,
+) -> None:
+    """Draw gates from a recorded series and count how they end, for every slowdown in it.
+
+    **Example:** `veloxbench aa resample aa.jsonl --gates 1000 --out error-rates.json`
+    """
+    from veloxbench.aa.live import read_live
+    from veloxbench.aa.record import to_stderr
+    from veloxbench.aa.resample import error_rates
+    from veloxbench.decode_timing import default_clock
+    from veloxbench.store import write_text
+    from veloxbench.timing_gate import TimingSpec
+
+    rates = error_rates(
+        series,
+        TimingSpec(),
+        default_clock() if clock is None else clock,
+        gates=gates,
+        seed=seed,
+        live=read_live(live_gates) if live_gates else (),
+        message=to_stderr,
+    )
+    write_text(out, rates.model_dump_json(indent=1) + "\n")
+
+
+@aa.command()
+def report(
+    rates: Annotated[Path, typer.Argument(help="A record of error rates, from `veloxbench aa resample`.")],
+    out: Annotated[Path | None, typer.Option(help="Write the page here, and its plot beside it.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Compare with this page; exit 1 if it is stale.")] = None,
+) -> None:
+    """The page of measured error rates (Markdown and a plot), from their record alone.
+
+    **Examples**
+
+    `veloxbench aa report records/timing-gate/error-rates.json --out docs/gate-error-rates.md`
+
+    `veloxbench aa report records/timing-gate/error-rates.json --check docs/gate-error-rates.md`
+    """
+    from veloxbench.aa.page import PLOT, plot, render
+    from veloxbench.aa.resample import read_error_rates
+    from veloxbench.errors import ExitCode
+    from veloxbench.store import write_text
+
+    found = read_error_rates(rates)
+    page = render(found)
+    if check is not None:
+        if not check.exists() or check.read_text(encoding="utf-8") != page:
+            typer.echo(f"{check} is stale: it is not what `veloxbench aa report` writes from {rates}", err=True)
+            raise typer.Exit(int(ExitCode.REGRESSION))
+    elif out is not None:
+        write_text(out, page)
+        write_text(out.with_name(PLOT), plot(found))
+    else:
+        print(page, end="")
+
+
+def _shares(text: str) -> list[float]:
+    from veloxbench.errors import UsageError
+
+    try:
+        return [float(part) / 100 for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--slowdown {text!r} must be percents separated by commas, for example 0,5") from error
+
+
+def compare(
+    base: Annotated[str, typer.Argument(help="A git revision, or a folder or .jsonl file of records.")],
+    head: Annotated[str, typer.Argument(help="What is judged: the same kind of thing.")],
+    repository: Annotated[Path, typer.Option("--repo", help="The repository of the revisions.")] = Path(),
+    profile: Annotated[str, typer.Option(help="What both revisions measure for the exact and quality tiers.")] = "gate",
+    timed: Annotated[
+        str,
+        typer.Option(help="Caches whose decode is timed, as `turboquant_mse@4,mlx-affine@4`; `none` times nothing."),
+    ] = "turboquant_mse@4",
+    model: Annotated[str, typer.Option(help="The model of the timings.")] = "smollm2-135m",
+    tiers: Annotated[str, typer.Option(help="**all**, **records** (exact and quality) or **timing**.")] = "all",
+    minutes: Annotated[float, typer.Option(help="Budget of the timings.")] = 10.0,
+    threads: Annotated[int | None, typer.Option(help="BLAS threads of each side.")] = None,
+    core: Annotated[int | None, typer.Option(help="Keep both sides on this core (Linux).")] = None,
+) -> None:
+    """Judge HEAD by BASE: exact facts, quality and timing of two revisions, or the records of two runs.
+
+    Each revision is exported once and kept in the user's cache; where its dependencies are not those of this
+    environment, it gets its own. Both are measured by this veloxbench, and timed in turns on this machine.
+
+    Exit codes: 0 pass, 1 regression (or a side that crashed), 2 inconclusive, 3 nothing to compare with, 4 usage,
+    5 environment (a build that failed).
+
+    **Examples**
+
+    `veloxbench compare v0.1.0 HEAD`
+
+    `veloxbench compare main HEAD --tiers timing --timed turboquant_mse@4,turboquant_mse@2`
+
+    `veloxbench compare results-before results-after`
+    """
+    import sys
+
+    from veloxbench.cli_gate import print_findings
+    from veloxbench.errors import UsageError, unknown_name
+    from veloxbench.verdicts import exit_code, sentence
+
+    if tiers not in ("all", "records", "timing"):
+        raise unknown_name("tiers", tiers, ("all", "records", "timing"))
+    are_records = [Path(side).exists() for side in (base, head)]
+    if all(are_records):
+        from veloxbench.compare import compare_records
+
+        found = compare_records(Path(base), Path(head))
+    elif any(are_records):
+        records, other = (base, head) if are_records[0] else (head, base)
+        raise UsageError(f"{records} is a set of records and {other} is not: compare two of a kind")
+    else:
+        from veloxbench.aa.record import to_stderr
+        from veloxbench.compare import Plan, compare_revisions
+        from veloxbench.revisions import prepare
+        from veloxbench.timing_gate import TimingSpec
+        from veloxbench.timing_pairs import pin_to_core
+
+        plan = Plan(
+            profile=None if tiers == "timing" else profile,
+            timed={} if tiers == "records" or timed == "none" else _timed(timed, model),
+            spec=TimingSpec(max_seconds=60 * minutes),
+            threads=threads,
+        )
+        if core is not None:
+            pin_to_core(core)
+        sides = [prepare(name, repository) for name in (base, head)]
+        found = compare_revisions(sides[0], sides[1], plan, to_stderr)
+    print_findings(found)
+    print(f"veloxbench compare: {sentence(found)}", file=sys.stderr)
+    raise typer.Exit(int(exit_code(found)))
+
+
+def _timed(text: str, model: str) -> dict[str, DecodeSpec]:
+    from veloxbench.decode_timing import DecodeSpec
+    from veloxbench.errors import UsageError
+    from veloxbench.methods import make_arm, parse_method
+
+    found = {}
+    for part in text.split(","):
+        method, _, target = part.strip().partition("@")
+        name, parameters = parse_method(method)
+        try:
+            arm = make_arm(name, float(target) if target else None, **parameters)
+        except ValueError as error:
+            raise UsageError(f"--timed {part!r} must be METHOD@TARGET, for example turboquant_mse@4") from error
+        found[f"decode of {arm.label}"] = DecodeSpec(
+            model=model, method=arm.method, target=arm.target, parameters=dict(arm.parameters)
+        )
+    return found

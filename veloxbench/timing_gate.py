@@ -59,10 +59,10 @@ class TimingSpec:
     detect: float = 0.05
     alpha: float = 0.01
     beta: float = 0.05
-    looks: tuple[int, ...] = (12, 16, 24, 32, 48, 64, 96)
+    looks: tuple[int, ...] = (12, 16, 24, 32, 48, 64, 96, 128)
     spending: float = 1.0
     canary_drift: float = 0.02
-    max_voids: int = 48
+    max_voids: int = 64
     max_seconds: float = 600.0
 
     def __post_init__(self) -> None:
@@ -82,6 +82,10 @@ class TimingSpec:
         """Each look's share of alpha and beta; they add up to one."""
         spent = (np.array(self.looks) / self.looks[-1]) ** self.spending
         return np.diff(spent, prepend=0.0)
+
+    def looks_made(self, blocks: int) -> int:
+        """How many looks that many blocks allow."""
+        return sum(look <= blocks for look in self.looks)
 
 
 def mirrored_order(names: Sequence[Name], rng: np.random.Generator) -> list[Name]:
@@ -125,22 +129,23 @@ class Block:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """Where a metric stands after some blocks; ``verdict`` is None while it is undecided.
+    """Where a metric stands when its gate ends; ``verdict`` is None if it is undecided.
 
     Attributes:
-        estimate: Hodges-Lehmann slowdown, ``head / base - 1``.
-        low: lower bound of the slowdown at the level that its last look may spend (Holm's factor left out).
-        high: upper bound likewise, at beta's level.
+        log_ratios: of the blocks up to the decision, ``ln(head / base)``.
+        regress_p, pass_p: sequential p-values, see :func:`p_values`.
     """
 
     metric: str
     verdict: Verdict | None
-    blocks: int
-    estimate: float
-    low: float
-    high: float
+    log_ratios: tuple[float, ...]
     regress_p: float
     pass_p: float
+
+    def bounds(self, spec: TimingSpec) -> tuple[float, float, float]:
+        """Slowdown with the bounds that the last look's share of alpha and beta allows: what the verdict rests on."""
+        share = float(spec.shares[max(spec.looks_made(len(self.log_ratios)) - 1, 0)])
+        return slowdown_bounds(self.log_ratios, spec.alpha * share, spec.beta * share)
 
 
 @dataclass(frozen=True)
@@ -165,20 +170,28 @@ def _signed_rank_p(log_ratios: NDArray[np.float64], null: float, alternative: Al
     return p if math.isfinite(p) else 1.0
 
 
+def look_p_values(log_ratios: Sequence[float], share: float, spec: TimingSpec) -> tuple[float, float]:
+    """p / share of one look at the given blocks: for "slower by more than margin" and "by less than detect"."""
+    values = np.asarray(log_ratios, dtype=np.float64)
+    return (
+        _signed_rank_p(values, math.log1p(spec.margin), "greater") / share,
+        _signed_rank_p(values, math.log1p(spec.detect), "less") / share,
+    )
+
+
 def p_values(log_ratios: Sequence[float], spec: TimingSpec) -> tuple[float, float]:
     """Sequential p-values after all looks up to now: of "slower by more than margin" and "by less than detect".
 
     Each is the smallest p / share over the looks made, at most 1: rejecting where it is at most alpha (beta)
     keeps the error rate over any stopping rule.
     """
-    regress = passing = 1.0
-    values = np.asarray(log_ratios, dtype=np.float64)
-    for look, share in zip(spec.looks, spec.shares, strict=True):
-        if look > len(values):
-            break
-        regress = min(regress, _signed_rank_p(values[:look], math.log1p(spec.margin), "greater") / float(share))
-        passing = min(passing, _signed_rank_p(values[:look], math.log1p(spec.detect), "less") / float(share))
-    return regress, passing
+    pairs = [
+        look_p_values(log_ratios[:look], float(share), spec)
+        for look, share in zip(spec.looks, spec.shares, strict=True)
+        if look <= len(log_ratios)
+    ]
+    regress, passing = zip((1.0, 1.0), *pairs, strict=True)
+    return min(regress), min(passing)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -233,12 +246,13 @@ class _Tally:
     def __init__(self, spec: TimingSpec) -> None:
         self.spec = spec
         self.log_ratios: dict[str, list[float]] = {}
-        self.verdicts: dict[str, tuple[Verdict, int]] = {}
+        self.decided: dict[str, tuple[Verdict, int]] = {}
         self.p: dict[str, tuple[float, float]] = {}
 
     def expect(self, metrics: Iterable[str]) -> None:
         for metric in metrics:
             self.log_ratios.setdefault(metric, [])
+            self.p.setdefault(metric, (1.0, 1.0))
 
     def add(self, block: Block) -> None:
         for metric in block.sides:
@@ -252,25 +266,25 @@ class _Tally:
         (blocks,) = counts
         if blocks not in self.spec.looks:
             return False
-        for metric, values in self.log_ratios.items():
-            if metric not in self.verdicts:
-                self.p[metric] = p_values(values, self.spec)
+        share = float(self.spec.shares[self.spec.looks.index(blocks)])
+        open_metrics = self.log_ratios.keys() - self.decided.keys()
+        for metric in open_metrics:
+            now = look_p_values(self.log_ratios[metric], share, self.spec)
+            before = self.p[metric]
+            self.p[metric] = min(before[0], now[0]), min(before[1], now[1])
         adjusted = dict(zip(self.p, holm([regress for regress, _ in self.p.values()]), strict=True))
-        for metric in self.log_ratios.keys() - self.verdicts.keys():
+        for metric in open_metrics:
             if adjusted[metric] <= self.spec.alpha:
-                self.verdicts[metric] = Verdict.REGRESS, blocks
+                self.decided[metric] = Verdict.REGRESS, blocks
             elif self.p[metric][1] <= self.spec.beta:
-                self.verdicts[metric] = Verdict.PASS, blocks
-        return len(self.verdicts) == len(self.log_ratios)
+                self.decided[metric] = Verdict.PASS, blocks
+        return len(self.decided) == len(self.log_ratios)
 
     def results(self) -> tuple[MetricResult, ...]:
-        shares = dict(zip(self.spec.looks, self.spec.shares, strict=True))
         found = []
         for metric, values in self.log_ratios.items():
-            verdict, blocks = self.verdicts.get(metric, (None, len(values)))
-            share = float(shares[max((look for look in shares if look <= blocks), default=self.spec.looks[0])])
-            bounds = slowdown_bounds(values[:blocks], self.spec.alpha * share, self.spec.beta * share)
-            found.append(MetricResult(metric, verdict, blocks, *bounds, *self.p.get(metric, (1.0, 1.0))))
+            verdict, blocks = self.decided.get(metric, (None, len(values)))
+            found.append(MetricResult(metric, verdict, tuple(values[:blocks]), *self.p[metric]))
         return tuple(found)
 
 
@@ -328,11 +342,11 @@ def findings(result: GateResult, spec: TimingSpec, subject: str) -> list[Finding
             Verdict.INCONCLUSIVE: str(result.stopped),
         }[verdict]
         limit = 1 + spec.margin
-        if not metric.blocks:
+        if not metric.log_ratios:
             found.append(Finding("timing", subject, metric.metric, verdict, why, limit=limit))
             continue
-        ratios = (1 + metric.estimate, 1 + metric.low, 1 + metric.high)
-        span = f"x{ratios[0]:.3f} ({ratios[1]:.3f} to {ratios[2]:.3f}, {metric.blocks} blocks)"
+        ratios = tuple(1 + slowdown for slowdown in metric.bounds(spec))
+        span = f"x{ratios[0]:.3f} ({ratios[1]:.3f} to {ratios[2]:.3f}, {len(metric.log_ratios)} blocks)"
         change, low, high = (ratio if math.isfinite(ratio) else None for ratio in ratios)
         found.append(
             Finding("timing", subject, metric.metric, verdict, f"{span}: {why}", None, None, change, low, high, limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,17 +60,16 @@ class TimedBlock(BaseModel):
         readings = zip(self.canary_wall_us, self.canary_cpu_us, strict=True)
         return [StepTimes(wall_us=wall, cpu_us=cpu).seconds(clock) for wall, cpu in readings]
 
-    def compared(self, metrics: Mapping[str, tuple[str, str]], clock: Clock, seconds: float | None = None) -> Block:
+    def compared(self, metrics: Mapping[str, tuple[str, str]], clock: Clock) -> Block:
         """The block as the gate sees it.
 
         Args:
             metrics: metric -> (base's slot, head's slot).
-            seconds: what the block would have taken with these slots alone, if it timed others too.
         """
         sides = {
             metric: (self.samples(base, clock), self.samples(head, clock)) for metric, (base, head) in metrics.items()
         }
-        return Block(sides, self.canary(clock), self.seconds if seconds is None else seconds)
+        return Block(sides, self.canary(clock), self.seconds)
 
 
 def take_block(
@@ -104,6 +103,24 @@ def take_block(
         canary_cpu_us=tuple(reading.cpu_us for reading in canaries),
         load=round(os.getloadavg()[0], 2),
     )
+
+
+def live_blocks(
+    workers: Mapping[str, Worker],
+    groups: Sequence[Mapping[str, Slot]],
+    metrics: Mapping[str, tuple[str, str]],
+    clock: Clock,
+    seed: int,
+) -> Iterator[Block]:
+    """Blocks as the gate wants them, taken when it asks for the next one; an untimed one first warms both sides.
+
+    Args:
+        metrics: metric -> (base's slot, head's slot).
+    """
+    canary, rng = Canary(), np.random.default_rng(seed)
+    take_block(workers, groups, canary, rng)
+    while True:
+        yield take_block(workers, groups, canary, rng).compared(metrics, clock)
 
 
 def extra_rows_for(

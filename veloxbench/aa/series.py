@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
@@ -96,6 +96,11 @@ class Series:
         return sum(block.seconds for run in self.runs for block in run)
 
 
+def series_bytes(path: Path) -> bytes:
+    """The journal's bytes, decompressed."""
+    return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+
+
 def read_series(path: Path) -> Series:
     """A series from its journal.
 
@@ -106,8 +111,7 @@ def read_series(path: Path) -> Series:
     """
     if not path.is_file():
         raise UsageError(f"there is no series at {path}; `veloxbench aa record --out {path}` records one")
-    content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-    lines = []
+    content, lines = series_bytes(path), []
     for number, text in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             lines.append(_LINE.validate_json(text))
@@ -136,30 +140,40 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.series: Series | None = None
-        if path.exists():
-            content = path.read_bytes()
-            os.truncate(path, content.rfind(b"\n") + 1)  # a block that was being written counts for nothing
-            self.series = read_series(path) if path.stat().st_size else None
+        if path.exists() and path.stat().st_size:
+            self.series = read_series(path)
 
     def append(self, line: SeriesHeader | Segment | TimedBlock) -> None:
-        """Write a line whole and sync it.
+        """Add a line, see :func:`append_line`."""
+        append_line(self.path, line)
 
-        Raises:
-            UnfitEnvironmentError: the disk does not take it.
-        """
-        text = json.dumps(line.model_dump(mode="json"), separators=(",", ":")) + "\n"
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UnfitEnvironmentError(f"cannot write to {self.path}: {error}") from error
+
+def append_line(path: Path, line: BaseModel) -> None:
+    """Write a line whole and sync it.
+
+    Raises:
+        UnfitEnvironmentError: the disk does not take it.
+    """
+    text = json.dumps(line.model_dump(mode="json"), separators=(",", ":")) + "\n"
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UnfitEnvironmentError(f"cannot write to {path}: {error}") from error
 
 
 @contextmanager
 def open_journal(path: Path) -> Iterator[Journal]:
-    """Open a series for appending.
+    """Open a series for appending; raises as :func:`sole_writer`."""
+    with sole_writer(path):
+        yield Journal(path)
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Hold a file for appending, its torn last line (a writer was killed) taken away.
 
     Raises:
         UnfitEnvironmentError: its folder cannot be written, or another process records into it.
@@ -173,7 +187,9 @@ def open_journal(path: Path) -> Iterator[Journal]:
     except OSError as error:
         raise UnfitEnvironmentError(f"cannot write to {path.parent}: {error.strerror or error}") from error
     try:
-        yield Journal(path)
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        yield
     finally:
         lock.release()
 
@@ -181,9 +197,3 @@ def open_journal(path: Path) -> Iterator[Journal]:
 def compress(path: Path, out: Path) -> None:
     """Write a series as ``.xz``, to be committed."""
     out.write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
-
-
-def changed(header: SeriesHeader, now: dict[str, Any]) -> list[str]:
-    """Fields of a header that are not what they would be now."""
-    recorded = header.model_dump(mode="json")
-    return [name for name, value in now.items() if recorded[name] != value]

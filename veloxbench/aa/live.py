@@ -1,0 +1,116 @@
+"""Live gates on the gate itself: the same code on both sides, and head slowed down by real extra work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from veloxbench.aa.record import BENCHMARK, check_same, circumstances, slots, start_pair
+from veloxbench.aa.series import BASE, append_line, read_series, slot_name, sole_writer
+from veloxbench.decode_timing import Clock
+from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.timing_gate import GateResult, MetricResult, TimingSpec, run_gate
+from veloxbench.timing_pairs import live_blocks, pin_to_core
+from veloxbench.verdicts import Verdict
+
+
+class LiveGate(BaseModel):
+    """One gate that was run live, with the log ratios of its usable blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["gate"] = "gate"
+    started: float
+    slowdown: float
+    clock: Clock
+    verdict: Verdict
+    log_ratios: tuple[float, ...]
+    voids: int
+    seconds: float
+    stopped: str | None
+
+    def result(self) -> GateResult:
+        """As the gate gave it (the p-values are not kept: the log ratios give them)."""
+        verdict = None if self.verdict is Verdict.INCONCLUSIVE else self.verdict
+        metric = MetricResult(BENCHMARK, verdict, self.log_ratios, 1.0, 1.0)
+        return GateResult((metric,), len(self.log_ratios), self.voids, self.seconds, self.stopped)
+
+
+def read_live(path: Path) -> list[LiveGate]:
+    """The gates of a journal.
+
+    Raises:
+        IntegrityError: a line that is not one, naming file and line.
+    """
+    gates = []
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            gates.append(LiveGate.model_validate_json(line))
+        except ValidationError as error:
+            raise IntegrityError(f"{path}:{number} is not a live gate: {error.errors()[0]['msg']}") from error
+    return gates
+
+
+def run_live(
+    series: Path,
+    out: Path,
+    slowdowns: Sequence[float],
+    gates: int,
+    spec: TimingSpec,
+    clock: Clock,
+    message: Callable[[str], None],
+) -> list[LiveGate]:
+    """Run gates until ``out`` holds so many of each slowdown, taking turns; each starts two fresh processes.
+
+    Args:
+        series: whose benchmark, threads, core and calibrated extra work are used.
+    Raises:
+        UsageError: the series has no such slowdown, or was recorded with other code or on another machine.
+        WorkerError: a side died.
+    """
+    header = read_series(series).header
+    missing = [slowdown for slowdown in slowdowns if slowdown not in header.extra_rows]
+    if missing:
+        known = ", ".join(f"{100 * slowdown:g}" for slowdown in header.slowdowns)
+        raise UsageError(f"{series} has no slowdown of {100 * missing[0]:g}%; it has {known}")
+    if header.core is not None:
+        pin_to_core(header.core)
+    with sole_writer(out):
+        done = read_live(out)
+        while True:
+            counts = {slowdown: sum(gate.slowdown == slowdown for gate in done) for slowdown in slowdowns}
+            slowdown = min(counts, key=counts.__getitem__)
+            if counts[slowdown] >= gates:
+                return done
+            with ExitStack() as stack:
+                workers = start_pair(stack, header.decode, header.threads, out.with_suffix(".log"))
+                check_same(header, circumstances(workers, header.decode, header.threads, header.core), series)
+                metrics = {BENCHMARK: (BASE, slot_name(slowdown))}
+                started = time.time()
+                blocks = live_blocks(workers, [slots(header, slowdown)], metrics, clock, seed=len(done))
+                result = run_gate(blocks, spec)
+            metric = result.metrics[0]
+            gate = LiveGate(
+                started=round(started, 2),
+                slowdown=slowdown,
+                clock=clock,
+                verdict=metric.verdict or Verdict.INCONCLUSIVE,
+                log_ratios=metric.log_ratios,
+                voids=result.voids,
+                seconds=round(result.seconds, 2),
+                stopped=result.stopped,
+            )
+            append_line(out, gate)
+            done.append(gate)
+            estimate, low, high = metric.bounds(spec)
+            span = f"{estimate:+.1%} ({low:+.1%} to {high:+.1%})"
+            message(
+                f"[{len(done)} of {gates * len(slowdowns)}] {slot_name(slowdown)}: {gate.verdict} after "
+                f"{result.blocks} blocks, {result.voids} void, {result.seconds:.0f} s; {span}"
+            )

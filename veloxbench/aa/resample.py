@@ -1,0 +1,262 @@
+"""Thousands of gates drawn from a recorded series: the error rates and the power of the timing gate, with intervals.
+
+A gate is drawn by choosing a block at random and letting the gate run from there through the blocks of the same
+slowdown as they were recorded, so that whatever the machine did over minutes is in it. Resampled gates overlap; the
+gates that do not (each begins where the one before it ended) are counted beside them, and theirs are the intervals
+that an independent experiment of this length deserves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from scipy import stats
+
+from veloxbench.aa.live import LiveGate
+from veloxbench.aa.record import BENCHMARK
+from veloxbench.aa.series import BASE, Series, SeriesHeader, read_series, series_bytes, slot_name
+from veloxbench.decode_timing import Clock
+from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.timing_gate import Block, GateResult, TimingSpec, run_gate, slowdown_bounds
+from veloxbench.verdicts import Verdict
+
+CONFIDENCE = 0.95
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rate(_Frozen):
+    """``count`` of ``gates``, with its Clopper-Pearson interval (95%)."""
+
+    count: int
+    gates: int
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        """The share."""
+        return self.count / self.gates
+
+    @classmethod
+    def of(cls, count: int, gates: int) -> Rate:
+        """With its interval."""
+        interval = stats.binomtest(count, gates).proportion_ci(CONFIDENCE, method="exact")
+        return cls(count=count, gates=gates, low=float(interval.low), high=float(interval.high))
+
+
+class Cost(_Frozen):
+    """What gates took to end: median and 95% quantile."""
+
+    blocks: tuple[float, float]
+    seconds: tuple[float, float]
+
+
+class Outcomes(_Frozen):
+    """How some gates ended."""
+
+    regress: Rate
+    passed: Rate
+    inconclusive: Rate
+    cost: Cost
+
+
+class Effect(_Frozen):
+    """One slowdown: what was asked for, what the series measured, and how gates ended.
+
+    Attributes:
+        measured: slowdown over all blocks, with its 95% bounds.
+        block_sd: robust standard deviation of a block's log ratio (1.4826 MAD).
+        resampled: gates from random starts; they overlap.
+        disjoint: gates one after the other; None where the series is too short.
+        live: gates run live with this slowdown, if any.
+    """
+
+    slowdown: float
+    measured: tuple[float, float, float]
+    block_sd: float
+    resampled: Outcomes
+    disjoint: Outcomes | None
+    live: Outcomes | None = None
+
+
+class SeriesSummary(_Frozen):
+    """The recorded series, by hash of its uncompressed lines."""
+
+    sha256: str
+    header: SeriesHeader
+    hours: float
+    blocks: int
+    runs: int
+    void_share: float
+    load: tuple[float, float]
+    """Median and 95% quantile of the machine's load while it was recorded."""
+    block_seconds: float
+    """Mean time of a block."""
+
+
+class ErrorRates(_Frozen):
+    """The measured error rates of the timing gate; every documented figure comes from here."""
+
+    schema_version: Literal[1] = 1
+    series: SeriesSummary
+    gate: dict[str, float | int | tuple[int, ...]]
+    clock: Clock
+    seed: int
+    effects: tuple[Effect, ...]
+
+
+def blocks_of(series: Series, slowdown: float, clock: Clock) -> list[list[Block]]:
+    """The blocks of one slowdown as the gate sees them, in the series' runs."""
+    slot = slot_name(slowdown)
+    metrics = {BENCHMARK: (BASE, slot)}
+    return [[block.compared(metrics, clock) for block in run if slot in block.order] for run in series.runs]
+
+
+def starts(runs: Sequence[Sequence[Block]], spec: TimingSpec) -> list[tuple[int, int]]:
+    """Places from which a gate ends by its own rules before its run of blocks does: ``(run, first block)``."""
+    found = []
+    for index, run in enumerate(runs):
+        void = np.cumsum([0] + [block.canary_drift > spec.canary_drift for block in run])
+        seconds = np.cumsum([0.0] + [block.seconds for block in run])
+        for first in range(len(run)):
+            voids = int(void[-1] - void[first])
+            usable = len(run) - first - voids
+            over = seconds[-1] - seconds[first] > spec.max_seconds
+            if usable >= spec.looks[-1] or voids > spec.max_voids or over:
+                found.append((index, first))
+    return found
+
+
+def outcomes(results: Sequence[GateResult]) -> Outcomes:
+    """Rates and costs of some gates.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if not results:
+        raise UsageError("no gate was run: there is nothing to count")
+    verdicts = [result.metrics[0].verdict for result in results]
+
+    def quantiles(values: Sequence[float]) -> tuple[float, float]:
+        return float(np.median(values)), float(np.quantile(values, 0.95))
+
+    return Outcomes(
+        regress=Rate.of(verdicts.count(Verdict.REGRESS), len(results)),
+        passed=Rate.of(verdicts.count(Verdict.PASS), len(results)),
+        inconclusive=Rate.of(verdicts.count(None), len(results)),
+        cost=Cost(
+            blocks=quantiles([result.blocks + result.voids for result in results]),
+            seconds=quantiles([result.seconds for result in results]),
+        ),
+    )
+
+
+def resampled_gates(
+    runs: Sequence[Sequence[Block]], spec: TimingSpec, gates: int, rng: np.random.Generator
+) -> list[GateResult]:
+    """Gates from random places of the series.
+
+    Raises:
+        UsageError: no run of the series is as long as a gate's budget.
+    """
+    places = starts(runs, spec)
+    if not places:
+        longest = max((len(run) for run in runs), default=0)
+        raise UsageError(
+            f"the series' longest run without a gap has {longest} blocks; a gate may need {spec.looks[-1]} "
+            "that are not void: record longer"
+        )
+    chosen = (places[index] for index in rng.integers(len(places), size=gates))
+    return [run_gate(iter(runs[index][first:]), spec) for index, first in chosen]
+
+
+def disjoint_gates(runs: Sequence[Sequence[Block]], spec: TimingSpec) -> list[GateResult]:
+    """Gates one after the other, each from where the one before it ended; a gate that a gap cuts off is left out."""
+    found = []
+    allowed = set(starts(runs, spec))
+    for index, run in enumerate(runs):
+        first = 0
+        while (index, first) in allowed:
+            found.append(run_gate(iter(run[first:]), spec))
+            first += found[-1].blocks + found[-1].voids
+    return found
+
+
+def error_rates(
+    path: Path,
+    spec: TimingSpec,
+    clock: Clock,
+    gates: int = 1000,
+    seed: int = 0,
+    live: Sequence[LiveGate] = (),
+    message: Callable[[str], None] = lambda _: None,
+) -> ErrorRates:
+    """Measure the gate on a series.
+
+    Raises:
+        UsageError: the series is too short for a gate.
+        IntegrityError: it is damaged.
+    """
+    series, digest = read_series(path), hashlib.sha256(series_bytes(path)).hexdigest()
+    rng = np.random.default_rng(seed)
+    effects = []
+    for slowdown in series.header.slowdowns:
+        runs = blocks_of(series, slowdown, clock)
+        ratios = [block.log_ratio(BENCHMARK) for run in runs for block in run]
+        disjoint = disjoint_gates(runs, spec)
+        lived = [gate.result() for gate in live if gate.slowdown == slowdown]
+        tail = (1 - CONFIDENCE) / 2
+        effects.append(
+            Effect(
+                slowdown=slowdown,
+                measured=slowdown_bounds(ratios[:: max(len(ratios) // 1000, 1)], tail, tail),
+                block_sd=float(stats.median_abs_deviation(ratios, scale="normal")),
+                resampled=outcomes(resampled_gates(runs, spec, gates, rng)),
+                disjoint=outcomes(disjoint) if disjoint else None,
+                live=outcomes(lived) if lived else None,
+            )
+        )
+        message(f"{slot_name(slowdown)}: {effects[-1].resampled.regress.count} of {gates} regress")
+    return ErrorRates(
+        series=_summary(series, digest, clock, spec), gate=asdict(spec), clock=clock, seed=seed, effects=tuple(effects)
+    )
+
+
+def _summary(series: Series, digest: str, clock: Clock, spec: TimingSpec) -> SeriesSummary:
+    blocks = [block for run in series.runs for block in run]
+    runs = [run for slowdown in series.header.slowdowns for run in blocks_of(series, slowdown, clock)]
+    loads = [block.load for block in blocks]
+    return SeriesSummary(
+        sha256=digest,
+        header=series.header,
+        hours=series.seconds / 3600,
+        blocks=len(blocks),
+        runs=len(series.runs),
+        void_share=float(np.mean([block.canary_drift > spec.canary_drift for run in runs for block in run])),
+        load=(float(np.median(loads)), float(np.quantile(loads, 0.95))),
+        block_seconds=float(np.mean([block.seconds for block in blocks])),
+    )
+
+
+def read_error_rates(path: Path) -> ErrorRates:
+    """A record that ``veloxbench aa resample`` wrote.
+
+    Raises:
+        UsageError: there is none.
+        IntegrityError: it is not valid.
+    """
+    if not path.is_file():
+        raise UsageError(f"there are no error rates at {path}; `veloxbench aa resample` makes them")
+    try:
+        return ErrorRates.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise IntegrityError(f"{path} is not a record of error rates: {error.errors()[0]['msg']}") from error

@@ -1,0 +1,121 @@
+"""Base against head: two sets of records, or two revisions measured now, on this machine, by this harness.
+
+Records are judged as by the stored-baseline gate, base standing in for the baselines: bytes and codes are equal,
+quality lost no more than its limit. Revisions are also timed, in interleaved blocks (:mod:`veloxbench.timing_gate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from veloxbench.baselines import from_records
+from veloxbench.decode_timing import DecodeSpec, default_clock
+from veloxbench.errors import UsageError
+from veloxbench.gate import judge
+from veloxbench.records import Record
+from veloxbench.revisions import Revision
+from veloxbench.store import read_records
+from veloxbench.timing_gate import TimingSpec, findings, run_gate
+from veloxbench.timing_pairs import Slot, live_blocks
+from veloxbench.verdicts import Finding
+from veloxbench.worker import WORK_TIMEOUT_S, Worker, WorkerError, steady_environment
+
+
+def compare_records(base: Path, head: Path) -> list[Finding]:
+    """Judge the records of head by those of base.
+
+    Raises:
+        UsageError: a side has no records.
+    """
+    sides = {path: read_records(path) for path in (base, head)}
+    for path, records in sides.items():
+        if not records:
+            raise UsageError(f"there are no records at {path}: nothing can be compared")
+    return judge_records(sides[base], sides[head], str(base))
+
+
+def judge_records(base: Sequence[Record], head: Sequence[Record], origin: str) -> list[Finding]:
+    """The exact and the quality tier, with base's records as the baselines."""
+    return judge(head, from_records(base, origin))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare two revisions by.
+
+    Attributes:
+        profile: grid of the records (a name or a TOML file); None compares timings only.
+        timed: decode benchmarks by metric; none compares records only.
+        threads: BLAS threads of each side; None leaves them as they are.
+    """
+
+    profile: str | None
+    timed: dict[str, DecodeSpec]
+    spec: TimingSpec
+    threads: int | None = None
+    seed: int = 0
+
+
+def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Callable[[str], None]) -> list[Finding]:
+    """Measure both revisions and judge head by base.
+
+    Raises:
+        WorkerError: a side died, or a measurement of it crashed.
+        UsageError: a side imports another implementation than its own.
+    """
+    found: list[Finding] = []
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(start(name, revision, plan.threads))
+            for name, revision in (("base", base), ("head", head))
+        }
+        for name, revision in (("base", base), ("head", head)):
+            hello = workers[name].ask("hello")
+            if not Path(hello["file"]).resolve().is_relative_to(revision.folder.resolve()):
+                raise UsageError(f"{name} imports {hello['file']}, not revision {revision.name}")
+            message(f"{name}: {revision.name} ({revision.commit[:12]}), {hello['implementation']}")
+        if plan.profile is not None:
+            records = {}
+            for name, revision in (("base", base), ("head", head)):
+                message(f"{name}: measuring the profile {plan.profile}")
+                records[name] = _records(workers[name], revision, plan.profile)
+            found += judge_records(records["base"], records["head"], f"revision {base.name}")
+        if plan.timed:
+            message(f"timing {', '.join(plan.timed)} in interleaved blocks")
+            found += _timings(workers, plan)
+    return found
+
+
+def start(side: str, revision: Revision, threads: int | None) -> Worker:
+    """A side's process, in its revision's environment."""
+    environment = revision.environment() | steady_environment(threads)
+    return Worker(
+        f"{side} ({revision.name})",
+        log=revision.folder / "worker.log",
+        python=revision.python,
+        environment=environment,
+    )
+
+
+def _records(worker: Worker, revision: Revision, profile: str) -> list[Record]:
+    folder = revision.folder / "records"
+    outcome = worker.ask("run", timeout=WORK_TIMEOUT_S, profile=profile, out=str(folder))
+    if outcome["failures"]:
+        raise WorkerError(f"{worker.name}: {'; '.join(outcome['failures'])} (log: {folder / 'errors.log'})")
+    keys = set(outcome["keys"])
+    return [record for record in read_records(folder) if record.key in keys]
+
+
+def _timings(workers: dict[str, Worker], plan: Plan) -> list[Finding]:
+    for worker in workers.values():
+        for metric, decode in plan.timed.items():
+            worker.ask("open_decode", timeout=WORK_TIMEOUT_S, name=metric, spec=decode.model_dump(mode="json"))
+    groups = [{f"{side} {metric}": Slot(side, metric) for side in ("base", "head")} for metric in plan.timed]
+    metrics = {metric: (f"base {metric}", f"head {metric}") for metric in plan.timed}
+    clock = default_clock()
+    result = run_gate(live_blocks(workers, groups, metrics, clock, plan.seed), plan.spec)
+    subject = f"{', '.join(sorted({decode.model for decode in plan.timed.values()}))} decode ({clock} time)"
+    return findings(result, plan.spec, subject)

@@ -1,0 +1,205 @@
+"""Two revisions of a repository side by side: each one's packages on a path of its own, built once per commit.
+
+A revision's tree is exported into the user's cache. Where the running environment meets the dependencies that the
+revision declares, it is shared, and only the packages' source differs; otherwise the revision gets a virtual
+environment of its own. Either way the harness is the running one: two implementations, one measuring code.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+import veloxbench
+from veloxbench.errors import UnfitEnvironmentError, UsageError
+from veloxbench.sources import cache_dir
+
+HARNESS = "veloxbench"
+_READY = "ready"
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A commit, ready to run.
+
+    Attributes:
+        name: as the user spelled it.
+        folder: where it lives in the cache: ``tree/``, ``site/`` (its packages), ``records/``, ``build.log``.
+        python: the interpreter of its environment.
+    """
+
+    name: str
+    commit: str
+    folder: Path
+    python: Path
+
+    @property
+    def site(self) -> Path:
+        """What is put on the path: the revision's packages, without the harness."""
+        return self.folder / "site"
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables under which its packages, and the running harness, are imported."""
+        return {"PYTHONPATH": os.pathsep.join([str(self.site), str(_harness_site())]), "PYTHONSAFEPATH": "1"}
+
+
+def _harness_site() -> Path:
+    """A folder that holds the running harness and nothing else."""
+    package = Path(str(veloxbench.__file__)).resolve().parent
+    folder = cache_dir() / "revisions" / "harness" / str(package.parent).strip(os.sep).replace(os.sep, "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / HARNESS
+    if not link.exists():
+        link.unlink(missing_ok=True)
+        link.symlink_to(package, target_is_directory=True)
+    return folder
+
+
+def resolve(revision: str, repository: Path) -> str:
+    """The commit that a name means.
+
+    Raises:
+        UsageError: no such revision, or no repository.
+    """
+    done = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if done.returncode == 0:
+        return done.stdout.decode().strip()
+    inside = _git(repository, "rev-parse", "--git-dir")
+    if inside.returncode != 0:
+        raise UsageError(f"{repository} is not a git repository, so {revision!r} can be no revision of it")
+    raise UsageError(f"unknown revision {revision!r}: it is neither a commit of {repository} nor a file of records")
+
+
+def _git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, check=False)
+    except OSError as error:
+        raise UnfitEnvironmentError(f"git cannot be run: {error.strerror or error}") from error
+
+
+def prepare(name: str, repository: Path) -> Revision:
+    """Export and, where its dependencies ask for it, install a revision; once per commit.
+
+    Raises:
+        UsageError: unknown revision, or a tree without Python packages beside the harness.
+        UnfitEnvironmentError: the build failed; names its log.
+    """
+    commit = resolve(name, repository)
+    folder = cache_dir() / "revisions" / commit
+    if not (folder / _READY).exists():
+        shutil.rmtree(folder, ignore_errors=True)  # a build that was stopped
+        folder.mkdir(parents=True)
+        _export(repository, commit, folder / "tree")
+        project = _project(folder / "tree", name)
+        packages = _packages(folder / "tree", project)
+        if not packages:
+            raise UsageError(
+                f"revision {name} ({commit[:12]}) has no Python package beside {HARNESS}: nothing to compare"
+            )
+        (folder / "site").mkdir()
+        for package in packages:
+            (folder / "site" / package.name).symlink_to(package, target_is_directory=True)
+        unmet = unmet_dependencies(project.get("project", {}).get("dependencies", []), name)
+        python = Path(sys.executable) if not unmet else _own_environment(folder, name, unmet)
+        (folder / _READY).write_text(str(python), encoding="utf-8")
+    return Revision(name, commit, folder, Path((folder / _READY).read_text(encoding="utf-8")))
+
+
+def _export(repository: Path, commit: str, tree: Path) -> None:
+    done = _git(repository, "archive", "--format=tar", commit)
+    if done.returncode != 0:
+        raise UnfitEnvironmentError(f"git cannot export {commit[:12]}: {done.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(tree, filter="data")
+
+
+def _project(tree: Path, name: str) -> dict[str, Any]:
+    file = tree / "pyproject.toml"
+    if not file.is_file():
+        return {}
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"pyproject.toml of revision {name} is not valid: {error}") from error
+
+
+def _packages(tree: Path, project: dict[str, Any]) -> list[Path]:
+    """Package folders: those that hatch's wheel declares, else all with an ``__init__.py`` in src/ or the root."""
+    wheel = project.get("tool", {}).get("hatch", {}).get("build", {}).get("targets", {}).get("wheel", {})
+    declared = [tree / path for path in wheel.get("packages", [])]
+    root = tree / "src" if (tree / "src").is_dir() else tree
+    found = declared or sorted(init.parent for init in root.glob("*/__init__.py"))
+    return [path for path in found if path.is_dir() and path.name not in (HARNESS, "tests")]
+
+
+def unmet_dependencies(dependencies: Sequence[str], name: str) -> list[str]:
+    """Declared dependencies that the running environment does not meet.
+
+    Raises:
+        UsageError: one that cannot be read.
+    """
+    unmet = []
+    for text in dependencies:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement as error:
+            raise UsageError(f"revision {name} declares the dependency {text!r}, which cannot be read") from error
+        if requirement.marker is not None and not requirement.marker.evaluate():
+            continue
+        if canonicalize_name(requirement.name) == HARNESS:
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            unmet.append(text)
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            unmet.append(text)
+    return unmet
+
+
+def _own_environment(folder: Path, name: str, unmet: Sequence[str]) -> Path:
+    """A virtual environment with the revision's dependencies and the harness's own."""
+    log = folder / "build.log"
+    harness = [text for text in importlib.metadata.requires(HARNESS) or [] if "extra ==" not in text]
+    python = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    # the revision's own pins come last in the list and bind the others
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False, encoding="utf-8") as file:
+        file.write("\n".join([*_not_pinned(harness, unmet), *unmet]) + "\n")
+    commands = [
+        [sys.executable, "-m", "venv", str(folder / "venv")],
+        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", file.name],
+    ]
+    try:
+        with log.open("wb") as output:
+            for command in commands:
+                output.write(f"$ {' '.join(command)}\n".encode())
+                output.flush()
+                if subprocess.run(command, stdout=output, stderr=output, check=False).returncode != 0:
+                    raise UnfitEnvironmentError(
+                        f"the environment of revision {name} could not be built (it needs {', '.join(unmet)}); "
+                        f"its log is {log}"
+                    )
+    finally:
+        Path(file.name).unlink()
+    return python
+
+
+def _not_pinned(harness: Sequence[str], unmet: Sequence[str]) -> list[str]:
+    """The harness's requirements, without those that the revision states otherwise."""
+    stated = {canonicalize_name(Requirement(text).name) for text in unmet}
+    return [text for text in harness if canonicalize_name(Requirement(text).name) not in stated]
