@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from veloxbench import __version__
-from veloxbench.cli_aa import aa
+from veloxbench.cli_aa import aa, compare
 from veloxbench.cli_damages import damages
 from veloxbench.cli_gate import add_commands
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError, VeloxError
@@ -37,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(aa, name="aa")
+app.command()(compare)
 
 
 def _listed(text: str | None) -> list[str]:
