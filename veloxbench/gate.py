@@ -416,12 +416,12 @@ def _unlike(values: Sequence[float] | None, expected: Sequence[float]) -> str | 
 
 
 def _scored_positions(file: BaselineFile) -> int:
-    settings = file.fingerprint["settings"]
-    assert isinstance(settings, dict)
-    steps = settings.get("steps")
-    n = steps if steps is not None else settings["length"] - settings["score_from"]  # type: ignore[operator]
-    assert isinstance(n, int)
-    return n
+    match file.fingerprint["settings"]:
+        case {"steps": int(steps)}:
+            return steps
+        case {"length": int(length), "score_from": int(first)}:
+            return length - first
+    return REDRAW_POSITIONS
 
 
 def _quality(name: str, head: Snapshot, entry: Entry, positions: int) -> list[Finding | _Pending]:
