@@ -1,8 +1,9 @@
 """The suites as pytest items: the same plan, runner and store as ``veloxbench run``.
 
 ``pytest suites`` runs the smoke grid (the default model's real weights cut to four layers) into a temporary
-folder. ``pytest suites --benchmark`` measures a profile into ``results/``, resumes by key, and writes
-BENCHMARK_RESULTS.md there. A test module names its suite in ``SUITE`` and receives the fixture ``record``.
+folder. ``pytest suites --benchmark`` measures a profile into ``results/``, resumes by key, writes
+BENCHMARK_RESULTS.md there, and judges what it measured by ``baselines/`` (veloxbench.gate), each subject an
+item. A test module names its suite in ``SUITE`` and receives the fixture ``record``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--benchmark", action="store_true", default=False, help="measure a whole profile; without it, a smoke run"
     )
-    group.addoption("--veloxbench-profile", default="default", help="quick, default or full (with --benchmark)")
+    group.addoption(
+        "--veloxbench-profile", default="gate", help="gate, quick, default, full or FILE.toml (with --benchmark)"
+    )
     group.addoption("--veloxbench-models", default="", help="models in place of the profile's, separated by commas")
     group.addoption("--veloxbench-out", default="results", help="folder of the records (with --benchmark)")
     group.addoption(

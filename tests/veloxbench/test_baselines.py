@@ -11,6 +11,7 @@ from gate_records import MODEL, damage, quality_record, run_records
 from veloxbench.baselines import BaselineFile, chip_family, fingerprint, fingerprint_id, read_baselines
 from veloxbench.cli import _run as veloxbench
 from veloxbench.errors import BaselineError
+from veloxbench.plan import cells, load_grid
 from veloxbench.store import JOURNAL
 
 
@@ -253,6 +254,17 @@ def test_reading_names_the_file_and_the_field(tmp_path):
     (tmp_path / "f" / "perplexity.json").write_text('{"tier": "exact"}')
     with pytest.raises(BaselineError, match=r"perplexity.json cannot be used as a baseline: suite"):
         read_baselines(tmp_path)
+
+
+def test_committed_baselines_hold_the_whole_gate_profile():
+    """The repository's own baselines are as approved, and every cell of the gate profile has its entry."""
+    files = read_baselines(Path(__file__).parents[2] / "baselines").of_profile("gate")
+    for tier, suites in (("exact", {"exact", "perplexity"}), ("quality", {"perplexity"})):
+        held = {name for file in files if file.tier == tier for name in file.by_subject}
+        for cell in cells(load_grid("gate")):
+            if cell.suite in suites:
+                model = "no model" if cell.suite == "exact" else "smollm2-135m"
+                assert f"{model} {cell.protocol} {cell.arm.label}" in held
 
 
 @pytest.mark.parametrize(
