@@ -183,10 +183,12 @@ def compare(
 
     `veloxbench compare results-before results-after`
     """
+    import os
     import sys
 
     from veloxbench.cli_gate import print_findings
     from veloxbench.errors import UsageError, unknown_name
+    from veloxbench.report.github import publish
     from veloxbench.verdicts import exit_code, sentence
 
     if tiers not in ("all", "records", "timing"):
@@ -217,6 +219,7 @@ def compare(
         sides = [prepare(name, repository) for name in (base, head)]
         found = compare_revisions(sides[0], sides[1], plan, to_stderr)
     print_findings(found)
+    publish(found, "VeloxBench compare", os.environ)
     print(f"veloxbench compare: {sentence(found)}", file=sys.stderr)
     raise typer.Exit(int(exit_code(found)))
 

@@ -18,6 +18,7 @@ def damages(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure it anew with the profile's model, text and protocol.")
     ] = False,
+    add: Annotated[bool, typer.Option("--add", help="With --measure: only what the study lacks.")] = False,
     profile: Annotated[str, typer.Option(help="Gives model, text, protocol and the number of arms.")] = "gate",
     out: Annotated[Path | None, typer.Option(help="Write the page here instead of standard output.")] = None,
     check: Annotated[
@@ -32,7 +33,7 @@ def damages(
 
     `veloxbench damages --measure --study mine.json`
     """
-    from veloxbench.damages import Study
+    from veloxbench.damages import Study, journal_of
     from veloxbench.damages import measure as measure_study
     from veloxbench.models import resolve_model
     from veloxbench.plan import load_grid
@@ -49,6 +50,8 @@ def damages(
         reporter = default_reporter()
         handle = resolve_model(grid.models[0], reporter=reporter)
         journal = study.with_suffix(".part")
+        if add and study.exists() and not journal.exists():
+            write_text(journal, journal_of(Study.model_validate_json(study.read_text(encoding="utf-8"))))
         measured = measure_study(handle, grid.corpus, protocol, journal, reporter)
         write_text(study, measured.model_dump_json(indent=1) + "\n")
         journal.unlink()

@@ -8,6 +8,7 @@ samples are measured and kept: verdicts are computed from them by the gate's own
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,12 +25,12 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from veloxbench import environment
 from veloxbench.adapter import CacheUnderTest
-from veloxbench.baselines import from_records
+from veloxbench.baselines import QUALITY_SAMPLES, from_records
 from veloxbench.corpora import load_text, token_block
-from veloxbench.gate import judge
+from veloxbench.gate import BUDGETS, judge, smallest_detectable
 from veloxbench.measure import exact
 from veloxbench.measure.divergence import ReferenceRows, worker_pool
-from veloxbench.measure.quality import ArmCaches, arm_metrics, run_arm
+from veloxbench.measure.quality import ArmCaches, Measured, arm_metrics, run_arm
 from veloxbench.measure.reference import lockstep
 from veloxbench.methods.damaged import (
     BASES,
@@ -39,6 +40,7 @@ from veloxbench.methods.damaged import (
     Damage,
     damaged_caches,
     exact_case,
+    strikes,
     undamaged,
 )
 from veloxbench.methods.veloxquant import implementation
@@ -63,6 +65,7 @@ class Samples(_Frozen):
     kld_mean: list[Finite]
     delta_nll: list[Finite]
     bits_per_value: Finite
+    implementation: str = Field(description="hash of the source that was measured")
 
 
 class Study(_Frozen):
@@ -72,7 +75,6 @@ class Study(_Frozen):
     text: TextRef
     protocol: dict[str, int | str]
     measured: datetime
-    implementation: str
     versions: dict[str, str]
     hardware: dict[str, JsonValue]
     samples: dict[str, tuple[Samples, ...]] = Field(description="of every base and every damage, one entry per gate")
@@ -87,9 +89,12 @@ def arms() -> dict[str, tuple[str, Any]]:
 def measure(handle: ModelHandle, corpus: str, protocol: Chunked, journal: Path, reporter: Reporter) -> Study:
     """Measure every base and damage on ``GATES`` times the protocol's sequences.
 
+    What the journal has is not measured again, whatever the implementation was then; the control "again" shows
+    whether the bases are still what they were.
+
     Args:
         protocol: the gate's own, with the sequences of one gate.
-        journal: finished parts, one a line; a study that was stopped goes on from them.
+        journal: finished parts, one a line.
     """
     model, tokenizer = load_model(handle)
     text = load_text(corpus, "evaluation", reporter=reporter)
@@ -103,7 +108,6 @@ def measure(handle: ModelHandle, corpus: str, protocol: Chunked, journal: Path, 
         },
         "text": {"name": block.text, "tokens_sha256": block.sha256},
         "protocol": dataclasses.asdict(protocol),
-        "implementation": implementation(),
         "versions": environment.versions(),
         "hardware": environment.hardware(),
     }
@@ -128,10 +132,22 @@ def measure(handle: ModelHandle, corpus: str, protocol: Chunked, journal: Path, 
     return Study.model_validate({**head, "measured": datetime.now(UTC), "samples": samples})
 
 
+def journal_of(study: Study) -> str:
+    """The journal that would end in this study: to measure only what it lacks."""
+    head = study.model_dump(mode="json", include={"model", "text", "protocol", "versions", "hardware"})
+    head["model"].pop("n_layers")
+    lines = [
+        {"arm": name, "gate": gate, "samples": samples.model_dump()}
+        for name, of_arm in study.samples.items()
+        for gate, samples in enumerate(of_arm)
+    ]
+    return "".join(json.dumps(line) + "\n" for line in [head, *lines])
+
+
 def _read_journal(journal: Path, head: dict[str, Any]) -> dict[tuple[str, int], Samples]:
     lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
     parts = [json.loads(line) for line in lines]
-    if not parts or parts[0] != head:  # another model, text or implementation: nothing of it can be used
+    if not parts or parts[0] != head:  # of something else: nothing of it can be used
         journal.parent.mkdir(parents=True, exist_ok=True)
         journal.write_text(json.dumps(head) + "\n", encoding="utf-8")
         return {}
@@ -160,6 +176,7 @@ def _samples(
         kld_mean=samples["kld_mean"],
         delta_nll=samples["delta_nll"],
         bits_per_value=metrics["bits_per_value"].value,
+        implementation=implementation(),
     )
 
 
@@ -170,27 +187,36 @@ class Trial:
     Attributes:
         true: mean change of the KLD per token over all sequences, with its interval.
         share: of the base's KLD.
-        findings: of each gate, those of the damaged arm.
-        detectable: the smallest change of the KLD that the gates say they would call a regression, the largest of them.
+        spread: standard deviation over sequences of the change.
+        gates: the quality tier's verdict of each gate.
+        pooled: that of one gate on all sequences.
         exact: what the exact tier sees: the changed bytes of the real run and the changed metrics of its suite.
     """
 
     damage: Damage
     true: Estimate
     share: float
-    findings: tuple[tuple[Finding, ...], ...]
-    detectable: float | None
+    spread: float
+    gates: tuple[Verdict, ...]
+    pooled: Verdict
     exact: tuple[str, ...]
 
-    @property
-    def verdicts(self) -> tuple[Verdict, ...]:
-        """The quality tier's verdict of each gate."""
-        return tuple(overall([f for f in findings if f.tier == "quality"]) for findings in self.findings)
 
-    @property
-    def above(self) -> bool:
-        """Whether the true change exceeds what the gates claim to detect."""
-        return self.detectable is not None and self.true.value > self.detectable
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """What gates on a base can detect, in nats of KLD per token.
+
+    Attributes:
+        kld: the base's mean.
+        spread: median over its damages of :attr:`Trial.spread`.
+        per_gate: smallest detectable change of a gate, the largest of the gates; None where there is none.
+        pooled: that of one gate on all sequences.
+    """
+
+    kld: float
+    spread: float
+    per_gate: float | None
+    pooled: float | None
 
 
 def trials(study: Study, n_arms: int) -> list[Trial]:
@@ -202,34 +228,55 @@ def trials(study: Study, n_arms: int) -> list[Trial]:
     """
     found = []
     for damage in DAMAGES:
-        pairs = list(zip(study.samples[damage.base], study.samples[damage.name], strict=True))
-        before = np.concatenate([base.kld_mean for base, _ in pairs])
-        after = np.concatenate([head.kld_mean for _, head in pairs])
-        findings = tuple(_judged(study, damage.base, base, head, n_arms) for base, head in pairs)
-        bytes_changed = {f.metric: None for of_gate in findings for f in of_gate if f.tier == "exact" and not f.passed}
+        base, head = study.samples[damage.base], study.samples[damage.name]
+        change = _klds(head) - _klds(base)
+        findings = [_judged(study, damage.base, *pair, n_arms) for pair in zip(base, head, strict=True)]
+        bytes_changed = {f.metric: None for f in findings[0] if f.tier == "exact" and not f.passed}
         found.append(
             Trial(
-                damage,
-                mean_interval(after - before, "nats/token"),
-                float((after - before).mean() / before.mean()),
-                findings,
-                _largest(findings),
-                (*bytes_changed, *exact_changes(study, damage)),
+                damage=damage,
+                true=mean_interval(change, "nats/token"),
+                share=float(change.mean() / _klds(base).mean()),
+                spread=float(change.std(ddof=1)),
+                gates=tuple(_quality_verdict(of_gate) for of_gate in findings),
+                pooled=_quality_verdict(_judged(study, damage.base, _pooled(base), _pooled(head), n_arms)),
+                exact=(*bytes_changed, *exact_changes(study, damage)),
             )
         )
     return found
 
 
-def unchanged_detectable(study: Study, base: str, n_arms: int) -> float | None:
-    """The smallest change of the KLD that gates on an unchanged base would call a regression, as :func:`_largest`."""
-    return _largest([_judged(study, base, samples, samples, n_arms) for samples in study.samples[base]])
+def reach(study: Study, base: str, found: Sequence[Trial], n_arms: int) -> Reach:
+    """What the gates can detect on a base, given how far any change of codes moves single sequences."""
+    spread = float(np.median([trial.spread for trial in found if trial.damage.base == base and trial.spread > 0]))
+    margin = BUDGETS["kld_mean"].margin(float(_klds(study.samples[base]).mean()))
+    n_tests = 2 * len(QUALITY_SAMPLES) * n_arms  # of regression and of drift, each metric of each arm
+
+    def detectable(klds: Sequence[float]) -> float | None:
+        return smallest_detectable(klds, margin, n_tests, spread)
+
+    gates = [detectable(samples.kld_mean) for samples in study.samples[base]]
+    known = [change for change in gates if change is not None]
+    return Reach(
+        kld=float(_klds(study.samples[base]).mean()),
+        spread=spread,
+        per_gate=max(known) if len(known) == len(gates) else None,
+        pooled=detectable(_pooled(study.samples[base]).kld_mean),
+    )
 
 
-def _largest(findings: Sequence[Sequence[Finding]]) -> float | None:
-    """The largest detectable change of the KLD that any of the gates states; None where one states none."""
-    stated = [f.detectable for of_gate in findings for f in of_gate if f.metric == "kld_mean"]
-    known = [change for change in stated if change is not None]
-    return max(known) if len(known) == len(stated) else None
+def _klds(of_gates: Sequence[Samples]) -> NDArray[np.float64]:
+    return np.concatenate([samples.kld_mean for samples in of_gates])
+
+
+def _pooled(of_gates: Sequence[Samples]) -> Samples:
+    return of_gates[0].model_copy(
+        update={name: [x for samples in of_gates for x in getattr(samples, name)] for name in QUALITY_SAMPLES}
+    )
+
+
+def _quality_verdict(findings: Sequence[Finding]) -> Verdict:
+    return overall([finding for finding in findings if finding.tier == "quality"])
 
 
 def _judged(study: Study, arm: str, base: Samples, head: Samples, n_arms: int) -> tuple[Finding, ...]:
@@ -237,20 +284,25 @@ def _judged(study: Study, arm: str, base: Samples, head: Samples, n_arms: int) -
     before = [_quality_record(study, name, base) for name in (arm, *others)]
     after = [_quality_record(study, arm, head), *before[1:]]
     findings = judge(after, from_records(before, "undamaged"), profile="compared", today=study.measured.date())
-    return tuple(f for f in findings if not any(f.subject.endswith(name) for name in others))
+    return tuple(finding for finding in findings if "unchanged" not in finding.subject)
 
 
 def exact_changes(study: Study, damage: Damage) -> list[str]:
     """Metrics of the exact suite's life of a cache that a damage changes, by the gate's own comparison."""
     changed: dict[str, None] = {}
     for layer in STRUCK:
-        base, head = (
-            _record(study, "exact", damage.base, *exact.measure(exact_case(damage.base, layer, change)))
-            for change in (undamaged, damage.change)
-        )
+        if not strikes(damage, layer):
+            continue
+        base = _record(study, "exact", damage.base, *_undamaged_life(damage.base, layer))
+        head = _record(study, "exact", damage.base, *exact.measure(exact_case(damage.base, layer, damage.change)))
         findings = judge([head], from_records([base], "undamaged"), profile="compared", today=study.measured.date())
         changed |= {finding.metric: None for finding in findings if not finding.passed}
     return list(changed)
+
+
+@functools.cache
+def _undamaged_life(base: str, layer: int) -> Measured:
+    return exact.measure(exact_case(base, layer, undamaged))
 
 
 def _quality_record(study: Study, name: str, samples: Samples) -> Record:
@@ -270,7 +322,7 @@ def _record(
         suite=suite,
         protocol=str(study.protocol["name"]),
         model=study.model,
-        method=MethodRef(name=name, target=4.0, target_means="code_bits", implementation=study.implementation),
+        method=MethodRef(name=name, target=4.0, target_means="code_bits", implementation=""),
         text=study.text,
         settings=dict(study.protocol),
         harness=environment.harness_hash(),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from veloxbench import damages
-from veloxbench.damages import GATES, Study, measure, trials
+from veloxbench.damages import GATES, Study, exact_changes, measure, trials
 from veloxbench.methods.damaged import (
     BASES,
     CENTROID,
@@ -17,9 +17,11 @@ from veloxbench.methods.damaged import (
     ScaledHead,
     ShiftedCentroid,
     Unrotated,
+    strikes,
     undamaged,
 )
 from veloxbench.models import resolve_model
+from veloxbench.plan import load_grid
 from veloxbench.progress import SilentReporter
 from veloxbench.protocol import Chunked
 from veloxbench.report.damages import render
@@ -75,10 +77,8 @@ def test_late_tokens_are_the_same_tokens_one_place_later():
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
 def test_each_damage_changes_some_layer_and_names_are_unique(damage):
     """No damage of the table is the base itself."""
-    base = BASES[damage.base]
-    specs = [base.layer_spec(layer, None, None, None) for layer in range(30)]
-    changed = [spec.layer for spec in specs if damage.change(spec) != spec]
-    assert changed in ([0], [MIDDLE], list(range(30)))
+    changed = [layer for layer in range(30) if strikes(damage, layer)]
+    assert changed in ([0], [MIDDLE], list(range(10)), list(range(30))) or damage.change is undamaged
     assert [other.name for other in DAMAGES].count(damage.name) == 1
     assert damage.name not in BASES
 
@@ -123,11 +123,11 @@ def test_a_stopped_study_goes_on_and_measures_damage(study):
 
 
 def test_a_page_names_every_damage(study):
-    """One row each, and the claim."""
+    """One row each, and what follows."""
     _, judged, page = study
     for trial in judged:
         assert f"| {trial.damage.summary}" in page
-    assert "## The claim" in page
+    assert "## What follows" in page
 
 
 def test_an_unchanged_arm_passes_every_gate(study):
@@ -137,3 +137,19 @@ def test_an_unchanged_arm_passes_every_gate(study):
     findings = damages._judged(found, "plain", base[0], base[0], 4)
     assert {finding.verdict for finding in findings} == {Verdict.PASS}
     assert undamaged(BASES["plain"].layer_spec(0, None, None, None)) == BASES["plain"].layer_spec(0, None, None, None)
+
+
+def test_the_page_is_what_the_study_says():
+    """docs/damages.md is generated from records/gate/damages.json."""
+    study = Study.model_validate_json((ROOT / "records" / "gate" / "damages.json").read_text())
+    n_arms = len(load_grid("gate").arm_list())
+    assert (ROOT / "docs" / "damages.md").read_text() == render(study, n_arms)
+
+
+@pytest.mark.parametrize("name", ["centroid 1%", "no sinks"])
+def test_the_exact_suite_sees_the_smallest_damage(name):
+    """One centroid of 16 off by 1% is a change of decoded values; a sink less is one of bytes too."""
+    study = Study.model_validate_json((ROOT / "records" / "gate" / "damages.json").read_text())
+    changed = exact_changes(study, next(damage for damage in DAMAGES if damage.name == name))
+    assert "fed_keys" in changed
+    assert ("fed_bits_per_value" in changed) == (name == "no sinks")

@@ -96,7 +96,7 @@ class Damage:
         summary: for the table.
         base: the undamaged configuration, a key of :data:`BASES`.
         change: what it does to each layer's specification.
-        harmful: False for a control: other codes of the same quality, which the exact tier sees and quality need not.
+        harmful: False for a control: codes that are no worse by design.
     """
 
     name: str
@@ -126,6 +126,11 @@ def _in_layer(layer: int, make: Callable[[], TurboQuantMSE]) -> Change:
     return lambda spec: change(spec) if spec.layer == layer else spec
 
 
+def _in_layers(n_layers: int, make: Callable[[], TurboQuantMSE]) -> Change:
+    change = _everywhere(make)
+    return lambda spec: change(spec) if spec.layer < n_layers else spec
+
+
 def _centroid(share: float) -> Damage:
     make = functools.partial(ShiftedCentroid, CODE_BITS, share=share)
     return Damage(f"centroid {share:.0%}", f"one of 16 centroids {share:.0%} too large", "plain", _everywhere(make))
@@ -148,7 +153,7 @@ def _narrower(layer: int) -> Damage:
 
 def _other_rotation(seed: int) -> Damage:
     make = functools.partial(TurboQuantMSE, CODE_BITS, seed)
-    summary = f"control: rotation of seed {seed}, as good as that of seed 0"
+    summary = f"control: rotation of seed {seed}, no worse by design than that of seed 0"
     return Damage(f"seed {seed}", summary, "plain", _everywhere(make), harmful=False)
 
 
@@ -160,13 +165,32 @@ DAMAGES: Final = (
     _centroid(0.01),
     _centroid(0.02),
     _centroid(0.05),
+    _centroid(0.20),
     _narrower(FIRST),
     _narrower(MIDDLE),
+    Damage(
+        "3 bits, 10 layers",
+        "layers 0 to 9 at one bit less",
+        "plain",
+        _in_layers(10, functools.partial(TurboQuantMSE, CODE_BITS - 1)),
+    ),
     Damage("no rotation", "rotation left out", "plain", _everywhere(functools.partial(Unrotated, CODE_BITS))),
+    Damage(
+        "no rotation, layer 15",
+        "layer 15: rotation left out",
+        "plain",
+        _in_layer(MIDDLE, functools.partial(Unrotated, CODE_BITS)),
+    ),
     _head(FIRST, 0.01),
     _head(FIRST, 0.05),
     _head(FIRST, 0.20),
     _head(MIDDLE, 0.20),
+    Damage(
+        "head scale 20%",
+        "every layer: the first KV head's keys and values 20% too long",
+        "plain",
+        _everywhere(functools.partial(ScaledHead, CODE_BITS, share=0.20)),
+    ),
     Damage(
         "tokens late",
         "layer 15: tokens decode one place late",
@@ -178,7 +202,14 @@ DAMAGES: Final = (
     _windowed("no sinks", "no sinks, not 4", sinks=0),
     _other_rotation(1),
     _other_rotation(2),
+    Damage("again", "control: nothing, measured again", "plain", undamaged, harmful=False),
 )
+
+
+def strikes(damage: Damage, layer: int) -> bool:
+    """Whether a damage changes a layer at all."""
+    spec = BASES[damage.base].layer_spec(layer, None, None, None)
+    return damage.change(spec) != spec
 
 
 def damaged_caches(model: Module, base: str, change: Change) -> list[Any]:
