@@ -92,6 +92,18 @@ def test_refined_curves_forecast_what_was_measured(model, curves, sequences):
         assert after.distortions == before.distortions
 
 
+def test_half_trust_is_the_geometric_mean(model, curves):
+    """Losses at trust 0.5 are the geometric mean of the forecast's and the fully corrected ones; 0 changes nothing."""
+    options = {"num_samples": 2, "quiet": True}
+    full = refine_distortion_curve(model, ByteTokenizer(), curves, 2, **options)
+    half = refine_distortion_curve(model, ByteTokenizer(), curves, 2, trust=0.5, **options)
+    for before, after, middle in zip(curves.curves, full.curves, half.curves, strict=True):
+        np.testing.assert_allclose(middle.losses, np.sqrt(np.array(before.losses) * after.losses), rtol=1e-3)
+    assert refine_distortion_curve(model, ByteTokenizer(), curves, 2, trust=0.0, **options) == curves
+    with pytest.raises(ValueError, match=r"trust=1.5 must lie in 0\.\.1"):
+        refine_distortion_curve(model, ByteTokenizer(), curves, 2, trust=1.5)
+
+
 def test_an_allocation_says_where_to_measure(model, curves):
     """Layers, sides and heads are understood; equal widths by any names give equal curves."""
     one = refine_distortion_curve(model, ByteTokenizer(), curves, 3, num_samples=2, quiet=True)

@@ -41,6 +41,7 @@ class Recipe:
         min_bits: smallest width.
         weighting: how gradients meet errors.
         refined_at: uniform width at which the heads' real contributions correct the forecast; 0 for none.
+        trust: how far they do.
     """
 
     base: str = "turboquant_mse"
@@ -49,14 +50,15 @@ class Recipe:
     min_bits: int = 1
     weighting: Weighting = "coherent"
     refined_at: int = 0
+    trust: float = 1.0
 
 
-_BY_HEAD = Recipe(unit="head")
+_FINE = Recipe(unit="head", refined_at=2, trust=0.5)
 _COARSE = Recipe("turboquant_static", unit="head", sinks=1, refined_at=2)
 
 RECIPES: Mapping[float, Recipe] = {
-    4.0: _BY_HEAD,
-    3.0: _BY_HEAD,
+    4.0: _FINE,
+    3.0: _FINE,
     2.0: _COARSE,
     1.5: _COARSE,
     1.0: replace(_COARSE, min_bits=0),
@@ -88,19 +90,21 @@ def ratequant(
     min_bits: int | None = None,
     weighting: Weighting | None = None,
     refined_at: int | None = None,
+    trust: float | None = None,
     at_tokens: int = 2048,
     shuffle: int = 0,
 ) -> list[Any]:
     """Calibrate once per model (kept on disk), allocate, build.
 
     Args:
-        base: as in :class:`Recipe`, and so the next five. Without any of them the target's recipe is taken; with one,
+        base: as in :class:`Recipe`, and so the next six. Without any of them the target's recipe is taken; with one,
             the others are the plainest.
         unit: likewise.
         sinks: likewise.
         min_bits: likewise.
         weighting: likewise.
         refined_at: likewise.
+        trust: likewise.
         at_tokens: sequence length at which the target holds: fp16 sinks weigh more in shorter ones.
         shuffle: 0 for RateQuant's allocation; otherwise the seed of a random permutation of its widths, the
             baseline that an allocation has to beat.
@@ -112,6 +116,7 @@ def ratequant(
         "min_bits": min_bits,
         "weighting": weighting,
         "refined_at": refined_at,
+        "trust": trust,
     }
     given = {name: value for name, value in given.items() if value is not None}
     recipe = Recipe(**given) if given else RECIPES[target]
@@ -132,7 +137,7 @@ def _curves(context: BuildContext, recipe: Recipe) -> DistortionCurves:
     code = source_hash(veloxquant_mlx, veloxquant_kernels)
     place = context.cache_folder / content_hash([context.model_id, context.n_layers, code])[:24]
     place.mkdir(parents=True, exist_ok=True)
-    path = place / f"curves-{recipe.base}-{recipe.sinks}-{recipe.weighting}-{recipe.refined_at}.json"
+    path = place / f"curves-{recipe.base}-{recipe.sinks}-{recipe.weighting}-{recipe.refined_at}-{recipe.trust:g}.json"
     if path.exists():
         return DistortionCurves.load(path)
     options = make_options(recipe.base, {})
@@ -141,8 +146,10 @@ def _curves(context: BuildContext, recipe: Recipe) -> DistortionCurves:
         return options.quantizer("keys", bits, 0)
 
     if recipe.refined_at:
-        forecast = _curves(context, replace(recipe, refined_at=0))
-        curves = refine_distortion_curve(context.model, context.tokenizer, forecast, recipe.refined_at, quantizer)
+        forecast = _curves(context, replace(recipe, refined_at=0, trust=1.0))
+        curves = refine_distortion_curve(
+            context.model, context.tokenizer, forecast, recipe.refined_at, quantizer, trust=recipe.trust
+        )
     else:
         curves = fit_distortion_curve(
             _sensitivities(context, place / "sensitivities.safetensors"),
