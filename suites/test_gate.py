@@ -1,12 +1,12 @@
 """The gates, after everything was measured: one item per subject of the baselines, and one for the whole."""
 
-from collections.abc import Callable
+import pytest
 
 from veloxbench.verdicts import Finding, Verdict, overall, sentence
 
 
 def test_subject_is_as_good_as_its_baseline(
-    gated_subject: tuple[str, str], gate_findings: list[Finding], record_property: Callable[[str, object], None]
+    gated_subject: tuple[str, str], gate_findings: list[Finding], request: pytest.FixtureRequest
 ) -> None:
     """Each subject of the baselines was produced, and every metric of it passes."""
     tier, subject = gated_subject
@@ -15,7 +15,7 @@ def test_subject_is_as_good_as_its_baseline(
         for name in ("value", "baseline", "change", "low", "high", "limit", "detectable"):
             figure = getattr(finding, name)
             if figure is not None:
-                record_property(f"{finding.metric}.{name}", figure)
+                request.node.user_properties.append((f"{finding.metric}.{name}", figure))
     assert overall(findings) is Verdict.PASS, sentence(findings)
 
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxbench.gate import ORDER_OF_SUMS
+from veloxbench.gate import ROUNDING
 from veloxbench.measure.exact import DIGEST_HEX, N_SKETCHES, FixedInputs, digest, lattice_vectors, measure, sketch
 from veloxbench.measure.exact_cases import cases
 from veloxquant_mlx.methods import METHODS
@@ -53,20 +53,19 @@ def here():
 @pytest.mark.parametrize(
     "environment",
     [
-        {"VELOXBENCH_BLAS": "none"},
-        pytest.param({"MKL_CBWR": "COMPATIBLE"}, marks=pytest.mark.slow),
-        pytest.param({"MKL_CBWR": "AVX2"}, marks=pytest.mark.slow),
+        {"MKL_CBWR": "COMPATIBLE"},
+        pytest.param({"VELOXBENCH_BLAS": "none"}, marks=pytest.mark.slow),
     ],
 )
 def test_facts_are_those_of_every_blas(here, environment):
-    """Another BLAS library (or another of MKL's code paths) gives the same digests, and samples within fp32's order."""
+    """Another BLAS library (or another of MKL's code paths) gives the same digests, and samples within rounding."""
     other = everything(**environment)
     assert other.keys() == here.keys()
     for label, (metrics, samples) in here.items():
         assert other[label][0] == metrics, label
         for name, values in samples.items():
             scale = np.sqrt(np.mean(np.square(values)))
-            assert np.max(np.abs(np.subtract(other[label][1][name], values))) <= ORDER_OF_SUMS * scale, (label, name)
+            assert np.max(np.abs(np.subtract(other[label][1][name], values))) <= ROUNDING * scale, (label, name)
 
 
 def test_every_method_and_width_of_the_package_is_looked_at():
@@ -86,11 +85,12 @@ def test_labels_are_unique():
 
 
 def test_vectors_have_a_whole_odd_length():
-    """Their squares sum to an odd square, exactly; one vector is zero."""
+    """Their squares sum to an odd square, exactly; one pair is zero; even prefixes have mean zero."""
     vectors = lattice_vectors((2, 2, 32, 64), 0).astype(np.float64).reshape(-1, 64)
     smallest = np.array([np.min(np.abs(row[row != 0]), initial=np.inf) for row in vectors])
     lengths = np.sqrt((vectors**2).sum(axis=1))
-    assert (lengths == 0).sum() == 1
+    assert (lengths == 0).sum() == 2
+    assert np.abs(lattice_vectors((2, 2, 32, 64), 0)[..., :10, :].astype(np.float64).sum(axis=-2)).max() == 0
     powers = np.log2(smallest[lengths > 0])
     assert np.array_equal(powers, np.round(powers))
     whole = lengths[lengths > 0] / 2.0 ** np.round(np.log2(lengths[lengths > 0] / 15))
@@ -164,6 +164,6 @@ def test_damage_changes_the_facts(monkeypatch, damage):
 
     def far(name: str) -> bool:
         size = np.sqrt(np.mean(np.square(samples[name])))
-        return bool(np.max(np.abs(np.subtract(samples[name], damaged_samples[name]))) > ORDER_OF_SUMS * size)
+        return bool(np.max(np.abs(np.subtract(samples[name], damaged_samples[name]))) > ROUNDING * size)
 
     assert damaged_metrics != metrics or any(far(name) for name in samples)

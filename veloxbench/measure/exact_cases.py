@@ -58,10 +58,10 @@ def _account(name: str, cache: Any) -> Products:
 def _held(name: str, cache: Any) -> Products:
     leaves = arrays_of(cache)
     codes = [np.array(leaf).tolist() for leaf in leaves if leaf.dtype not in (mx.float16, mx.float32)]
-    halves = [np.array(leaf).tolist() for leaf in leaves if leaf.dtype == mx.float16]
+    halves = [np.array(leaf).ravel() for leaf in leaves if leaf.dtype == mx.float16]
     return {
         f"{name}_codes": codes,
-        f"{name}_halves": halves,
+        **({f"{name}_halves": np.concatenate(halves)} if halves else {}),
         f"{name}_tokens": cache.size(),
         f"{name}_bits_per_value": float(cache.bits_per_value()),
         f"{name}_formula_bytes": float(cache.formula_nbytes()),
