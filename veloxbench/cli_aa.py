@@ -86,6 +86,7 @@ def resample(
     gates: Annotated[int, typer.Option(help="Gates to draw for each slowdown.")] = 1000,
     live_gates: Annotated[Path | None, typer.Option("--live", help="Journal of live gates to count as well.")] = None,
     clock: Annotated[Literal["wall", "cpu"] | None, typer.Option(help="Default: as the gate on this device.")] = None,
+    canary_drift: Annotated[float | None, typer.Option(help="Drift of the canary that voids a block.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the gates.")] = 0,
 ) -> None:
     """Draw gates from a recorded series and count how they end, for every slowdown in it.
@@ -99,9 +100,10 @@ def resample(
     from veloxbench.store import write_text
     from veloxbench.timing_gate import TimingSpec
 
+    spec = TimingSpec() if canary_drift is None else TimingSpec(canary_drift=canary_drift)
     rates = error_rates(
         series,
-        TimingSpec(),
+        spec,
         default_clock() if clock is None else clock,
         gates=gates,
         seed=seed,
@@ -204,7 +206,7 @@ def compare(
     else:
         from veloxbench.aa.record import to_stderr
         from veloxbench.compare import Plan, compare_revisions
-        from veloxbench.revisions import prepare
+        from veloxbench.revisions import prepare, resolve
         from veloxbench.timing_gate import TimingSpec
         from veloxbench.timing_pairs import pin_to_core
 
@@ -216,6 +218,8 @@ def compare(
         )
         if core is not None:
             pin_to_core(core)
+        for name in (base, head):  # a typing error costs no build
+            resolve(name, repository)
         sides = [prepare(name, repository) for name in (base, head)]
         found = compare_revisions(sides[0], sides[1], plan, to_stderr)
     print_findings(found)

@@ -95,7 +95,6 @@ def start(side: str, revision: Revision, threads: int | None) -> Worker:
     return Worker(
         f"{side} ({revision.name})",
         log=revision.folder / "worker.log",
-        python=revision.python,
         environment=environment,
     )
 

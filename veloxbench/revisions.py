@@ -1,8 +1,8 @@
 """Two revisions of a repository side by side: each one's packages on a path of its own, built once per commit.
 
-A revision's tree is exported into the user's cache. Where the running environment meets the dependencies that the
-revision declares, it is shared, and only the packages' source differs; otherwise the revision gets a virtual
-environment of its own. Either way the harness is the running one: two implementations, one measuring code.
+A revision's tree is exported into the user's cache. The running environment serves as far as it meets the dependencies
+that the revision declares; what it does not meet is installed into an overlay that only this revision sees. Either way
+the harness is the running one: two implementations, one measuring code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,14 +37,13 @@ class Revision:
 
     Attributes:
         name: as the user spelled it.
-        folder: where it lives in the cache: ``tree/``, ``site/`` (its packages), ``records/``, ``build.log``.
-        python: the interpreter of its environment.
+        folder: where it lives in the cache: ``tree/``, ``site/`` (its packages), ``overlay/`` (its own dependencies),
+            ``records/``, ``build.log``, ``worker.log``.
     """
 
     name: str
     commit: str
     folder: Path
-    python: Path
 
     @property
     def site(self) -> Path:
@@ -54,7 +52,8 @@ class Revision:
 
     def environment(self) -> dict[str, str]:
         """Environment variables under which its packages, and the running harness, are imported."""
-        return {"PYTHONPATH": os.pathsep.join([str(self.site), str(_harness_site())]), "PYTHONSAFEPATH": "1"}
+        path = (self.site, self.folder / "overlay", _harness_site())
+        return {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONSAFEPATH": "1"}
 
 
 def _harness_site() -> Path:
@@ -114,9 +113,10 @@ def prepare(name: str, repository: Path) -> Revision:
         for package in packages:
             (folder / "site" / package.name).symlink_to(package, target_is_directory=True)
         unmet = unmet_dependencies(project.get("project", {}).get("dependencies", []), name)
-        python = Path(sys.executable) if not unmet else _own_environment(folder, name, unmet)
-        (folder / _READY).write_text(str(python), encoding="utf-8")
-    return Revision(name, commit, folder, Path((folder / _READY).read_text(encoding="utf-8")))
+        if unmet:
+            _overlay(folder, name, unmet)
+        (folder / _READY).touch()
+    return Revision(name, commit, folder)
 
 
 def _export(repository: Path, commit: str, tree: Path) -> None:
@@ -172,34 +172,16 @@ def unmet_dependencies(dependencies: Sequence[str], name: str) -> list[str]:
     return unmet
 
 
-def _own_environment(folder: Path, name: str, unmet: Sequence[str]) -> Path:
-    """A virtual environment with the revision's dependencies and the harness's own."""
+def _overlay(folder: Path, name: str, unmet: Sequence[str]) -> None:
+    """Install what the running environment does not meet, with all that it needs, into a folder of its own."""
     log = folder / "build.log"
-    harness = [text for text in importlib.metadata.requires(HARNESS) or [] if "extra ==" not in text]
-    python = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    # the revision's own pins come last in the list and bind the others
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False, encoding="utf-8") as file:
-        file.write("\n".join([*_not_pinned(harness, unmet), *unmet]) + "\n")
-    commands = [
-        [sys.executable, "-m", "venv", str(folder / "venv")],
-        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", file.name],
-    ]
-    try:
-        with log.open("wb") as output:
-            for command in commands:
-                output.write(f"$ {' '.join(command)}\n".encode())
-                output.flush()
-                if subprocess.run(command, stdout=output, stderr=output, check=False).returncode != 0:
-                    raise UnfitEnvironmentError(
-                        f"the environment of revision {name} could not be built (it needs {', '.join(unmet)}); "
-                        f"its log is {log}"
-                    )
-    finally:
-        Path(file.name).unlink()
-    return python
-
-
-def _not_pinned(harness: Sequence[str], unmet: Sequence[str]) -> list[str]:
-    """The harness's requirements, without those that the revision states otherwise."""
-    stated = {canonicalize_name(Requirement(text).name) for text in unmet}
-    return [text for text in harness if canonicalize_name(Requirement(text).name) not in stated]
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    command += ["--target", str(folder / "overlay"), *unmet]
+    with log.open("wb") as output:
+        output.write(f"$ {' '.join(command)}\n".encode())
+        output.flush()
+        done = subprocess.run(command, stdout=output, stderr=output, check=False)
+    if done.returncode != 0:
+        raise UnfitEnvironmentError(
+            f"the environment of revision {name} could not be built (it needs {', '.join(unmet)}); its log is {log}"
+        )

@@ -85,14 +85,16 @@ class Worker:
             WorkerError: the process died, raised, or did not answer in time; says which and where its log is.
         """
         assert self._process.stdin is not None
+        request = json.dumps({"do": do, **arguments}) + "\n"
         try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.write(request)
             self._process.stdin.flush()
             line = self._answers.get(timeout=timeout)
         except queue.Empty:
+            self._process.kill()
             self.close()
             raise WorkerError(f"{self.name} gave no answer to {do!r} in {timeout:g} s (log: {self.log})") from None
-        except OSError:  # it died between two commands
+        except (OSError, ValueError):  # it died between two commands, or was closed
             line = None
         if line is None:
             status = self._process.wait()

@@ -213,8 +213,8 @@ def test_error_rates_of_a_calm_machine(rates):
 
 
 def test_void_blocks_are_counted_and_never_used(tmp_path):
-    """With every canary moved by 3% nothing can be decided, and the series says why."""
-    path = write_series(tmp_path / "aa.jsonl", rounds=70, segments=1, drift=0.03)
+    """With every canary moved by 30% nothing can be decided, and the series says why."""
+    path = write_series(tmp_path / "aa.jsonl", rounds=70, segments=1, drift=0.3)
     found = error_rates(path, SPEC, "wall", gates=5)
     assert found.series.void_share == 1.0
     assert all(effect.resampled.inconclusive.count == 5 for effect in found.effects)

@@ -150,7 +150,7 @@ def test_bounds_are_infinite_where_so_few_blocks_cannot_give_any():
 
 def test_void_blocks_do_not_count_but_cost_time_and_have_a_cap():
     """A canary that moved by 3% voids the block whatever it measured; after max_voids the machine is restless."""
-    spec = TimingSpec(max_voids=5)
+    spec = TimingSpec(max_voids=5, canary_drift=0.02)
     calm, restless = block(0.0), block(5.0, canary=(1.0, 1.03))
     result = run_gate([restless, calm] * 5 + [calm] * 20, spec)
     assert (result.metrics[0].verdict, result.blocks, result.voids, result.seconds) == (Verdict.PASS, 12, 5, 17.0)
