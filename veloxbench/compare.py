@@ -73,9 +73,10 @@ def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Calla
             for name, revision in (("base", base), ("head", head))
         }
         for name, revision in (("base", base), ("head", head)):
-            hello = workers[name].ask("hello")
-            if not Path(hello["file"]).resolve().is_relative_to(revision.folder.resolve()):
-                raise UsageError(f"{name} imports {hello['file']}, not revision {revision.name}")
+            hello = workers[name].ask("hello", packages=revision.packages)
+            for package, file in hello["files"].items():
+                if not Path(file).resolve().is_relative_to(revision.folder.resolve()):
+                    raise UsageError(f"{name} imports {package} from {file}, not from revision {revision.name}")
             message(f"{name}: {revision.name} ({revision.commit[:12]}), {hello['implementation']}")
         if plan.profile is not None:
             records = {}

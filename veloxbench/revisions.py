@@ -50,6 +50,11 @@ class Revision:
         """What is put on the path: the revision's packages, without the harness."""
         return self.folder / "site"
 
+    @property
+    def packages(self) -> list[str]:
+        """Names of its packages."""
+        return sorted(path.name for path in self.site.iterdir())
+
     def environment(self) -> dict[str, str]:
         """Environment variables under which its packages, and the running harness, are imported."""
         path = (self.site, self.folder / "overlay", _harness_site())

@@ -47,7 +47,8 @@ class TimingSpec:
         margin: slowdown up to which reporting a regression is a false alarm.
         detect: slowdown from which passing is a miss.
         alpha: rate of false alarms, all looks and all metrics together.
-        beta: rate of misses, all looks of a metric together.
+        beta: rate of misses, all looks of a metric together; 2% leaves room for inconclusive gates within the 5% of
+            slowdowns that may go uncaught.
         looks: blocks at which the tests are made; the last is the budget.
         spending: look k has used ``(looks[k] / looks[-1]) ** spending`` of alpha and beta (Kim & DeMets 1987).
         canary_drift: relative change of the canary within a block that voids it. The order's randomisation keeps the
@@ -61,7 +62,7 @@ class TimingSpec:
     margin: float = 0.03
     detect: float = 0.05
     alpha: float = 0.01
-    beta: float = 0.05
+    beta: float = 0.02
     looks: tuple[int, ...] = (12, 16, 24, 32, 48, 64, 96, 128)
     spending: float = 1.0
     canary_drift: float = 0.20

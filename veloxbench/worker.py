@@ -7,6 +7,7 @@ alone; whatever libraries print goes to its log. :class:`Worker` is the other en
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import queue
@@ -128,17 +129,12 @@ class _Side:
     def __init__(self) -> None:
         self._benchmarks: dict[str, Any] = {}
 
-    def hello(self) -> dict[str, Any]:
-        """Which code this side runs."""
-        from veloxbench.environment import versions
+    def hello(self, packages: Sequence[str] = ()) -> dict[str, Any]:
+        """Which code this side runs: the implementation's hash, and the file that each package is imported from."""
         from veloxbench.methods.veloxquant import implementation
 
-        return {
-            "implementation": implementation(),
-            "file": str(sys.modules["veloxquant_mlx"].__file__),
-            "versions": versions(),
-            "pid": os.getpid(),
-        }
+        files = {name: str(importlib.import_module(name).__file__) for name in packages}
+        return {"implementation": implementation(), "files": files}
 
     def open_decode(self, name: str, spec: dict[str, Any]) -> None:
         """Load a decode benchmark under a name."""

@@ -283,13 +283,23 @@ def test_commands_name_what_is_missing(tmp_path, capsys):
         assert str(tmp_path / "none") in capsys.readouterr().err
 
 
+def test_a_series_goes_on_only_as_it_was_begun(series_file, tmp_path, capsys):
+    """Other options than the header's are refused by name before anything is loaded; the file stays as it is."""
+    path = tmp_path / "aa.jsonl"
+    path.write_bytes(series_file.read_bytes())
+    assert _run(["aa", "record", "--out", str(path), "--threads", "2", "--depth", "64"]) == ExitCode.USAGE
+    assert "another decode, threads" in capsys.readouterr().err
+    assert path.read_bytes() == series_file.read_bytes()
+
+
 def record_command(model, out, hours):
     command = ["aa", "record", "--model", str(model), "--method", "fp16", "--depth", "8", "--steps", "1"]
     return [sys.executable, "-m", "veloxbench.cli", *command, "--hours", str(hours), "--out", str(out)]
 
 
+@pytest.mark.slow
 def test_a_live_series_is_stopped_and_goes_on(cut_model, tmp_path):
-    """Two real layers: blocks appear, an interrupt ends it, the same command goes on, other options do not fit."""
+    """Two real layers: blocks appear, an interrupt ends it, the same command goes on in a new segment."""
     out = tmp_path / "aa.jsonl"
     process = subprocess.Popen(record_command(cut_model, out, 1), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -306,8 +316,3 @@ def test_a_live_series_is_stopped_and_goes_on(cut_model, tmp_path):
     assert after.blocks > before.blocks
     assert len(after.runs) == len(before.runs) + 1
     assert after.header == before.header
-    done = subprocess.run(
-        [*record_command(cut_model, out, 1), "--threads", "2"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == ExitCode.USAGE
-    assert "another threads" in done.stderr

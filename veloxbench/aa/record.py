@@ -53,7 +53,11 @@ def record(spec: RecordSpec, path: Path, message: Callable[[str], None]) -> None
     if spec.core is not None:
         pin_to_core(spec.core)
     with open_journal(path) as journal:
-        recorded = journal.series.seconds if journal.series else 0.0
+        recorded = 0.0
+        if journal.series is not None:
+            asked = {"decode": spec.decode.model_dump(mode="json"), "threads": spec.threads, "core": spec.core}
+            check_same(journal.series.header, asked, path)  # before anything is loaded
+            recorded = journal.series.seconds
         progress = _Progress(spec.hours * 3600, recorded, message)
         while not progress.finished:
             with ExitStack() as stack:
