@@ -53,12 +53,12 @@ class Recipe:
     trust: float = 1.0
 
 
-_FINE = Recipe(unit="head", refined_at=2, trust=0.5)
+_FINE = Recipe(unit="head")
 _COARSE = Recipe("turboquant_static", unit="head", sinks=1, refined_at=2)
 
 RECIPES: Mapping[float, Recipe] = {
     4.0: _FINE,
-    3.0: _FINE,
+    3.0: replace(_FINE, refined_at=2, trust=0.5),
     2.0: _COARSE,
     1.5: _COARSE,
     1.0: replace(_COARSE, min_bits=0),
