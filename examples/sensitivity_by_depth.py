@@ -2,7 +2,7 @@
 
 For every model: RateQuant's calibration, timed; the loss forecast for each layer at 2 bits; the KL divergence
 measured when only the first quarter of the layers, the layers around the middle, or the rest are at 2 bits and the
-others at 8; and the key norms, of tokens that KeyNormObserver flags on either side and of the first token.
+others at 6; and the key norms, of tokens that KeyNormObserver flags on either side and of the first token.
 
     python examples/sensitivity_by_depth.py --models smollm2-135m gemma3-270m --out records/sensitivity.json
 """
@@ -34,7 +34,7 @@ from veloxquant_mlx.allocators.sensitivity import HeadSensitivities
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.observers.key_norm import KeyNormObserver, Tail
 
-LOW_BITS, HIGH_BITS = 2, 8
+LOW_BITS, HIGH_BITS = 2, 6
 BANDS = {"early": (0.0, 8 / 32), "middle": (8 / 32, 17 / 32), "late": (17 / 32, 1.0)}
 """Shares of the depth; the middle is what layers 8 to 16 are of 32."""
 
@@ -46,7 +46,7 @@ def band_of(layer: int, n_layers: int) -> str:
 
 def layer_table(sensitivities: Sensitivities) -> list[dict[str, Any]]:
     """Each layer's weights and the loss forecast for it alone at 2 bits, in nats per token."""
-    curves = fit_distortion_curve(sensitivities, widths=(LOW_BITS, HIGH_BITS))
+    curves = fit_distortion_curve(sensitivities, widths=(LOW_BITS, LOW_BITS + 1))
     column = curves.widths.index(LOW_BITS)
     rows = []
     for layer in sensitivities.layers:
@@ -66,7 +66,7 @@ def layer_table(sensitivities: Sensitivities) -> list[dict[str, Any]]:
 
 
 def divergence_by_band(model: Module, tokens: NDArray[np.int32], protocol: Chunked) -> dict[str, Any]:
-    """KL divergence of every sequence with one band of the layers at 2 bits and the others at 8."""
+    """KL divergence of every sequence with one band of the layers at 2 bits and the others at 6."""
     n_layers = len(make_prompt_cache(model))
     found = {}
     with worker_pool() as pool:
@@ -150,15 +150,15 @@ def main() -> None:
     """Measure the models named, and replace their entries in the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"])
-    parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--num-samples", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("records/sensitivity.json"))
     options = parser.parse_args()
     found = {entry["model"]: entry for entry in json.loads(options.out.read_text())} if options.out.exists() else {}
     for name in options.models:
         found[name] = measure(name, Chunked(sequences=options.sequences, length=256), options.num_samples)
         options.out.write_text(json.dumps(list(found.values()), indent=1) + "\n", encoding="utf-8")
-        print(f"{name}: calibrated in {found[name]['calibration_seconds']:.0f} s")
+        print(f"{name}: calibrated in {found[name]['calibration_seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
