@@ -263,7 +263,7 @@ def _allocation(rows: Sequence[Record]) -> list[str]:
     if parts:
         parts[-1] += (
             " A shuffle deals RateQuant's own widths to other units at random: same bytes, no knowledge of the model. "
-            "Of every uniform method the cheapest that costs more stands here."
+            "Of every uniform method the cheapest that costs more stands here, first the next larger cost of all."
         )
     return parts
 
