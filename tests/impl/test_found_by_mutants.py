@@ -1,0 +1,36 @@
+"""Facts that seeded edits of the sources (tests/mutate_sources.py) showed no other check to hold."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from impl_inputs import gaussian
+
+from veloxquant_mlx.cache.base import KVCacheConfig, PackedKVCache
+from veloxquant_mlx.cache.storage import STEP
+from veloxquant_mlx.quantizers.turboquant_prod import cosine_similarity
+
+
+@pytest.mark.parametrize("method", ["turboquant_mse", "kivi"])
+def test_a_sliding_layer_frees_once_a_step_is_dead_and_not_before(method: str) -> None:
+    """Tokens behind the window are freed when 256 of them fill whole blocks: of 1 token, and of kivi's 32."""
+    window = 64
+    config = KVCacheConfig(method=method, code_bits=4, window=0)
+    cache = PackedKVCache(config.layer_spec(0, None, None, window))
+    block = cache.spec.keys.block_tokens
+    x = mx.array(gaussian((1, 1, 32, 64), 0)).astype(mx.float16)
+    held = 0
+    for _ in range(40):
+        cache.update_and_fetch(x, x)
+        held += 32
+        if (held - window) // block * block >= STEP:
+            held -= (held - window) // block * block
+        assert cache._keys.tokens == held
+
+
+def test_a_zero_vector_is_like_another_zero_vector_only() -> None:
+    """Cosine 1 between zeros; 0 between a zero vector and one that has a zero coordinate among others."""
+    zero, unit = mx.zeros((1, 4)), mx.array([[1.0, 0.0, 0.0, 0.0]])
+    assert cosine_similarity(zero, zero).item() == 1.0
+    assert cosine_similarity(zero, unit).item() == 0.0
+    assert cosine_similarity(unit, zero).item() == 0.0
