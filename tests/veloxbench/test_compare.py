@@ -1,0 +1,246 @@
+"""Two revisions of a repository, or two sets of records, judged one by the other."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import veloxbench
+from veloxbench.cli import _run
+from veloxbench.errors import ExitCode
+from veloxbench.revisions import prepare, unmet_dependencies
+from veloxbench.worker import Worker, WorkerError
+
+ROOT = Path(__file__).parents[2]
+CENTROIDS = "impl/veloxquant_mlx/quantizers/lloyd_max.py"
+
+GRID = """
+summary = "seconds"
+models = ["{model}"]
+corpus = "bundled"
+suites = ["perplexity"]
+
+[[arms]]
+method = "turboquant_mse"
+targets = [4]
+
+[[protocols]]
+name = "chunked"
+sequences = 16
+length = 64
+chunk = 32
+score_from = 32
+
+[[throughput]]
+depth = 32
+pairs = 2
+steps = 2
+prefill_pairs = 2
+
+[memory]
+tokens = 64
+decode_steps = 2
+budget_gib = 1.0
+"""
+
+
+def git(repository, *arguments):
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
+    done = subprocess.run(["git", "-C", str(repository), *who, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def edit(repository, tag, file, old, new):
+    """A child of the first commit, tagged, in which one place of one file is another."""
+    text = (repository / file).read_text()
+    assert text.count(old) == 1
+    (repository / file).write_text(text.replace(old, new))
+    git(repository, "commit", "-qam", tag)
+    git(repository, "tag", tag)
+    git(repository, "reset", "-q", "--hard", "base")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of this repository's packages, and children of its one commit."""
+    folder = tmp_path_factory.mktemp("repository")
+    for part in ("impl", "kernels"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "base")
+    git(folder, "tag", "base")
+    edit(folder, "renamed", CENTROIDS, "middle, distortion)", "middle, float(distortion))")
+    edit(folder, "damaged", CENTROIDS, "Codebook(centroids, middle,", "Codebook(1.1 * centroids, middle,")
+    edit(
+        folder,
+        "crashing",
+        CENTROIDS,
+        "return Codebook(",
+        "raise RuntimeError('broken on purpose')\n    return Codebook(",
+    )
+    edit(folder, "unbuildable", "pyproject.toml", '"numpy>=2.0"', '"numpy==0.0.1"')
+    edit(folder, "pinned", "pyproject.toml", '"numpy>=2.0"', '"numpy>=2.0", "tinydep==2.0"')
+    return folder
+
+
+@pytest.fixture
+def grid(cut_model, tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.format(model=cut_model))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(cut_model, tmp_path_factory):
+    """Revisions and records of these tests stay out of the user's cache (the model was found before)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VELOXBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def compare(repository, grid, base, head, *more):
+    return _run(["compare", base, head, "--repo", str(repository), "--profile", str(grid), *more])
+
+
+@pytest.mark.slow
+def test_a_revision_that_computes_the_same_passes(repository, grid, capsys):
+    """Another commit, other source text, equal values: no sequence changed."""
+    assert compare(repository, grid, "base", "renamed", "--tiers", "records") == ExitCode.PASS
+    shown = capsys.readouterr()
+    commits = [git(repository, "rev-parse", name)[:12] for name in ("base", "renamed")]
+    assert all(commit in shown.err for commit in commits)
+    assert "compare: pass" in shown.err
+
+
+def test_a_revision_that_decodes_worse_regresses(repository, grid, capsys):
+    """Centroids 10% too large: the quality tier names the arm and the metric."""
+    assert compare(repository, grid, "base", "damaged", "--tiers", "records") == ExitCode.REGRESSION
+    assert "turboquant_mse 4, kld_mean" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_revision_that_crashes_is_one_sentence(repository, grid, capsys):
+    """It names the side, the revision and what was raised."""
+    assert compare(repository, grid, "base", "crashing", "--tiers", "records") == ExitCode.REGRESSION
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "head (crashing)" in error
+    assert "on purpose" in error
+
+
+@pytest.mark.slow
+def test_two_live_revisions_are_timed_in_turns(repository, grid, cut_model, capsys):
+    """Whatever the clock says of two layers in three seconds, it is a verdict of the timing tier, not a crash."""
+    more = ("--tiers", "timing", "--model", str(cut_model), "--minutes", "0.05")
+    code = compare(repository, grid, "base", "renamed", *more)
+    assert code in (ExitCode.PASS, ExitCode.REGRESSION, ExitCode.INCONCLUSIVE)
+    assert "decode of turboquant_mse 4" in capsys.readouterr().out
+
+
+def test_an_unknown_revision_is_named(repository, grid, capsys):
+    """Exit code 4."""
+    assert compare(repository, grid, "base", "no-such-tag") == ExitCode.USAGE
+    assert "unknown revision 'no-such-tag'" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_repository_is_named(tmp_path, grid, capsys):
+    """Exit code 4."""
+    assert compare(tmp_path, grid, "base", "head") == ExitCode.USAGE
+    assert "is not a git repository" in capsys.readouterr().err
+
+
+def test_an_environment_that_cannot_be_built_keeps_its_log(repository, monkeypatch, grid, capsys):
+    """Exit code 5; the sentence names the dependency and the log, which holds what pip said."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert compare(repository, grid, "base", "unbuildable") == ExitCode.ENVIRONMENT
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "numpy==0.0.1" in error
+    assert "No matching distribution" in Path(error.rpartition("its log is ")[2]).read_text()
+
+
+def test_a_dependency_that_is_not_here_is_installed_for_that_revision_alone(repository, monkeypatch, tmp_path):
+    """A wheel of ours serves as the index; the revision's process imports it, this one cannot."""
+    with zipfile.ZipFile(tmp_path / "tinydep-2.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tinydep.py", "VERSION = 2\n")
+        info = "tinydep-2.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tinydep\nVersion: 2.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    revision = prepare("pinned", repository)
+    code = "import tinydep as t, veloxquant_mlx as v, veloxbench as b; print(t.VERSION, v.__file__, b.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | revision.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    version, implementation, harness = done.stdout.split()
+    assert version == "2"
+    assert Path(implementation).resolve().is_relative_to(revision.folder.resolve())
+    assert Path(harness).resolve() == Path(veloxbench.__file__).resolve()
+    assert importlib.util.find_spec("tinydep") is None
+
+
+def test_a_revision_is_built_once(repository):
+    """The second time finds it in the cache, untouched."""
+    first = prepare("base", repository)
+    marker = first.folder / "tree" / "marker"
+    marker.touch()
+    assert prepare("base", repository) == first
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("dependency", "met"),
+    [
+        ("numpy>=2", True),
+        ("NumPy", True),
+        ("numpy<1", False),
+        ("no-such-distribution-of-ours", False),
+        ("numpy<1; python_version < '3'", True),
+        ("veloxbench==0", True),
+    ],
+)
+def test_dependencies_are_met_by_name_version_and_marker(dependency, met):
+    """PEP 508; the harness itself is the running one whatever a revision asks for."""
+    assert unmet_dependencies([dependency], "r") == ([] if met else [dependency])
+
+
+def test_two_record_sets_are_judged_like_two_revisions(repository, grid, cut_model, tmp_path, capsys):
+    """A run against itself passes; records and a revision do not mix; a folder without records is named."""
+    out = tmp_path / "out"
+    assert _run(["run", "--profile", str(grid), "--out", str(out)]) == ExitCode.PASS
+    assert _run(["compare", str(out), str(out)]) == ExitCode.PASS
+    assert _run(["compare", str(out), "base", "--repo", str(repository)]) == ExitCode.USAGE
+    (tmp_path / "empty").mkdir()
+    assert _run(["compare", str(tmp_path / "empty"), str(out)]) == ExitCode.USAGE
+    assert "no records at" in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_names_its_side_command_and_log(tmp_path):
+    """Killed between two commands, and in the middle of one."""
+    worker = Worker("base", log=tmp_path / "log", command=("-c", "import sys; sys.stdin.readline(); sys.exit(7)"))
+    with pytest.raises(WorkerError, match=r"base died in 'decode' with exit status 7 \(log: .*log\)"):
+        worker.ask("decode")
+    with pytest.raises(WorkerError, match="base died in 'hello'"):
+        worker.ask("hello")
+
+
+def test_a_worker_that_hangs_is_ended(tmp_path):
+    """No answer in time: the process is killed and the sentence says how long was waited."""
+    worker = Worker("head", log=tmp_path / "log", command=("-c", "import time; time.sleep(600)"))
+    with pytest.raises(WorkerError, match=r"head gave no answer to 'decode' in 0\.2 s"):
+        worker.ask("decode", timeout=0.2)
+    with pytest.raises(WorkerError, match="died"):
+        worker.ask("hello", timeout=0.2)
