@@ -67,10 +67,12 @@ def test_section_links_lead_to_headings(records):
 
 
 def test_plots_are_one_per_protocol_and_model(records):
-    """Each model has a plot per quality protocol and one of its speed; each is well-formed SVG."""
+    """Each model has a plot per quality protocol, its sizes and text, and one of its speed; each is well-formed SVG."""
     rows = newest(records)
     quality = {
-        (r.subject.model.name, r.subject.protocol, r.subject.text.name) for r in rows if r.subject.suite == "perplexity"
+        (r.subject.model.name, r.subject.protocol, r.subject.text.tokens_sha256, str(r.subject.settings))
+        for r in rows
+        if r.subject.suite == "perplexity"
     }
     speed = {r.subject.model.name for r in rows if r.subject.suite == "throughput"}
     drawn = list(plots(records))

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
 from veloxbench.records import Record
+from veloxbench.report.allocation import places
 from veloxbench.report.markdown import newest, render
 from veloxbench.report.plots import quality_plot, speed_plot
 
@@ -49,12 +50,13 @@ def plots(records: Sequence[Record]) -> Iterator[Plot]:
     rows = newest(records)
     for model in dict.fromkeys(record.subject.model.name for record in rows):
         of_model = [record for record in rows if record.subject.model.name == model]
-        quality = [record for record in of_model if record.subject.suite == "perplexity"]
-        for place in dict.fromkeys((r.subject.protocol, r.subject.text.name) for r in quality):
-            svg = quality_plot([r for r in quality if (r.subject.protocol, r.subject.text.name) == place])
+        for group in places(of_model).values():
+            svg = quality_plot(group)
             if svg:
+                subject = group[0].subject
                 caption = (
-                    f"{model}, {place[0]} protocol on {place[1]}: quality lost over bits held. Lower left is better."
+                    f"{model}, {subject.protocol} protocol on {subject.settings['sequences']} sequences of "
+                    f"{subject.text.name}: quality lost over bits held. Lower left is better."
                 )
                 yield Plot(svg, caption)
         svg = speed_plot([record for record in of_model if record.subject.suite == "throughput"])
