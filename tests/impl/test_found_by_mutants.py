@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from impl_inputs import gaussian
 
+from veloxquant_mlx.allocators.sensitivity import calibration_sequences
 from veloxquant_mlx.cache.base import KVCacheConfig, PackedKVCache
 from veloxquant_mlx.cache.storage import STEP
+from veloxquant_mlx.quantizers.scalar import nearest_codes, sphere_codebook
 from veloxquant_mlx.quantizers.turboquant_prod import cosine_similarity
 
 
@@ -34,3 +37,21 @@ def test_a_zero_vector_is_like_another_zero_vector_only() -> None:
     assert cosine_similarity(zero, zero).item() == 1.0
     assert cosine_similarity(zero, unit).item() == 0.0
     assert cosine_similarity(unit, zero).item() == 0.0
+
+
+@pytest.mark.parametrize(("num_samples", "seq_len"), [(0, 32), (-1, 32), (4, 1), (4, 0)])
+def test_each_size_of_a_calibration_is_checked_by_itself(num_samples: int, seq_len: int) -> None:
+    """No sequences, or sequences of one token, are refused with both figures, whatever the other figure is."""
+    with pytest.raises(ValueError, match=f"num_samples={num_samples} and seq_len={seq_len} must be at least 1 and 2"):
+        calibration_sequences(None, ["a text"], num_samples=num_samples, seq_len=seq_len)
+
+
+@pytest.mark.parametrize("levels", [4, 16, 64])
+@pytest.mark.parametrize("repeats", [1, 1 << 17])
+def test_a_value_on_a_boundary_takes_the_lower_code_on_every_path(levels: int, repeats: int) -> None:
+    """The code is the number of boundaries below a value: few values, a chain of comparisons and the grid agree."""
+    codebook = sphere_codebook(64, levels)
+    edges = codebook.boundaries.astype(np.float32)
+    values = np.tile(edges, max(1, repeats // len(edges) * 4))
+    codes = np.array(nearest_codes(mx.array(values), codebook))
+    assert np.array_equal(codes, np.tile(np.arange(levels - 1), len(values) // len(edges)))
