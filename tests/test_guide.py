@@ -1,0 +1,74 @@
+"""docs/guide.md: its code runs in the order in which it stands, and its figures are those of the records."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from veloxbench.errors import UsageError
+from veloxbench.methods.ratequant import RECIPES, Recipe
+from veloxbench.models import resolve_model
+from veloxbench.report.guide import BLOCK, PAGES, TABLES, Sources, candidates, fill
+
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
+
+HUB_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
+SAMPLES = ("num_samples=32", "num_samples=16")
+
+
+def test_the_code_of_the_guide_runs():
+    """Every snippet, one after the other in one session, as a reader would type them.
+
+    Three substitutions: the default model for the hub's, two calibration sequences for thirty-two and sixteen, which
+    cost minutes and run in the examples' test, and the default model's 30 layers for the 32 of the guide's.
+    """
+    session: dict[str, object] = {}
+    source = "\n".join(SNIPPETS)
+    assert HUB_MODEL in source
+    source = source.replace(HUB_MODEL, str(resolve_model("smollm2-135m").directory))
+    for number in SAMPLES:
+        assert number in source
+        source = source.replace(number, "num_samples=2, quiet=True")
+    source = source.replace("range(32)", "range(30)")
+    exec(compile(source, "docs/guide.md", "exec"), session)
+    assert session["bit_allocation"]
+    assert session["report"].outlier_count > 0
+    assert {row.code_bits for row in session["quantizer"].observer.report().rows} == {4}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_figures_are_those_of_the_records(page):
+    """``python -m veloxbench.report.guide`` would change nothing."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert fill(text, Sources.read(ROOT / "records")) == text
+
+
+def test_every_table_is_used():
+    """No block is written for a page that does not exist."""
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    assert {name for _, name, _ in BLOCK.findall(text)} == set(TABLES)
+
+
+def test_a_figure_changed_by_hand_is_found():
+    """One digit of a table altered is not what the records say."""
+    altered = re.sub(r"(<!-- figures: allocation -->.*?)\d", r"\g<1>x", GUIDE, count=1, flags=re.DOTALL)
+    assert altered != GUIDE
+    assert fill(altered, Sources.read(ROOT / "records")) == GUIDE
+
+
+def test_the_registry_keeps_the_recipes_that_won_on_calibration_text():
+    """For each target, the form of least KLD in the records of ``ratequant-recipes`` is the registry's."""
+    found = candidates(Sources.read(ROOT / "records").records)
+    assert set(found) == set(RECIPES)
+    for target, (best, *others) in found.items():
+        assert others
+        chosen = {name: value for name, value in best.subject.method.parameters.items() if name != "at_tokens"}
+        assert Recipe(**chosen) == RECIPES[target]
+
+
+def test_an_unknown_block_is_named():
+    """A typing error in a marker is an error with the known names."""
+    with pytest.raises(UsageError, match="no figures are called 'claim'; known: claims"):
+        fill("<!-- figures: claim -->\n<!-- end -->", Sources([], []))

@@ -1,0 +1,221 @@
+"""The figures of hand-written pages, between markers, from records: ``python -m veloxbench.report.guide``.
+
+A block starts with ``<!-- figures: NAME -->`` and ends with ``<!-- end -->``; what stands between is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from veloxbench.errors import UsageError
+from veloxbench.records import Record
+from veloxbench.report.allocation import METHOD, comparisons, is_control, places
+from veloxbench.report.markdown import GUIDE_CLAIMS, format_estimate, newest
+from veloxbench.stats import mean_interval
+from veloxbench.store import read_records
+
+BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SENSITIVITY = "sensitivity.json"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What figures come from: records, and what ``examples/sensitivity_by_depth.py`` measured of each model."""
+
+    records: Sequence[Record]
+    depth: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Sources:
+        """All of a folder of records; without its file nothing is known of the depth."""
+        file = folder / SENSITIVITY
+        return cls(read_records(folder), json.loads(file.read_text(encoding="utf-8")) if file.exists() else [])
+
+
+def fill(page: str, sources: Sources) -> str:
+    """The page with every block of figures written anew.
+
+    Raises:
+        UsageError: a block that nothing here writes.
+    """
+
+    def write(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise UsageError(f"no figures are called {match[2]!r}; known: {', '.join(TABLES)}")
+        known = sources.depth or match[2] not in OF_DEPTH
+        return f"{match[1]}{TABLES[match[2]](sources) if known else NOT_MEASURED}\n{match[3]}"
+
+    return BLOCK.sub(write, page)
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    aligned = ["left"] + ["right"] * (len(header) - 1)
+    return tabulate(body, header, tablefmt="pipe", disable_numparse=True, colalign=aligned)
+
+
+def _texts(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Quality records of each text on which RateQuant was shuffled."""
+    found = {}
+    for group in places(records).values():
+        if any(is_control(record) for record in group):
+            found[group[0].subject.text.name] = group
+    return found
+
+
+def _claims(sources: Sources) -> str:
+    """The original guide's table beside what was measured."""
+    texts = _texts(sources.records)
+    body = []
+    for target, claim in GUIDE_CLAIMS.items():
+        rows = [_plain(group, target) for group in texts.values()]
+        bits = rows[0].metrics["bits_per_value"].value
+        measured = [format_estimate(row.metrics["delta_ppl"]) for row in rows]
+        body.append([f"{target:g}", claim.memory, f"{16 / bits:.2f}x", claim.delta_ppl, *measured])
+    return _table(("target", "memory: claimed", "measured", "ΔPPL: claimed", *(f"measured, {t}" for t in texts)), body)
+
+
+def _plain(group: Sequence[Record], target: float) -> Record:
+    return next(r for r in newest(group) if r.subject.method.name == METHOD and r.subject.method.target == target)
+
+
+def _allocation(sources: Sources) -> str:
+    """Every verdict on RateQuant's allocations."""
+    body = [
+        [
+            f"{text}, {c.record.subject.method.target:g}",
+            f"{c.record.metrics['kld_mean'].value:.3f}",
+            c.rival,
+            f"{c.rival_bits:.3f}",
+            f"{c.rival_kld:.3f}",
+            format_estimate(c.worse_by),
+            c.verdict.split()[0],
+        ]
+        for text, group in _texts(sources.records).items()
+        for c in comparisons(group)
+    ]
+    return _table(("text, target", "KLD", "against", "its bits/value", "its KLD", "worse by", "RateQuant is"), body)
+
+
+def candidates(records: Sequence[Record]) -> dict[float, list[Record]]:
+    """RateQuant's forms measured on calibration text, by target, best first."""
+    found: dict[float, list[Record]] = {}
+    for record in newest(records):
+        subject = record.subject
+        if subject.method.name == METHOD and subject.text.name.endswith("(calibration)"):
+            found.setdefault(subject.method.target or 0.0, []).append(record)
+    ordered = {target: sorted(rows, key=lambda r: r.metrics["kld_mean"].value) for target, rows in found.items()}
+    return dict(sorted(ordered.items(), reverse=True))
+
+
+def _recipes(sources: Sources) -> str:
+    """Every form of RateQuant beside the others on calibration text."""
+    found = candidates(sources.records)
+    forms: dict[str, dict[float, str]] = {}
+    for target, rows in found.items():
+        for record in rows:
+            parameters = {"weighting": "coherent", "refined_at": 0, "trust": 1.0, **record.subject.method.parameters}
+            form = "{base}, {unit}, {sinks} sinks, from {min_bits} bits, {weighting}".format(**parameters)
+            form += (
+                f", corrected at {parameters['refined_at']} bits ({parameters['trust']:g})"
+                if parameters["refined_at"]
+                else ""
+            )
+            cell = f"{record.metrics['kld_mean'].value:.3f}"
+            forms.setdefault(form, {})[target] = f"**{cell}**" if record is rows[0] else cell
+    body = [[form, *(cells.get(target, "") for target in found)] for form, cells in forms.items()]
+    return _table(("base, unit, sinks, widths, forecast", *(f"KLD at {target:g}" for target in found)), body)
+
+
+def _bands(sources: Sources) -> str:
+    """KLD per layer of each band at 2 bits, and the layers that would lose most."""
+    body = []
+    for entry in sources.depth:
+        cells = []
+        for band in entry["divergence"].values():
+            per_layer = np.array(band["kld_nats"]) / band["layers"]
+            cells.append(format_estimate(mean_interval(1000 * per_layer, "")))
+        losses = {row["layer"]: row["keys_forecast_nats"] + row["values_forecast_nats"] for row in entry["layers"]}
+        worst = sorted(losses, key=lambda layer: -losses[layer])[:5]
+        share = sum(losses[layer] for layer in worst) / sum(losses.values())
+        body.append([entry["model"], f"{len(losses)}", *cells, f"{', '.join(map(str, worst))} ({share:.0%})"])
+    bands = [f"{band}: KLD per layer, 1/1000" for band in sources.depth[0]["divergence"]]
+    return _table(("model", "layers", *bands, "five dearest layers (share of the forecast loss)"), body)
+
+
+def _durations(sources: Sources) -> str:
+    """How long the calibration took."""
+    body = []
+    for entry in sources.depth:
+        calibration, hardware = entry["calibration"], entry["provenance"]["hardware"]
+        tokens = calibration["num_samples"] * calibration["seq_len"]
+        body.append(
+            [
+                entry["model"],
+                f"{calibration['num_samples']} x {calibration['seq_len']}",
+                f"{entry['calibration_seconds']:.0f}",
+                f"{tokens / entry['calibration_seconds']:.0f}",
+                f"{hardware['chip']}, {hardware['device']}",
+            ]
+        )
+    return _table(("model", "sequences x tokens", "seconds", "tokens/s", "machine"), body)
+
+
+def _outliers(sources: Sources) -> str:
+    """Tokens that stand out by the norm of their keys, and how much the loss minds errors in them."""
+    body = []
+    for entry in sources.depth:
+        rows = entry["key_outliers"]
+        tokens, gradients = sum(r["tokens"] for r in rows), sum(r["gradient_sum"] for r in rows)
+        cells = []
+        for tail in ("high", "low"):
+            share = sum(r[f"{tail}_flagged"] for r in rows) / tokens
+            weight = sum(r[f"{tail}_gradient_sum"] for r in rows) / gradients / share if share else float("nan")
+            cells += [f"{share:.2%}", f"{weight:.2f}x" if share else ""]
+        for kind in ("keys", "values"):
+            first = [r for r in entry["first_token"] if r["kind"] == kind]
+            cells += [f"{np.median([r[f'{what}_ratio'] for r in first]):.2f}x" for what in ("norm", "gradient")]
+        body.append([entry["model"], *cells])
+    header = ["model"]
+    header += [cell for tail in ("high", "low") for cell in (f"{tail} outliers", "their squared gradient")]
+    header += [cell for kind in ("key", "value") for cell in (f"first {kind}'s norm", "its squared gradient")]
+    return _table(header, body)
+
+
+TABLES: Mapping[str, Callable[[Sources], str]] = {
+    "claims": _claims,
+    "allocation": _allocation,
+    "recipes": _recipes,
+    "bands": _bands,
+    "durations": _durations,
+    "outliers": _outliers,
+}
+"""Every block that a page may have."""
+
+OF_DEPTH = ("bands", "durations", "outliers")
+NOT_MEASURED = "No record yet; `examples/sensitivity_by_depth.py` makes one."
+
+PAGES = (Path("docs/guide.md"), Path("docs/ratequant.md"))
+
+
+def main() -> None:
+    """Write the blocks of pages in place."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pages", type=Path, nargs="*", default=PAGES)
+    parser.add_argument("--records", type=Path, default=Path("records"))
+    options = parser.parse_args()
+    sources = Sources.read(options.records)
+    for page in options.pages:
+        page.write_text(fill(page.read_text(encoding="utf-8"), sources), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
