@@ -55,3 +55,9 @@ def test_a_value_on_a_boundary_takes_the_lower_code_on_every_path(levels: int, r
     values = np.tile(edges, max(1, repeats // len(edges) * 4))
     codes = np.array(nearest_codes(mx.array(values), codebook))
     assert np.array_equal(codes, np.tile(np.arange(levels - 1), len(values) // len(edges)))
+
+
+def test_outlier_bits_without_an_observer_are_refused() -> None:
+    """Nothing would flag tokens: the width would be ignored without a word."""
+    with pytest.raises(ValueError, match="outlier_bits needs an outlier_observer"):
+        KVCacheConfig(method="turboquant_mse", outlier_bits=8)
