@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from veloxbench.corpora import NO_TEXT, Role, Text, TokenBlock, token_block
 from veloxbench.environment import harness_hash, machine_class
 from veloxbench.errors import UsageError, unknown_name
-from veloxbench.measure import exact_cases, kernels
+from veloxbench.measure import kernels
 from veloxbench.measure.exact import NO_MODEL, FixedInputs
 from veloxbench.measure.kernels import Traffic
 from veloxbench.measure.throughput import Timing
-from veloxbench.methods import Arm, get_method, make_arm, parse_method
+from veloxbench.methods import Arm, exact_cases, get_method, make_arm, parse_method
 from veloxbench.models import ModelHandle
 from veloxbench.protocol import Chunked, Decode, Protocol
 from veloxbench.records import ModelRef, Record, Subject, Suite, TextRef, content_hash

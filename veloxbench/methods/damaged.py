@@ -17,7 +17,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from veloxbench.measure.exact import Case
-from veloxbench.measure.exact_cases import _whole_life as whole_life
+from veloxbench.methods.exact_cases import whole_life
 from veloxbench.methods.veloxquant import implementation
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, LayerSpec, PackedKVCache
 from veloxquant_mlx.quantizers.base import Arrays, Codes

@@ -1,4 +1,7 @@
-"""What the exact suite looks at: every method and width of ``veloxquant_mlx``, its caches, packing and allocations."""
+"""What the exact suite looks at: every method and width of ``veloxquant_mlx``, its caches, packing and allocations.
+
+Registers no method.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-import veloxquant_kernels
-import veloxquant_mlx
 from veloxbench.adapter import arrays_of
-from veloxbench.environment import source_hash
 from veloxbench.measure.exact import Case, FixedInputs, Products, digest
+from veloxbench.methods.veloxquant import implementation
 from veloxquant_mlx.allocators.allocation import BitAllocation, shuffled
 from veloxquant_mlx.allocators.curves import DistortionCurves, Weighting, fit_distortion_curve
 from veloxquant_mlx.allocators.ratequant import UNITS, allocate_bits_continuous, allocate_bits_ratequant
@@ -30,11 +31,6 @@ from veloxquant_mlx.quantizers.turboquant_static import TurboQuantStatic
 INPUTS = FixedInputs()
 PACKED_LENGTHS = (1, 7, 31, 33, 64, 80, 128)
 LAYERS, CALIBRATION_TOKENS = 6, 64
-
-
-def implementation() -> str:
-    """Hash of the reference implementation's and the kernels' source."""
-    return f"veloxquant_mlx {source_hash(veloxquant_mlx, veloxquant_kernels)[:16]}"
 
 
 _case = partial(Case, implementation=implementation)
@@ -79,7 +75,7 @@ def _feed(cache: Any, keys: mx.array, values: mx.array, pieces: tuple[int, ...])
     return fetched
 
 
-def _whole_life(make: Callable[[], PackedKVCache], *, head_dim: int = INPUTS.head_dim, seed: int = 0) -> Products:
+def whole_life(make: Callable[[], PackedKVCache], *, head_dim: int = INPUTS.head_dim, seed: int = 0) -> Products:
     """Fed in pieces, trimmed, fed again, saved and restored: everything a cache goes through in use."""
     cache, total = make(), sum(INPUTS.pieces)
     keys, values = _inputs(head_dim, seed, total + INPUTS.again)
@@ -112,7 +108,7 @@ def _method_case(method: str, target: float | None, seed: int = 0, **options: An
     def produce() -> Products:
         config = KVCacheConfig(method=method, **options)
         made = {f"{role}_spec": config.quantizer(role, None).spec() for role in ("keys", "values")}
-        return made | dict(_whole_life(lambda: _made(config), seed=seed))
+        return made | dict(whole_life(lambda: _made(config), seed=seed))
 
     return _case(
         method=method,
@@ -146,7 +142,7 @@ def _caches() -> Iterator[Case]:
         return _case(method="cache", target=4.0, target_means="code_bits", produce=produce, parameters=parameters)
 
     def life(max_size: int | None = None, head_dim: int = INPUTS.head_dim, **options: Any) -> Callable[[], Products]:
-        return lambda: _whole_life(lambda: _made(config(**options), max_size), head_dim=head_dim)
+        return lambda: whole_life(lambda: _made(config(**options), max_size), head_dim=head_dim)
 
     yield case({"sinks": 4, "window": 8}, life(sinks=4, window=8))
     yield case({"max_size": 48}, life(max_size=48))
@@ -154,7 +150,7 @@ def _caches() -> Iterator[Case]:
     yield case({"value_bits": 2}, life(value_bits=2))
     for head_dim in (80, 96, 128):
         yield case({"head_dim": head_dim}, life(head_dim=head_dim))
-    yield case({"heads": "2,5"}, lambda: _whole_life(_per_head))
+    yield case({"heads": "2,5"}, lambda: whole_life(_per_head))
     yield case({"outliers": "both"}, _outliers)
     yield case({"observer": "distortion"}, _distortion)
     yield case({"batch": "left padding"}, _batch)
@@ -168,7 +164,7 @@ def _per_head() -> PackedKVCache:
 def _outliers() -> Products:
     observer = KeyNormObserver(outlier_threshold=1.5, window_size=16, tail="both")
     config = KVCacheConfig(method="turboquant_mse", code_bits=2, outlier_observer=observer, outlier_bits=8)
-    products = dict(_whole_life(lambda: _made(config)))
+    products = dict(whole_life(lambda: _made(config)))
     report = observer.report()
     products["outlier_count"] = report.outlier_count
     products["outlier_norms"] = np.array([report.mean_outlier_norm, report.outlier_fraction])
@@ -179,7 +175,7 @@ def _outliers() -> Products:
 def _distortion() -> Products:
     observer = DistortionObserver()
     config = KVCacheConfig(method="turboquant_prod", code_bits=3, distortion_observer=observer)
-    products = dict(_whole_life(lambda: _made(config)))
+    products = dict(whole_life(lambda: _made(config)))
     rows = observer.report().rows
     products["rows"] = [[row.layer, row.role, row.quantizer, row.code_bits, row.n_vectors] for row in rows]
     figures = ("cosine", "relative_mse", "inner_product_mse", "gain")
