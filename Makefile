@@ -21,6 +21,7 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/veloxbench schema | cmp - schema/record.json
 	$(BIN)/veloxbench report records --check BENCHMARK_RESULTS.md
+	$(BIN)/veloxbench damages --check docs/damages.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

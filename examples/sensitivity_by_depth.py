@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import veloxquant_mlx  # noqa: F401  (first of all: on Linux it puts a fast BLAS under MLX)
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module

@@ -14,6 +14,7 @@ import functools
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -55,7 +56,7 @@ def load_blas() -> BlasStatus:
 
     Returns:
         What was loaded. Never raises: without a fast BLAS everything still works, 30 times slower,
-        and ``veloxbench doctor`` says so.
+        and ``veloxbench doctor`` says so. Warns (``RuntimeWarning``) where MLX was imported too early to be helped.
     """
     if sys.platform != "linux":
         return BlasStatus("accelerate" if sys.platform == "darwin" else "reference", None, "MLX's own BLAS")
@@ -63,6 +64,12 @@ def load_blas() -> BlasStatus:
     if wanted == "none":
         return BlasStatus("reference", None, f"{ENVIRONMENT_VARIABLE}=none")
     if "mlx.core" in sys.modules:
+        warnings.warn(
+            "mlx was imported before veloxquant_mlx: its matrix products run about 30 times slower on Linux; "
+            "import veloxquant_mlx (or veloxbench) first",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         return BlasStatus("reference", None, "mlx.core was imported before veloxbench could load a BLAS")
     tried = []
     for name, path in [("custom", wanted)] if wanted else _candidates():
