@@ -153,8 +153,8 @@ def main() -> None:
     """Measure the models named, and replace their entries in the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"])
-    parser.add_argument("--sequences", type=int, default=2)
-    parser.add_argument("--num-samples", type=int, default=4)
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--num-samples", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("records/sensitivity.json"))
     options = parser.parse_args()
     found = {entry["model"]: entry for entry in json.loads(options.out.read_text())} if options.out.exists() else {}
