@@ -12,10 +12,13 @@ DOCUMENT = json.loads((Path(__file__).parent / "mutations.json").read_text())
 ROWS = DOCUMENT["table"]
 
 
-def test_the_committed_mutants_are_killed_or_explained():
+def test_the_committed_mutants_are_killed_or_explained(record_property):
     """At least 40 seeded mutants; of those that compute something else, 95% are killed; survivors say why not."""
     killed = [row for row in ROWS if row["killed_by"] is not None]
     survivors = [row for row in ROWS if row["killed_by"] is None]
+    record_property("mutants", len(ROWS))
+    record_property("killed", len(killed))
+    record_property("equivalent, explained", len(survivors))
     assert [row for row in survivors if not row.get("equivalent")] == []
     assert len(ROWS) == DOCUMENT["mutants"] >= 40
     assert len(killed) == DOCUMENT["killed"]
