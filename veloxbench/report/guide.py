@@ -19,7 +19,7 @@ from tabulate import tabulate
 from veloxbench.errors import UsageError
 from veloxbench.records import Record
 from veloxbench.report.allocation import METHOD, comparisons, is_control, places
-from veloxbench.report.markdown import GUIDE_CLAIMS, format_estimate, newest
+from veloxbench.report.markdown import GUIDE_CLAIMS, format_estimate, latest, newest
 from veloxbench.stats import mean_interval
 from veloxbench.store import read_records
 
@@ -65,7 +65,7 @@ def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def _texts(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Quality records of each text on which RateQuant was shuffled."""
     found = {}
-    for group in places(records).values():
+    for group in places(latest(records)).values():
         if any(is_control(record) for record in group):
             found[group[0].subject.text.name] = group
     return found
