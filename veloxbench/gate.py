@@ -175,7 +175,7 @@ def _flips(n: int) -> NDArray[np.float64]:
         bits = np.arange(2**n)[:, None] >> np.arange(n) & 1
     else:
         bits = np.random.default_rng(0).integers(0, 2, size=(RANDOM_FLIPS, n))
-    return 1.0 - 2.0 * bits
+    return np.asarray(1 - 2 * bits, dtype=np.float64)
 
 
 def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
