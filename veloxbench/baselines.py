@@ -26,9 +26,10 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from veloxbench.durable import write_text
 from veloxbench.errors import BaselineError, UsageError
 from veloxbench.records import Finite, Record, Suite, content_hash
-from veloxbench.store import validation_reason, write_text
+from veloxbench.store import validation_reason
 
 StoredTier = Literal["exact", "quality"]
 FOLDER = Path("baselines")

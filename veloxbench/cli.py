@@ -17,8 +17,8 @@ from veloxbench import __version__
 from veloxbench.cli_aa import aa, compare
 from veloxbench.cli_damages import damages
 from veloxbench.cli_gate import add_commands
+from veloxbench.durable import write_text
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError, VeloxError
-from veloxbench.store import write_text
 
 if TYPE_CHECKING:
     from veloxbench.records import Record

@@ -97,7 +97,7 @@ def resample(
     from veloxbench.aa.record import to_stderr
     from veloxbench.aa.resample import error_rates
     from veloxbench.decode_timing import default_clock
-    from veloxbench.store import write_text
+    from veloxbench.durable import write_text
     from veloxbench.timing_gate import TimingSpec
 
     spec = TimingSpec() if canary_drift is None else TimingSpec(canary_drift=canary_drift)
@@ -129,8 +129,8 @@ def report(
     """
     from veloxbench.aa.page import PLOT, plot, render
     from veloxbench.aa.resample import read_error_rates
+    from veloxbench.durable import write_text
     from veloxbench.errors import ExitCode
-    from veloxbench.store import write_text
 
     found = read_error_rates(rates)
     page = render(found)

@@ -35,12 +35,12 @@ def damages(
     """
     from veloxbench.damages import Study, journal_of
     from veloxbench.damages import measure as measure_study
+    from veloxbench.durable import write_text
     from veloxbench.models import resolve_model
     from veloxbench.plan import load_grid
     from veloxbench.progress import default_reporter
     from veloxbench.protocol import Chunked
     from veloxbench.report.damages import render
-    from veloxbench.store import write_text
 
     grid = load_grid(profile)
     if measure:

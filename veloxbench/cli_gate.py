@@ -80,10 +80,10 @@ def gate(
     **Example:** `veloxbench run --profile gate && veloxbench gate`
     """
     from veloxbench.baselines import StoredTier, read_baselines
+    from veloxbench.durable import write_text
     from veloxbench.gate import judge
     from veloxbench.report.github import publish
     from veloxbench.report.junit import junit
-    from veloxbench.store import write_text
     from veloxbench.verdicts import exit_code, overall, sentence
 
     stored = read_baselines(baseline)

@@ -27,6 +27,7 @@ from veloxbench import environment
 from veloxbench.adapter import CacheUnderTest
 from veloxbench.baselines import QUALITY_SAMPLES, from_records
 from veloxbench.corpora import load_text, token_block
+from veloxbench.durable import append_line, cut_torn_tail, write_text
 from veloxbench.gate import BUDGETS, judge, smallest_detectable
 from veloxbench.measure import exact
 from veloxbench.measure.divergence import ReferenceRows, worker_pool
@@ -122,9 +123,8 @@ def measure(handle: ModelHandle, corpus: str, protocol: Chunked, journal: Path, 
             for name in missing:
                 caches = damaged_caches(model, *arms()[name])
                 done[name, gate] = _samples(model, caches, tokens, protocol, reference, pool)
-                with journal.open("a", encoding="utf-8") as file:
-                    line = {"arm": name, "gate": gate, "samples": done[name, gate].model_dump()}
-                    file.write(json.dumps(line) + "\n")
+                line = {"arm": name, "gate": gate, "samples": done[name, gate].model_dump()}
+                append_line(journal, json.dumps(line) + "\n")
                 reporter.message(f"gate {gate + 1} of {GATES}: {name}")
             del reference
             gc.collect()
@@ -145,11 +145,11 @@ def journal_of(study: Study) -> str:
 
 
 def _read_journal(journal: Path, head: dict[str, Any]) -> dict[tuple[str, int], Samples]:
-    lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-    parts = [json.loads(line) for line in lines]
+    if journal.exists():
+        cut_torn_tail(journal)
+    parts = [json.loads(line) for line in journal.read_bytes().splitlines()] if journal.exists() else []
     if not parts or parts[0] != head:  # of something else: nothing of it can be used
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        journal.write_text(json.dumps(head) + "\n", encoding="utf-8")
+        write_text(journal, json.dumps(head) + "\n")
         return {}
     return {(part["arm"], part["gate"]): Samples.model_validate(part["samples"]) for part in parts[1:]}
 

@@ -23,6 +23,7 @@ from veloxbench.methods import Arm, exact_cases, get_method, make_arm, parse_met
 from veloxbench.models import ModelHandle
 from veloxbench.protocol import Chunked, Decode, Protocol
 from veloxbench.records import ModelRef, Record, Subject, Suite, TextRef, content_hash
+from veloxbench.store import validation_reason
 
 REFERENCE = Arm("fp16")
 SEED = 0
@@ -104,8 +105,7 @@ def parse_grid(text: str, origin: str) -> Grid:
     try:
         return Grid.model_validate(tomllib.loads(text))
     except (ValidationError, tomllib.TOMLDecodeError) as error:
-        reason = error.errors()[0] if isinstance(error, ValidationError) else error
-        detail = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" if isinstance(reason, dict) else str(reason)
+        detail = validation_reason(error) if isinstance(error, ValidationError) else str(error)
         raise UsageError(f"{origin} is not a valid grid: {detail}") from error
 
 

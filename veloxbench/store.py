@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from veloxbench.durable import append_line, cut_torn_tail, whole_lines
 from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
 from veloxbench.records import Record
 
@@ -29,7 +28,7 @@ def read_records(path: Path) -> list[Record]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
     records: dict[str, Record] = {}
     for file in files:
-        for number, line in enumerate(_whole_lines(file.read_bytes()), start=1):
+        for number, line in enumerate(whole_lines(file.read_bytes()), start=1):
             try:
                 record = Record.from_line(line.decode())
             except (ValidationError, UnicodeDecodeError) as error:
@@ -49,10 +48,6 @@ def validation_reason(error: ValidationError) -> str:
     return f"{place}: {message}" if place else message
 
 
-def _whole_lines(content: bytes) -> list[bytes]:
-    return content[: content.rfind(b"\n") + 1].splitlines()
-
-
 class Store:
     """The journal of one output folder, open for appending. Use :func:`open_store`."""
 
@@ -64,12 +59,10 @@ class Store:
     def _set_torn_tail_aside(self) -> None:
         if not self.path.exists():
             return
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
+        torn = cut_torn_tail(self.path)
+        if torn:
             with self.path.with_suffix(".torn").open("ab") as aside:
-                aside.write(content[whole:] + b"\n")
-            os.truncate(self.path, whole)
+                aside.write(torn + b"\n")
 
     def get(self, key: str) -> Record | None:
         """The record measured for this key, if any."""
@@ -91,19 +84,7 @@ class Store:
                 f"key {record.key[:12]} ({record.subject.method.label}) is already recorded in {self.path}"
             )
         written = Record.from_line(record.to_line())  # as every later reader will see it
-        line = written.to_line().encode()
-        try:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                before = os.fstat(descriptor).st_size
-                if os.write(descriptor, line) != len(line):
-                    os.ftruncate(descriptor, before)
-                    raise OSError("the line was written in part; is the disk full?")
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise UnfitEnvironmentError(f"cannot write to {self.path}: {error}") from error
+        append_line(self.path, written.to_line())
         self._records[record.key] = written
 
 
@@ -128,23 +109,3 @@ def open_store(folder: Path) -> Iterator[Store]:
         yield Store(folder)
     finally:
         lock.release()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UnfitEnvironmentError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(file.name).chmod(0o666 & ~umask)
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise UnfitEnvironmentError(f"cannot write {path}: {error.strerror or error}") from error

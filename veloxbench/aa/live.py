@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from veloxbench.aa.record import BENCHMARK, check_same, circumstances, slots, start_pair
 from veloxbench.aa.series import BASE, append_line, read_series, slot_name, sole_writer
 from veloxbench.decode_timing import Clock
+from veloxbench.durable import whole_lines
 from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.store import validation_reason
 from veloxbench.timing_gate import GateResult, MetricResult, TimingSpec, run_gate
 from veloxbench.timing_pairs import live_blocks, pin_to_core
 from veloxbench.verdicts import Verdict
@@ -49,11 +51,11 @@ def read_live(path: Path) -> list[LiveGate]:
     """
     gates = []
     content = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+    for number, line in enumerate(whole_lines(content), start=1):
         try:
             gates.append(LiveGate.model_validate_json(line))
         except ValidationError as error:
-            raise IntegrityError(f"{path}:{number} is not a live gate: {error.errors()[0]['msg']}") from error
+            raise IntegrityError(f"{path}:{number} is not a live gate: {validation_reason(error)}") from error
     return gates
 
 

@@ -23,6 +23,7 @@ from veloxbench.aa.record import BENCHMARK
 from veloxbench.aa.series import BASE, Series, SeriesHeader, read_series, series_bytes, slot_name
 from veloxbench.decode_timing import Clock
 from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.store import validation_reason
 from veloxbench.timing_gate import Block, GateResult, TimingSpec, run_gate, slowdown_bounds
 from veloxbench.verdicts import Verdict
 
@@ -259,4 +260,4 @@ def read_error_rates(path: Path) -> ErrorRates:
     try:
         return ErrorRates.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        raise IntegrityError(f"{path} is not a record of error rates: {error.errors()[0]['msg']}") from error
+        raise IntegrityError(f"{path} is not a record of error rates: {validation_reason(error)}") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,11 @@ from typing import Annotated, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
+from veloxbench import durable
 from veloxbench.decode_timing import DecodeSpec
+from veloxbench.durable import cut_torn_tail, whole_lines
 from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.store import validation_reason
 from veloxbench.timing_pairs import TimedBlock
 
 BASE = "base"
@@ -111,12 +113,12 @@ def read_series(path: Path) -> Series:
     """
     if not path.is_file():
         raise UsageError(f"there is no series at {path}; `veloxbench aa record --out {path}` records one")
-    content, lines = series_bytes(path), []
-    for number, text in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+    lines = []
+    for number, text in enumerate(whole_lines(series_bytes(path)), start=1):
         try:
             lines.append(_LINE.validate_json(text))
         except ValidationError as error:
-            raise IntegrityError(f"{path}:{number} is not a line of a series: {error.errors()[0]['msg']}") from error
+            raise IntegrityError(f"{path}:{number} is not a line of a series: {validation_reason(error)}") from error
     if not lines or not isinstance(lines[0], SeriesHeader):
         raise IntegrityError(f"{path} does not begin with the header of a series")
     runs: list[list[TimedBlock]] = []
@@ -154,14 +156,7 @@ def append_line(path: Path, line: BaseModel) -> None:
     Raises:
         UnfitEnvironmentError: the disk does not take it.
     """
-    text = json.dumps(line.model_dump(mode="json"), separators=(",", ":")) + "\n"
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UnfitEnvironmentError(f"cannot write to {path}: {error}") from error
+    durable.append_line(path, json.dumps(line.model_dump(mode="json"), separators=(",", ":")) + "\n")
 
 
 @contextmanager
@@ -188,7 +183,7 @@ def sole_writer(path: Path) -> Iterator[None]:
         raise UnfitEnvironmentError(f"cannot write to {path.parent}: {error.strerror or error}") from error
     try:
         if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+            cut_torn_tail(path)
         yield
     finally:
         lock.release()
