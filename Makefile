@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PROFILE ?= default
 
-.PHONY: bench test check format report clean
+.PHONY: bench test check fresh format report clean
 
 bench: $(VENV)/.installed
 	$(BIN)/veloxbench doctor
@@ -19,6 +19,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory fresh
+
+# generated files are what their sources say
+fresh: $(VENV)/.installed
 	$(BIN)/veloxbench schema | cmp - schema/record.json
 	$(BIN)/veloxbench report records --check BENCHMARK_RESULTS.md
 	$(BIN)/veloxbench damages --check docs/damages.md
@@ -30,6 +34,8 @@ format: $(VENV)/.installed
 report: $(VENV)/.installed
 	$(BIN)/veloxbench schema > schema/record.json
 	$(BIN)/veloxbench report records --out BENCHMARK_RESULTS.md
+	$(BIN)/veloxbench damages --out docs/damages.md
+	$(BIN)/python -m veloxbench.report.guide
 
 # pip reads dependency groups from 25.1 on
 $(VENV)/.installed: pyproject.toml

@@ -290,6 +290,8 @@ class Session:
         Raises:
             EngagementError: the method did not hold a layer that it claims, or its bytes differ from its formula.
         """
+        if isinstance(item.arm, exact.Case):
+            return measure_exact(item)
         started, clock = datetime.now(UTC), time.perf_counter()
         state = environment.machine_state()
         refusal = self._refusal(item)
@@ -306,8 +308,6 @@ class Session:
                     (metrics, samples), layers = self._memory(item, item.task)
                 case kernels.Traffic() as task:
                     metrics, samples = self._kernels(item, task)
-                case exact.FixedInputs():
-                    return measure_exact(item)
         return Record.create(
             subject=item.subject,
             status="measured" if refusal is None else "unsupported",
@@ -327,8 +327,6 @@ class Session:
         arm = item.arm
         if isinstance(item.task, kernels.Traffic):
             return kernels.refusal(kernels.head_shape(self.handle.directory), _code_bits(arm))
-        if isinstance(arm, exact.Case):
-            return None
         if arm.label not in self.refusals:
             self.refusals[arm.label] = probe(self.context, arm)
         return self.refusals[arm.label]

@@ -63,14 +63,15 @@ _CODES = {
     Verdict.NO_BASELINE: ExitCode.BASELINE,
     Verdict.REGRESS: ExitCode.REGRESSION,
 }
-_SEVERITY = (Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.NO_BASELINE, Verdict.REGRESS)
+WORST_FIRST = (Verdict.REGRESS, Verdict.NO_BASELINE, Verdict.INCONCLUSIVE, Verdict.PASS)
+"""Verdicts by what they mean for a gate."""
 
 
 def overall(findings: Sequence[Finding]) -> Verdict:
     """The worst finding; nothing judged is no pass but a missing baseline."""
     if not findings:
         return Verdict.NO_BASELINE
-    return max((finding.verdict for finding in findings), key=_SEVERITY.index)
+    return min((finding.verdict for finding in findings), key=WORST_FIRST.index)
 
 
 def exit_code(findings: Sequence[Finding]) -> ExitCode:

@@ -12,6 +12,16 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 HARDWARE = {"chip": "AMD EPYC", "machine": "x86_64", "physical_cores": 2, "device": "cpu", "rounding": "r"}
 VERSIONS = {"mlx": "0.32.2", "mlx-lm": "0.32.2", "numpy": "2.3.0"}
 MODEL = ModelRef(name="smollm2-135m", weights_sha256="w" * 64, tokenizer_sha256="t" * 64, config_sha256="c" * 64)
+SOMEWHERE = Provenance(
+    started=NOW,
+    seconds=1.0,
+    commit=None,
+    dirty=None,
+    versions={},
+    hardware={"chip": "c", "physical_cores": 2},
+    state={},
+)
+"""Where a record comes from, for tests in which it does not matter."""
 ARMS = (("mlx-affine", 4.0), ("turboquant_mse", 4.0), ("turboquant_mse", 2.0))
 N = 16
 

@@ -1,11 +1,10 @@
 """The report's verdicts on bit allocations, on records whose answers are known."""
 
-from datetime import UTC, datetime
-
 import numpy as np
 import pytest
+from gate_records import SOMEWHERE
 
-from veloxbench.records import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
+from veloxbench.records import Estimate, MethodRef, ModelRef, Record, Subject, TextRef
 from veloxbench.report.allocation import comparisons
 from veloxbench.report.markdown import newest, render
 
@@ -32,15 +31,7 @@ def arm(name, target, bits, kld, text="t", **parameters):
         },
         samples={"kld_mean": list(kld)},
         engagement=[],
-        provenance=Provenance(
-            started=datetime(2026, 1, 2, tzinfo=UTC),
-            seconds=1.0,
-            commit=None,
-            dirty=None,
-            versions={},
-            hardware={"chip": "c", "physical_cores": 2},
-            state={},
-        ),
+        provenance=SOMEWHERE,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, TextIO
 
-from veloxbench.verdicts import Finding, Verdict, overall
+from veloxbench.verdicts import WORST_FIRST, Finding, Verdict, overall
 
 SUMMARY_BYTES: Final = 1 << 20
 """Most that one step may write to its summary."""
@@ -24,7 +24,6 @@ MESSAGE_CHARACTERS: Final = 2000
 """A sentence, not a log; GitHub takes 4096."""
 
 _KINDS: Final = {Verdict.REGRESS: "error", Verdict.NO_BASELINE: "error", Verdict.INCONCLUSIVE: "warning"}
-_WORST_FIRST: Final = (Verdict.REGRESS, Verdict.NO_BASELINE, Verdict.INCONCLUSIVE, Verdict.PASS)
 _HEADER: Final = (
     "| verdict | tier | subject | metric | value | baseline | change | limit | why |\n"
     "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- |\n"
@@ -68,7 +67,7 @@ def summary(findings: Sequence[Finding], title: str, room: int = SUMMARY_BYTES) 
     """
     verdict = overall(findings)
     counts = Counter(finding.verdict for finding in findings)
-    counted = ", ".join(f"{counts[v]} {v}" for v in _WORST_FIRST if counts[v]) or "nothing was judged"
+    counted = ", ".join(f"{counts[v]} {v}" for v in WORST_FIRST if counts[v]) or "nothing was judged"
     text = f"## {title}: {verdict}\n\n{counted}\n"
     left_out = "\n{} rows did not fit; the uploaded records have all of them.\n"
     room -= len(text.encode()) + len(left_out.format(len(findings)).encode())
@@ -112,7 +111,7 @@ def _cell(text: str) -> str:
 
 
 def _worst_first(findings: Sequence[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda finding: _WORST_FIRST.index(finding.verdict))
+    return sorted(findings, key=lambda finding: WORST_FIRST.index(finding.verdict))
 
 
 def publish(findings: Sequence[Finding], title: str, environ: Mapping[str, str], stream: TextIO | None = None) -> None:
