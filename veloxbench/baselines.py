@@ -17,7 +17,6 @@ from __future__ import annotations
 import getpass
 import json
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -27,7 +26,8 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from veloxbench.durable import write_text
-from veloxbench.errors import BaselineError, UsageError
+from veloxbench.environment import git
+from veloxbench.errors import BaselineError, UnfitEnvironmentError, UsageError
 from veloxbench.records import Finite, Record, Suite, content_hash
 from veloxbench.store import validation_reason
 
@@ -386,16 +386,22 @@ def _merged(
 
 
 def checkout_changes(folder: Path) -> list[str] | None:
-    """Tracked files that differ from the commit of the checkout around ``folder``, baselines left out; None outside."""
+    """Tracked files that differ from the commit of the checkout around ``folder``, baselines left out; None outside.
+
+    Raises:
+        UnfitEnvironmentError: git does not answer in a checkout: that is not taken for a clean one.
+    """
     place = folder.resolve()
     while not place.is_dir():
         place = place.parent
-    top = _git(place, "rev-parse", "--show-toplevel")
+    top = git(place, "rev-parse", "--show-toplevel")
     if top is None:
         return None
     inside = folder.resolve().relative_to(Path(top).resolve()).as_posix()
-    status = _git(Path(top), "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){inside}")
-    return [] if status is None else status.splitlines()
+    status = git(Path(top), "status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){inside}")
+    if status is None:
+        raise UnfitEnvironmentError(f"git cannot tell whether the checkout {top} has changed files")
+    return status.splitlines()
 
 
 def signed(folder: Path, why: str, *, who: str | None = None, release: str | None = None) -> Approval:
@@ -412,24 +418,14 @@ def signed(folder: Path, why: str, *, who: str | None = None, release: str | Non
             f"the checkout has {len(changed)} changed files (first: {changed[0].strip()}); commit, measure, approve"
         )
     place = folder.resolve().parent
-    user = who or " ".join(filter(None, [_git(place, "config", "user.name"), _git(place, "config", "user.email")]))
+    user = who or " ".join(filter(None, [git(place, "config", "user.name"), git(place, "config", "user.email")]))
     return Approval(
         who=user or getpass.getuser(),
         when=datetime.now(UTC),
         why=why.strip(),
-        commit=_git(place, "rev-parse", "HEAD"),
+        commit=git(place, "rev-parse", "HEAD"),
         release=release,
     )
-
-
-def _git(place: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(place), *arguments], capture_output=True, text=True, check=False, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.rstrip() or None if done.returncode == 0 else None
 
 
 @dataclass(frozen=True)

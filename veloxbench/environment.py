@@ -149,21 +149,22 @@ def harness_hash() -> str:
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()
 
 
+def git(place: Path, *arguments: str) -> str | None:
+    """What git prints in a folder, without the last newlines; None where it fails or is not there."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(place), *arguments], capture_output=True, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip() if done.returncode == 0 else None
+
+
 @functools.cache
 def git_state() -> tuple[str | None, bool | None]:
     """Commit and dirtiness of the checkout that this code runs from; ``(None, None)`` outside one."""
     root = Path(veloxbench.__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=20
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", str(root / "__init__.py")) is None:
+    if git(root, "ls-files", "--error-unmatch", str(root / "__init__.py")) is None:
         return None, None
-    status = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "HEAD"), None if status is None else bool(status)
+    status = git(root, "status", "--porcelain", "--untracked-files=no")
+    return git(root, "rev-parse", "HEAD"), None if status is None else bool(status)
