@@ -66,6 +66,9 @@ def live(
     slowdown: Annotated[str, typer.Option(help="Percent of extra work in head, separated by commas; 0 is A/A.")] = (
         "0,5"
     ),
+    core: Annotated[
+        int | None, typer.Option(help="Keep both sides on this core (Linux). Default: the series' own.")
+    ] = None,
 ) -> None:
     """Run whole gates live, each with two fresh processes: the same code, and head slowed down.
 
@@ -76,7 +79,7 @@ def live(
     from veloxbench.decode_timing import default_clock
     from veloxbench.timing_gate import TimingSpec
 
-    run_live(series, out, _shares(slowdown), gates, TimingSpec(), default_clock(), to_stderr)
+    run_live(series, out, _shares(slowdown), gates, TimingSpec(), default_clock(), to_stderr, core)
 
 
 @aa.command()

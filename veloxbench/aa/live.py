@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,12 @@ from veloxbench.verdicts import Verdict
 
 
 class LiveGate(BaseModel):
-    """One gate that was run live, with the log ratios of its usable blocks."""
+    """One gate that was run live, with the log ratios of its usable blocks.
+
+    Attributes:
+        core: both sides were kept on it; None where they were not.
+        load: the machine's load average over one minute, at the end.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,6 +36,8 @@ class LiveGate(BaseModel):
     started: float
     slowdown: float
     clock: Clock
+    core: int | None
+    load: float
     verdict: Verdict
     log_ratios: tuple[float, ...]
     voids: int
@@ -67,11 +75,13 @@ def run_live(
     spec: TimingSpec,
     clock: Clock,
     message: Callable[[str], None],
+    core: int | None = None,
 ) -> list[LiveGate]:
     """Run gates until ``out`` holds so many of each slowdown, taking turns; each starts two fresh processes.
 
     Args:
-        series: whose benchmark, threads, core and calibrated extra work are used.
+        series: whose benchmark, threads and calibrated extra work are used.
+        core: keep both sides on this core; None: on the series' own.
     Raises:
         UsageError: the series has no such slowdown, or was recorded with other code or on another machine.
         WorkerError: a side died.
@@ -81,8 +91,9 @@ def run_live(
     if missing:
         known = ", ".join(f"{100 * slowdown:g}" for slowdown in header.slowdowns)
         raise UsageError(f"{series} has no slowdown of {100 * missing[0]:g}%; it has {known}")
-    if header.core is not None:
-        pin_to_core(header.core)
+    core = header.core if core is None else core
+    if core is not None:
+        pin_to_core(core)
     with sole_writer(out):
         done = read_live(out)
         while True:
@@ -102,6 +113,8 @@ def run_live(
                 started=round(started, 2),
                 slowdown=slowdown,
                 clock=clock,
+                core=core,
+                load=round(os.getloadavg()[0], 2),
                 verdict=metric.verdict or Verdict.INCONCLUSIVE,
                 log_ratios=metric.log_ratios,
                 voids=result.voids,

@@ -85,11 +85,14 @@ def render(rates: ErrorRates) -> str:
         _table(rates, lambda effect: effect.disjoint),
         "",
     ]
-    if any(effect.live for effect in rates.effects):
+    if rates.live is not None:
+        cores = [core for core in rates.live.cores if core is not None]
+        kept = f" on core {_listed(tuple(cores))}" if cores else ""
         parts += [
             "## Live gates",
             "",
-            "Run from start to end, two fresh processes each.",
+            f"Run from start to end, two fresh processes each{kept}; load {rates.live.load:.1f} in the median. The "
+            "measured slowdown is the series'.",
             "",
             _table(rates, lambda effect: effect.live),
             "",

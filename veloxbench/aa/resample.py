@@ -104,6 +104,13 @@ class SeriesSummary(_Frozen):
     """Mean time of a block."""
 
 
+class LiveSummary(_Frozen):
+    """Where the live gates ran: the cores that their sides were kept on, and the machine's median load."""
+
+    cores: tuple[int | None, ...]
+    load: float
+
+
 class ErrorRates(_Frozen):
     """The measured error rates of the timing gate; every documented figure comes from here."""
 
@@ -113,6 +120,7 @@ class ErrorRates(_Frozen):
     clock: Clock
     seed: int
     effects: tuple[Effect, ...]
+    live: LiveSummary | None = None
 
 
 def blocks_of(series: Series, slowdown: float, clock: Clock) -> list[list[Block]]:
@@ -228,8 +236,18 @@ def error_rates(
         )
         message(f"{slot_name(slowdown)}: {effects[-1].resampled.regress.count} of {gates} regress")
     return ErrorRates(
-        series=_summary(series, digest, clock, spec), gate=asdict(spec), clock=clock, seed=seed, effects=tuple(effects)
+        series=_summary(series, digest, clock, spec),
+        gate=asdict(spec),
+        clock=clock,
+        seed=seed,
+        effects=tuple(effects),
+        live=_live_summary(live) if live else None,
     )
+
+
+def _live_summary(gates: Sequence[LiveGate]) -> LiveSummary:
+    cores = sorted({gate.core for gate in gates}, key=lambda core: -1 if core is None else core)
+    return LiveSummary(cores=tuple(cores), load=float(np.median([gate.load for gate in gates])))
 
 
 def _summary(series: Series, digest: str, clock: Clock, spec: TimingSpec) -> SeriesSummary:
