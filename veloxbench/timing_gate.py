@@ -53,7 +53,7 @@ class TimingSpec:
         spending: look k has used ``(looks[k] / looks[-1]) ** spending`` of alpha and beta (Kim & DeMets 1987).
         canary_drift: relative change of the canary within a block that voids it. The order's randomisation keeps the
             error rates whatever this is; it ends a gate on a machine that is not itself (throttled, taken by another
-            job). On an idle shared virtual machine the canary moved by 3% in the median and 6% in the 90% quantile; on a
+            job). On an idle shared virtual machine the canary moved by 3% in the median, 6% in the 90% quantile; on a
             machine of one's own, 2% is the figure to choose.
         max_voids: void blocks after which the machine is too restless to decide.
         max_seconds: budget of time; the block in which it ends is the last.
