@@ -63,7 +63,7 @@ class TimingSpec:
     detect: float = 0.05
     alpha: float = 0.01
     beta: float = 0.02
-    looks: tuple[int, ...] = (12, 16, 24, 32, 48, 64, 96, 128)
+    looks: tuple[int, ...] = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
     spending: float = 1.0
     canary_drift: float = 0.10
     max_voids: int = 64

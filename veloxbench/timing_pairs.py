@@ -129,27 +129,30 @@ def extra_rows_for(
     slowdowns: Sequence[float],
     clock: Clock,
     rng: np.random.Generator,
-    repeats: int = 16,
+    repeats: int = 40,
+    passes: int = 3,
 ) -> dict[float, int]:
-    """Rows of extra work that slow a step down by the given shares, from what one whole pass costs here and now.
+    """Rows of extra work that slow a step down by the given shares, from what whole passes cost here and now.
 
-    What they really cost is measured by the series itself, far better than ``repeats`` mirrored blocks can.
+    Several passes, because a block scatters by 3 to 4% and one pass costs 10%: from 16 blocks of one pass, two
+    calibrations of the same machine differed by a factor of two. What the rows really cost is measured by the series
+    itself, far better than ``repeats`` mirrored blocks can.
 
     Raises:
         UsageError: extra work does not show.
     """
-    at_once: int = worker.ask("extra_rows_at_once", name=benchmark)
+    extra: int = passes * worker.ask("extra_rows_at_once", name=benchmark)
     costs = []
     for _ in range(repeats):
-        seconds: dict[int, list[float]] = {0: [], at_once: []}
-        for rows in mirrored_order([0, at_once], rng):
+        seconds: dict[int, list[float]] = {0: [], extra: []}
+        for rows in mirrored_order([0, extra], rng):
             times = StepTimes.model_validate(worker.ask("decode", name=benchmark, extra_rows=rows))
             seconds[rows].append(times.seconds(clock))
-        costs.append(sum(seconds[at_once]) / sum(seconds[0]) - 1)
+        costs.append(sum(seconds[extra]) / sum(seconds[0]) - 1)
     cost = statistics.median(costs)
     if cost <= 0:
-        raise UsageError(f"extra work of {at_once} rows does not slow a step down ({cost:+.1%})")
-    return {slowdown: round(slowdown / cost * at_once) for slowdown in slowdowns}
+        raise UsageError(f"extra work of {extra} rows does not slow a step down ({cost:+.1%})")
+    return {slowdown: round(slowdown / cost * extra) for slowdown in slowdowns}
 
 
 def pin_to_core(core: int) -> None:

@@ -70,7 +70,7 @@ def timed_block(rng, started, slowdown=0.0, noise=0.01, drift=0.0):
     )
 
 
-def write_series(path, rounds=150, segments=2, **how):
+def write_series(path, rounds=290, segments=2, **how):
     rng = np.random.default_rng(0)
     append_line(path, header())
     for segment in range(segments):
@@ -181,11 +181,12 @@ def test_gates_that_do_not_overlap_use_every_block_once(series_file):
 
 
 def test_no_gate_starts_where_its_budget_would_cross_a_gap():
-    """A run of 128 blocks has one place; one more for each further block; none if a run is shorter."""
+    """A run as long as a gate's budget has one place; one more for each further block; none if a run is shorter."""
     block = Block({"decode": ((1.0,), (1.0,))}, (1.0, 1.0), 1.0)
-    assert starts([[block] * 127, [block] * 130], SPEC) == [(1, 0), (1, 1), (1, 2)]
+    budget = SPEC.looks[-1]
+    assert starts([[block] * (budget - 1), [block] * (budget + 2)], SPEC) == [(1, 0), (1, 1), (1, 2)]
     with pytest.raises(UsageError, match="record longer"):
-        resampled_gates([[block] * 127], SPEC, 1, np.random.default_rng(0))
+        resampled_gates([[block] * (budget - 1)], SPEC, 1, np.random.default_rng(0))
 
 
 def test_a_gate_costs_the_time_of_its_own_blocks(series_file):
