@@ -120,7 +120,9 @@ def resample(
 def report(
     rates: Annotated[Path, typer.Argument(help="A record of error rates, from `veloxbench aa resample`.")],
     out: Annotated[Path | None, typer.Option(help="Write the page here, and its plot beside it.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Compare with this page; exit 1 if it is stale.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Compare with this page and the plot beside it; exit 1 if one is stale.")
+    ] = None,
 ) -> None:
     """The page of measured error rates (Markdown and a plot), from their record alone.
 
@@ -132,20 +134,10 @@ def report(
     """
     from veloxbench.aa.page import PLOT, plot, render
     from veloxbench.aa.resample import read_error_rates
-    from veloxbench.durable import write_text
-    from veloxbench.errors import ExitCode
+    from veloxbench.cli_pages import deliver
 
     found = read_error_rates(rates)
-    page = render(found)
-    if check is not None:
-        if not check.exists() or check.read_text(encoding="utf-8") != page:
-            typer.echo(f"{check} is stale: it is not what `veloxbench aa report` writes from {rates}", err=True)
-            raise typer.Exit(int(ExitCode.REGRESSION))
-    elif out is not None:
-        write_text(out, page)
-        write_text(out.with_name(PLOT), plot(found))
-    else:
-        print(page, end="")
+    deliver(render(found), out, check, "veloxbench aa report", rates, {PLOT: plot(found)})
 
 
 def _shares(text: str) -> list[float]:

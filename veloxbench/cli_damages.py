@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from veloxbench.errors import ExitCode, UsageError
+from veloxbench.errors import UsageError
 
 STUDY = Path("records/gate/damages.json")
 
@@ -22,7 +21,7 @@ def damages(
     profile: Annotated[str, typer.Option(help="Gives model, text, protocol and the number of arms.")] = "gate",
     out: Annotated[Path | None, typer.Option(help="Write the page here instead of standard output.")] = None,
     check: Annotated[
-        Path | None, typer.Option(help="Compare with this page; exit 1 if it is not what the study says.")
+        Path | None, typer.Option(help="Compare with this page and its plot; exit 1 if one is not what the study says.")
     ] = None,
 ) -> None:
     """How much damage does the quality gate notice? True sizes on four gates' sequences, verdicts on one gate's each.
@@ -33,14 +32,15 @@ def damages(
 
     `veloxbench damages --measure --study mine.json`
     """
-    from veloxbench.damages import Study, journal_of
+    from veloxbench.cli_pages import deliver
+    from veloxbench.damages import Study, journal_of, trials
     from veloxbench.damages import measure as measure_study
     from veloxbench.durable import write_text
     from veloxbench.models import resolve_model
     from veloxbench.plan import load_grid
     from veloxbench.progress import default_reporter
     from veloxbench.protocol import Chunked
-    from veloxbench.report.damages import render
+    from veloxbench.report.damages import PLOT, plot, render
 
     grid = load_grid(profile)
     if measure:
@@ -58,12 +58,7 @@ def damages(
     if not study.exists():
         raise UsageError(f"there is no study at {study}; `veloxbench damages --measure --study {study}` makes one")
     found = Study.model_validate_json(study.read_text(encoding="utf-8"))
-    page = render(found, len(grid.arm_list()))
-    if check is not None:
-        if not check.exists() or check.read_text(encoding="utf-8") != page:
-            print(f"{check} is stale: it is not what `veloxbench damages` writes from {study}", file=sys.stderr)
-            raise typer.Exit(int(ExitCode.REGRESSION))
-    elif out is not None:
-        write_text(out, page)
-    else:
-        print(page, end="")
+    n_arms = len(grid.arm_list())
+    judged = trials(found, n_arms)
+    page = render(found, judged, n_arms)
+    deliver(page, out, check, "veloxbench damages", study, {PLOT: plot(found, judged, n_arms)})

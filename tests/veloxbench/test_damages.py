@@ -1,5 +1,6 @@
 """The damages do what they say and nothing else, and a study that was stopped goes on."""
 
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 
 from veloxbench import damages
+from veloxbench.cli import _run
 from veloxbench.damages import GATES, Study, exact_changes, measure, trials
+from veloxbench.errors import ExitCode
 from veloxbench.methods.damaged import (
     BASES,
     CENTROID,
@@ -21,7 +24,6 @@ from veloxbench.methods.damaged import (
     undamaged,
 )
 from veloxbench.models import resolve_model
-from veloxbench.plan import load_grid
 from veloxbench.progress import SilentReporter
 from veloxbench.protocol import Chunked
 from veloxbench.report.damages import render
@@ -108,7 +110,7 @@ def study(tmp_path_factory, cut_model):
         kept = len(journal.read_text().splitlines()) - 1
         found = measure(handle, "bundled", protocol, journal, SilentReporter())
         assert (kept, len(calls)) == (5, 1 + GATES * (len(BASES) + len(chosen)))
-        return Study.model_validate_json(found.model_dump_json()), trials(found, 4), render(found, 4)
+        return Study.model_validate_json(found.model_dump_json()), trials(found, 4), render(found, trials(found, 4), 4)
 
 
 def test_a_stopped_study_goes_on_and_measures_damage(study):
@@ -139,11 +141,16 @@ def test_an_unchanged_arm_passes_every_gate(study):
     assert undamaged(BASES["plain"].layer_spec(0, None, None, None)) == BASES["plain"].layer_spec(0, None, None, None)
 
 
-def test_the_page_is_what_the_study_says():
-    """docs/damages.md is generated from records/gate/damages.json."""
-    study = Study.model_validate_json((ROOT / "records" / "gate" / "damages.json").read_text())
-    n_arms = len(load_grid("gate").arm_list())
-    assert (ROOT / "docs" / "damages.md").read_text() == render(study, n_arms)
+def test_the_page_and_the_plot_are_what_the_study_says(tmp_path, capsys):
+    """docs/damages.md and .svg are generated from records/gate/damages.json; either one edited by hand is stale."""
+    study, page = ROOT / "records" / "gate" / "damages.json", tmp_path / "damages.md"
+    command = ["damages", "--study", str(study), "--check"]
+    assert _run([*command, str(ROOT / "docs" / "damages.md")]) == ExitCode.PASS
+    for name in ("damages.md", "damages.svg"):
+        shutil.copy(ROOT / "docs" / name, tmp_path)
+    (tmp_path / "damages.svg").write_text((tmp_path / "damages.svg").read_text().replace("share", "part", 1))
+    assert _run([*command, str(page)]) == ExitCode.REGRESSION
+    assert f"{tmp_path / 'damages.svg'} is stale" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["centroid 1%", "no sinks"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 
+from matplotlib.axes import Axes
 from tabulate import tabulate
 
 from veloxbench.aa.resample import Effect, ErrorRates, Outcomes, Rate
+from veloxbench.report.plots import COLOURS, new_axes, svg
 
 PLOT = "gate-error-rates.svg"
 
@@ -73,8 +74,10 @@ def render(rates: ErrorRates) -> str:
         "",
         "## Gates resampled from the series",
         "",
-        "Each begins at a random block and takes its neighbours as they were recorded, never across a gap. They "
-        "overlap: their intervals are those of the gate on this series, not of another one.",
+        "Each begins at a random block and takes the blocks of its slowdown as they were recorded, never across a gap. "
+        f"The series takes turns: between two of them lie {len(rates.effects) - 1} blocks of other slowdowns, so that "
+        "a gate here spans more of the machine's moods than a live one. They overlap: their intervals are those of the "
+        "gate on this series, not of another one.",
         "",
         _table(rates, lambda effect: effect.resampled),
         "",
@@ -105,35 +108,24 @@ def _listed(values: float | tuple[int, ...]) -> str:
 
 
 def plot(rates: ErrorRates) -> str:
-    """How often the gate regresses and passes, by the measured slowdown, as an SVG that is the same every time."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    with matplotlib.rc_context({"svg.hashsalt": "veloxbench", "svg.fonttype": "none", "font.size": 10}):
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        slowdowns = [100 * effect.measured[0] for effect in rates.effects]
-        _curve(axes, slowdowns, [effect.resampled.regress for effect in rates.effects], "regress", "#b2182b", "o-")
-        _curve(axes, slowdowns, [effect.resampled.passed for effect in rates.effects], "pass", "#2166ac", "s-")
-        live = [effect for effect in rates.effects if effect.live]
-        if live:
-            at = [100 * effect.measured[0] for effect in live]
-            _curve(axes, at, [e.live.regress for e in live if e.live], "regress, live", "#ef8a62", "^")
-        for value, name in ((rates.gate["margin"], "margin"), (rates.gate["detect"], "detect")):
-            assert isinstance(value, float)
-            axes.axvline(100 * value, color="grey", linewidth=0.8, linestyle=":")
-            axes.annotate(name, (100 * value, 1.03), ha="center", color="grey", annotation_clip=False)
-        axes.set(xlabel="slowdown by extra work, measured (%)", ylabel="share of gates", ylim=(-0.02, 1.02))
-        axes.legend(loc="center right", frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        pyplot.close(figure)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+    """How often the gate regresses and passes, by the measured slowdown, as SVG."""
+    figure, axes = new_axes()
+    passing, wrong, lived = COLOURS[0], COLOURS[1], COLOURS[4]
+    slowdowns = [100 * effect.measured[0] for effect in rates.effects]
+    _curve(axes, slowdowns, [effect.resampled.regress for effect in rates.effects], "regress", wrong, "o-")
+    _curve(axes, slowdowns, [effect.resampled.passed for effect in rates.effects], "pass", passing, "s-")
+    live = [(100 * effect.measured[0], effect.live.regress) for effect in rates.effects if effect.live]
+    if live:
+        _curve(axes, [at for at, _ in live], [rate for _, rate in live], "regress, live", lived, "^")
+    for value, name in ((rates.gate["margin"], "margin"), (rates.gate["detect"], "detect")):
+        assert isinstance(value, float)
+        axes.axvline(100 * value, color="0.6", linewidth=1, linestyle=":")
+        axes.annotate(name, (100 * value, 1.03), ha="center", color="0.4", annotation_clip=False)
+    axes.set(xlabel="slowdown by extra work, measured (%)", ylabel="share of gates", ylim=(-0.02, 1.02))
+    return svg(figure)
 
 
-def _curve(axes: object, x: Sequence[float], rates: Sequence[Rate], label: str, color: str, style: str) -> None:
+def _curve(axes: Axes, x: Sequence[float], rates: Sequence[Rate], label: str, color: str, style: str) -> None:
     values = [rate.value for rate in rates]
     errors = [[r.value - r.low for r in rates], [r.high - r.value for r in rates]]
-    axes.errorbar(x, values, yerr=errors, fmt=style, label=label, color=color, capsize=3)  # type: ignore[attr-defined]
+    axes.errorbar(x, values, yerr=errors, fmt=style, label=label, color=color, capsize=3)

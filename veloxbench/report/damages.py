@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from matplotlib.ticker import FuncFormatter
 from tabulate import tabulate
 
-from veloxbench.damages import GATES, Reach, Study, Trial, reach, trials
+from veloxbench.damages import GATES, Reach, Study, Trial, reach
 from veloxbench.gate import BUDGETS
 from veloxbench.methods.damaged import BASES
+from veloxbench.report.plots import COLOURS, new_axes, svg
 from veloxbench.verdicts import Verdict
 
+PLOT = "damages.svg"
+_SMALLEST_SHOWN = 0.1  # percent: a logarithmic axis has no zero
 
-def render(study: Study, n_arms: int) -> str:
+
+def render(study: Study, found: Sequence[Trial], n_arms: int) -> str:
     """The page.
 
     Args:
         study: the measured samples.
+        found: its damages judged.
         n_arms: arms of the gate's profile.
     """
-    found = trials(study, n_arms)
-    bases = [base for base in BASES if any(trial.damage.base == base for trial in found)]
-    reaches = {base: reach(study, base, found, n_arms) for base in bases}
+    reaches = _reaches(study, found, n_arms)
     n_gate = len(next(iter(study.samples.values()))[0].kld_mean)
     parts = [
         _preamble(study, n_arms, n_gate),
@@ -31,6 +35,31 @@ def render(study: Study, n_arms: int) -> str:
         _claim(found, reaches, n_gate),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def plot(study: Study, found: Sequence[Trial], n_arms: int) -> str:
+    """How many gates call a damage a regression, by its true size beside what a gate detects, as SVG."""
+    figure, axes = new_axes()
+    for index, (base, limits) in enumerate(_reaches(study, found, n_arms).items()):
+        harmful = [trial for trial in found if trial.damage.base == base and trial.damage.harmful]
+        sizes = [max(100 * trial.share, _SMALLEST_SHOWN) for trial in harmful]
+        shares = [sum(verdict is Verdict.REGRESS for verdict in trial.gates) / GATES for trial in harmful]
+        look = {"color": COLOURS[index], "linestyle": "none"}
+        axes.plot(sizes, shares, marker="o", label=f"{base}: each of {GATES} gates", **look)
+        pooled = [float(trial.pooled is Verdict.REGRESS) for trial in harmful]
+        axes.plot(sizes, pooled, marker="x", markersize=9, label=f"{base}: one of all sequences", **look)
+        for limit, style in ((limits.per_gate, ":"), (limits.pooled, "--")):
+            if limit is not None:
+                axes.axvline(100 * limit / limits.kld, color=COLOURS[index], linewidth=1, linestyle=style)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
+    axes.set(xlabel="true change, share of the undamaged KLD", ylabel="share of gates that regress", ylim=(-0.05, 1.05))
+    return svg(figure)
+
+
+def _reaches(study: Study, found: Sequence[Trial], n_arms: int) -> dict[str, Reach]:
+    bases = [base for base in BASES if any(trial.damage.base == base for trial in found)]
+    return {base: reach(study, base, found, n_arms) for base in bases}
 
 
 def _preamble(study: Study, n_arms: int, n_gate: int) -> str:
@@ -59,6 +88,9 @@ def _limits(reaches: Mapping[str, Reach], n_gate: int) -> str:
     table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
     return (
         "## The smallest detectable change\n\n"
+        f"![Share of gates that call a damage a regression, by its true size]({PLOT})\n\n"
+        "*The lines: what one gate (dotted) and a gate on all sequences (dashed) detect. Damages below "
+        f"{_SMALLEST_SHOWN:g}% are drawn there.*\n\n"
         "Whatever changes codes, for better or worse, moves single sequences up and down: *spread* is the standard "
         "deviation of that movement, the median over the damages below. It, not the size of the damage, limits a gate. "
         f"A larger mean change than the last columns say is called a regression 95% of the time:\n\n{table}"

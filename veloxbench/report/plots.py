@@ -1,4 +1,4 @@
-"""Plots of records as SVG text: quality against resident bits, and decode speed beside fp16."""
+"""Plots as SVG text, the same bytes every time: quality against resident bits, and decode speed beside fp16."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from veloxbench.records import Estimate, MethodRef, Record
 from veloxbench.report.markdown import REFERENCE
 
 # Okabe and Ito's colours keep apart for readers with any colour vision; the marker repeats the distinction.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SIZE = (7.2, 4.2)
-_SERIES_PER_PLOT = len(_COLOURS)
+_SERIES_PER_PLOT = len(COLOURS)
 
 
 def quality_plot(records: Sequence[Record]) -> str | None:
@@ -29,7 +29,7 @@ def quality_plot(records: Sequence[Record]) -> str | None:
     Returns:
         SVG text, or None where no arm but the reference was measured.
     """
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for label, arms in _by_method(records).items():
         points = sorted(
             (arm.metrics["bits_per_value"].value, arm.metrics["kld_mean"])
@@ -45,7 +45,7 @@ def quality_plot(records: Sequence[Record]) -> str | None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("bits_per_value, everything resident counted")
     axes.set_ylabel("KLD from the fp16 cache, nats per token")
-    return _finish(figure, axes)
+    return svg(figure)
 
 
 def speed_plot(records: Sequence[Record]) -> str | None:
@@ -61,7 +61,7 @@ def speed_plot(records: Sequence[Record]) -> str | None:
     arms = list(dict.fromkeys(row.subject.method.label for rows in depths.values() for row in rows))
     if not arms:
         return None
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for index, (label, rows) in enumerate(list(depths.items())[:_SERIES_PER_PLOT]):
         places = [arms.index(row.subject.method.label) + 0.15 * index for row in rows]
         _points(axes, label, [row.metrics["decode_speed_ratio"] for row in rows], places)
@@ -70,7 +70,7 @@ def speed_plot(records: Sequence[Record]) -> str | None:
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel("decode speed / fp16's")
-    return _finish(figure, axes)
+    return svg(figure)
 
 
 def _by_method(records: Sequence[Record]) -> Mapping[str, list[Record]]:
@@ -82,7 +82,8 @@ def _by_method(records: Sequence[Record]) -> Mapping[str, list[Record]]:
     return dict(list(series.items())[:_SERIES_PER_PLOT])
 
 
-def _axes() -> tuple[Figure, Axes]:
+def new_axes() -> tuple[Figure, Axes]:
+    """An empty figure in the project's look; :func:`svg` makes text of it."""
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
     axes.grid(True, which="major", color="0.9")
@@ -101,7 +102,7 @@ def _points(axes: Axes, label: str, x: Sequence[Estimate], y: Sequence[float]) -
 
 def _look(axes: Axes) -> dict[str, Any]:
     index = len(axes.containers) % _SERIES_PER_PLOT
-    return {"color": _COLOURS[index], "marker": _MARKERS[index], "capsize": 3, "markersize": 5}
+    return {"color": COLOURS[index], "marker": _MARKERS[index], "capsize": 3, "markersize": 5}
 
 
 def _bars(estimates: Sequence[Estimate]) -> tuple[list[float], list[float]]:
@@ -110,9 +111,12 @@ def _bars(estimates: Sequence[Estimate]) -> tuple[list[float], list[float]]:
     return below, [0.0 if e.high is None else e.high - e.value for e in estimates]
 
 
-def _finish(figure: Figure, axes: Axes) -> str:
-    axes.legend(frameon=False)
+def svg(figure: Figure) -> str:
+    """The figure with its legend, as an ``<svg>`` element whose text stays text."""
+    for axes in figure.axes:
+        axes.legend(frameon=False)
     stream = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):  # text stays text
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    return stream.getvalue()[stream.getvalue().index("<svg") :]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "veloxbench", "font.family": "sans-serif"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    return "\n".join(line.rstrip() for line in text[text.index("<svg") :].splitlines()) + "\n"
