@@ -3,6 +3,8 @@
 The emulator compiles Metal as C++14, so C++ features that Metal lacks would go unnoticed until a Mac sees them. This
 pass finds them in the text. It is deliberately plain: one rule, one pattern, on the text without comments.
 
+A body stands inside the kernel function that MLX writes around it; a header stands before it, at file scope.
+
 Source: Metal Shading Language Specification 3.2, sections 1.4 (restrictions), 4 (address spaces).
 """
 
@@ -52,9 +54,12 @@ _FORBIDDEN: dict[str, str] = {
     r"\bprintf\s*\(|\bassert\s*\(": "printf and assert are not in Metal",
     r"\bquad_\w+\s*\(": "the emulator has no quadgroup functions",
     r"\b__\w+": "a compiler's own names are not portable",
+    r"\(\s*\*\s*(?:const\s+)?\w*\s*\)\s*\(": "function pointers are not in Metal",
 }  # fmt: skip
 
 _THREADGROUP_ARRAY = re.compile(rf"\bthreadgroup[ ](?:{_TYPES}|[A-Z]\w*)[ ]\w+\[[^\[\];]+\];")
+_FILE_SCOPE_VARIABLE = re.compile(r"(?:^|[;}])\s*(?P<type>(?:\w+\s+)+)\w+\s*(?:\[[^\]]*\]\s*)*(?=[=;,])")
+_NO_VARIABLE = ("using", "typedef", "struct", "class", "enum", "namespace")
 _THREADGROUP_VARIABLE = re.compile(r"\bthreadgroup\s+[\w:]+\s+\w+\s*[;=\[{(]")
 
 
@@ -69,9 +74,9 @@ def _line(text: str, position: int) -> int:
 
 
 def _unqualified_pointers(text: str) -> Iterator[Finding]:
-    parameters = re.findall(r"\btypename\s+(\w+)", text)
-    types = "|".join([_TYPES, "auto", *map(re.escape, parameters)])
-    pattern = re.compile(rf"(?P<before>(?:\b\w+\s+)*)\b(?:{types})\s*(?P<mark>[*&])\s*(?:const\s+)?\w+\s*[,)=;\[]")
+    named = re.findall(r"\b(?:typename|class|struct)\s+(\w+)", text)
+    types = "|".join([_TYPES, "auto", *map(re.escape, named)])
+    pattern = re.compile(rf"(?P<before>(?:\b\w+\s+)*)\b(?:{types})\s*(?P<mark>[*&])\s*(?:const\s+)?\w*\s*[,()=;\[>]")
     for match in pattern.finditer(text):
         words = match["before"].split()
         if not any(space in words for space in _SPACES):
@@ -91,6 +96,28 @@ def _functions(text: str) -> Iterator[tuple[str, str, int]]:
         yield match[1], text[match.end() : end], match.start()
 
 
+def _file_scope(text: str) -> Iterator[Finding]:
+    """Variables of a header outside of every function, in another address space than constant."""
+    blank = lambda match: re.sub(r"[^\n]", " ", match.group())  # noqa: E731
+    code = re.sub(r"^\s*#.*|\btemplate\s*<[^>]*>", blank, text, flags=re.MULTILINE)
+    depth, outside = 0, []
+    for character in code:  # what stands in brackets is blanked out, the outermost brackets stay
+        depth -= character in ")}"
+        outside.append(character if depth == 0 or character == "\n" else " ")
+        depth += character in "({"
+    code = "".join(outside)
+    for match in _FILE_SCOPE_VARIABLE.finditer(code):
+        words = match["type"].split()
+        if words[0] not in _NO_VARIABLE and "constant" not in words:
+            yield Finding(_line(code, match.start("type")), "a variable at file scope needs the constant address space")
+
+
+def _threadgroup_in_functions(text: str) -> Iterator[Finding]:
+    for _, body, position in _functions(text):
+        if _THREADGROUP_VARIABLE.search(body):
+            yield Finding(_line(text, position), "only the kernel itself can declare threadgroup memory")
+
+
 def _recursion(text: str) -> Iterator[Finding]:
     functions = list(_functions(text))
     calls = {
@@ -106,8 +133,8 @@ def _recursion(text: str) -> Iterator[Finding]:
             yield Finding(_line(text, position), f"recursion: {name} reaches itself")
 
 
-def findings(text: str) -> tuple[Finding, ...]:
-    """Everything in a kernel's body or header that Metal refuses, in the order of the lines."""
+def findings(text: str, *, header: bool = False) -> tuple[Finding, ...]:
+    """Everything in a kernel's body, or in a ``header``, that Metal refuses, in the order of the lines."""
     code = _without_comments(text)
     found = [
         Finding(_line(code, match.start()), rule)
@@ -121,12 +148,14 @@ def findings(text: str) -> tuple[Finding, ...]:
         if match.start() not in plain
     ]
     found += _unqualified_pointers(code)
+    found += _threadgroup_in_functions(code)
+    found += _file_scope(code) if header else ()
     found += _recursion(code)
     return tuple(sorted(set(found), key=lambda finding: (finding.line, finding.rule)))
 
 
-def check(name: str, text: str) -> None:
+def check(name: str, text: str, *, header: bool = False) -> None:
     """Raise :class:`LintError` unless ``text`` is free of :func:`findings`."""
-    found = findings(text)
+    found = findings(text, header=header)
     if found:
         raise LintError(name, found)

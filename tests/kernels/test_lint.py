@@ -26,6 +26,12 @@ REFUSED = {
     "if constexpr (N > 1) {}": "C++17",
     "static int counter = 0;": "constant address space",
     "x = __builtin_clz(y);": "compiler's own",
+    "inline float* f(device float* p) { return p; }": "pointer needs an address space",
+    "y = *(float*)x;": "pointer needs an address space",
+    "template <class T> inline void f(T& x) { x = 0; }": "reference needs an address space",
+    "struct S { float a; }; inline float f(S* s) { return s->a; }": "pointer needs an address space",
+    "inline float f(float (*g)(float)) { return g(1.0f); }": "function pointers",
+    "inline void f() { threadgroup float s[4]; }": "only the kernel itself",
 }
 
 ALLOWED = [
@@ -37,6 +43,8 @@ ALLOWED = [
     "template <typename P> inline float f(P p, uint n) { return p[n]; }",
     "int even(int n) { return n % 2; }\nint odd(int n) { return 1 - even(n); }",
     "static constexpr constant uint N = 3;",
+    "inline device float* f(device float* p) { return p; } thread S& g(thread S& s) { return s; } struct S { int a; };",
+    "float a = (*p) * (b + c); uint d = uint(e) * f(g);",
 ]
 
 
@@ -53,6 +61,29 @@ def test_refused(text, rule):
 def test_allowed(text):
     """Plain Metal passes."""
     assert findings(text) == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["const float t[2] = {0.5f, 1.5f};", "constexpr uint N = 3;", "float f() { return g(1); } int n;", "S s;"]
+)
+def test_a_header_keeps_its_variables_in_constant_memory(text):
+    """At file scope a variable needs the constant address space; inside the kernel it does not."""
+    rule = "a variable at file scope needs the constant address space"
+    assert [(finding.line, finding.rule) for finding in findings("#define X\n" + text, header=True)] == [(2, rule)]
+    assert findings(text) == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "constant float t[2] = {0.5f, 1.5f};\nstatic constexpr constant uint N = 3;",
+        "template <int N = 3, typename T>\ninline T f(T x, int n = 2) {\n  const T y = x;\n  return y * n;\n}",
+        "using half_pair = half2;\nstruct S { float a; int b; };\nenum E { A, B };",
+    ],
+)
+def test_other_file_scope_text_passes(text):
+    """Constants, functions with their parameters and locals, types."""
+    assert findings(text, header=True) == ()
 
 
 def test_error_lists_every_finding():

@@ -194,7 +194,7 @@ def _body_line(module: Module, generated: GeneratedSource, report: _Report) -> i
 
 @functools.lru_cache(maxsize=1024)
 def _lint(name: str, header: str, source: str) -> None:
-    lint.check(f"{name} (header)", header)
+    lint.check(f"{name} (header)", header, header=True)
     lint.check(name, source)
 
 
