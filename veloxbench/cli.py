@@ -308,7 +308,7 @@ def kernels(
 ) -> None:
     """The Metal kernels of the packed caches: their formats, where they can run here, and whether they are right.
 
-    `--verify` runs every line of every kernel on this machine: on the Metal device if there is one, else through the
+    `--verify` runs every line of every kernel on this machine: on the Metal device if it can run, else through the
     CPU emulator, which compiles the same Metal text with the system's C++ compiler and also finds races, accesses out
     of bounds and uninitialised reads. Exit codes: 0 all agree, 1 a kernel is wrong, 5 nothing here can run them.
 
@@ -325,16 +325,17 @@ def kernels(
         _print_kernels(places)
         return
     from veloxquant_kernels.emulator import CompilerNotFound
-    from veloxquant_kernels.verify import by_kernel, default_backend
+    from veloxquant_kernels.kernel import why_no_metal
+    from veloxquant_kernels.verify import by_kernel
     from veloxquant_kernels.verify import verify as verify_kernels
 
     with Console(stderr=True).status("starting") as status:
         try:
             outcomes = verify_kernels(before=lambda case: status.update(f"{case.kernel}, {case.name}"))
         except CompilerNotFound as error:
-            raise UnfitEnvironmentError(f"there is no Metal device here, and no emulator: {error}") from error
-    if default_backend() == "emulator":
-        print(f"There is no Metal device here; the CPU emulator {places['emulator']}.\n")
+            raise UnfitEnvironmentError(f"{why_no_metal()} here, and no emulator: {error}") from error
+    if (problem := why_no_metal()) is not None:
+        print(f"Metal cannot run here ({problem}); the CPU emulator {places['emulator']}.\n")
     results = by_kernel(outcomes)
     rows = [
         (

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
 import veloxbench
 import veloxquant_mlx
 from veloxbench import environment
 from veloxbench.sources import cache_dir
 from veloxquant_kernels.blas import load_blas, measured_gflops
 from veloxquant_kernels.emulator import CompilerNotFound, find_compiler
+from veloxquant_kernels.kernel import why_no_metal
 
 SLOW_GFLOPS = 20.0
 """MLX's reference BLAS reaches 2 to 6 on any machine; a real one passes 20 on a single old core."""
@@ -51,8 +50,8 @@ def examine() -> Iterator[Check]:
 
 def kernel_backends() -> Iterator[Check]:
     """Where the Metal kernels can run on this machine."""
-    metal = mx.metal.is_available()
-    yield Check("metal", None, "available" if metal else "no Metal device: caches compute in plain MLX")
+    problem = why_no_metal()
+    yield Check("metal", None, f"{problem}: caches compute in plain MLX" if problem else "available")
     try:
         emulator = f"runs the kernels' own text, compiled by {find_compiler()[1]}"
     except CompilerNotFound as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +25,30 @@ MAX_ELEMENTS: Final = 1 << 31
 """Bodies index with 32-bit integers."""
 
 
+def why_no_metal() -> str | None:
+    """Why Metal kernels cannot run here, or None if they can: MLX launches them on its default device only."""
+    if not mx.metal.is_available():
+        return "no Metal device"
+    return None if mx.default_device() == mx.gpu else "MLX's default device is the CPU"
+
+
 def resolve_backend(backend: Backend | None) -> Backend:
-    """The backend that runs: Metal where there is a device and none is named, else the plain-MLX reference.
+    """The backend that runs: Metal where it can and none is named, else the plain-MLX reference.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: ``"metal"`` without a Metal device.
+        RuntimeError: ``"metal"`` without a Metal device, or with the CPU as MLX's default device.
     """
+    problem = why_no_metal()
     if backend is None:
-        return "metal" if mx.metal.is_available() else "reference"
+        return "metal" if problem is None else "reference"
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)} or None, got {backend!r}")
-    if backend == "metal" and not mx.metal.is_available():
-        raise RuntimeError("backend 'metal' needs a Metal device; use 'emulator' or 'reference' on this machine")
+    if backend == "metal" and problem is not None:
+        raise RuntimeError(
+            f"backend 'metal' needs a Metal device that is MLX's default device ({problem}); use 'emulator' or "
+            "'reference' here"
+        )
     return backend
 
 
@@ -86,11 +98,12 @@ class Kernel:
         """Launch over ``grid`` threads in groups of ``threadgroup``.
 
         Raises:
-            ValueError: an array with 2**31 elements or more, or a backend that has no kernels.
+            ValueError: an input or output with 2**31 elements or more, or a backend that has no kernels.
         """
-        for name, array in zip(self.inputs, inputs, strict=True):
-            if array.size >= MAX_ELEMENTS:
-                raise ValueError(f"{self.stem}: {name} has {array.size} elements; the limit is {MAX_ELEMENTS - 1}")
+        shapes = [*(tuple(array.shape) for array in inputs), *output_shapes]
+        for name, shape in zip((*self.inputs, *self.outputs), shapes, strict=True):
+            if (size := math.prod(shape)) >= MAX_ELEMENTS:
+                raise ValueError(f"{self.stem}: {name} has {size} elements; the limit is {MAX_ELEMENTS - 1}")
         if backend == "emulator":
             return emulator.launch(
                 self.stem,

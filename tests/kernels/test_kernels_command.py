@@ -37,7 +37,7 @@ def test_verify_prints_a_table_and_says_that_there_is_no_metal(two_cases, capsys
     """Right kernels: exit 0, one sentence about the missing device, a row per kernel that agrees to every bit."""
     assert veloxbench(["kernels", "--verify"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("There is no Metal device here") == 1
+    assert printed.count("Metal cannot run here (no Metal device)") == 1
     for name in PACKING:
         assert re.search(rf"^{name} +emulator +1 +every bit +ok", printed, re.MULTILINE)
 
@@ -68,7 +68,7 @@ def test_without_a_compiler_it_is_one_sentence_and_exit_5(monkeypatch, capsys):
         emulator.find_compiler.cache_clear()
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert re.fullmatch(r"veloxbench: there is no Metal device here.* install g\+\+ or clang.*\n", printed.err)
+    assert re.fullmatch(r"veloxbench: no Metal device here.* install g\+\+ or clang.*\n", printed.err)
 
 
 def test_the_reference_is_not_verified_against_itself():
