@@ -110,7 +110,9 @@ def unsupported(head_dim: int, group: int, key_bits: int, value_bits: int) -> st
         needed = threadgroup_bytes(head_dim, group, key_bits, value_bits)
     except ValueError as error:
         return str(error)
-    if needed <= THREADGROUP_MEMORY and head_dim % SIMDGROUPS == 0:
+    if head_dim % SIMDGROUPS:
+        return f"head_dim must be a multiple of {SIMDGROUPS}, a slice for each simdgroup, got {head_dim}"
+    if needed <= THREADGROUP_MEMORY:
         return None
     return (
         f"head_dim={head_dim} with {group} queries per KV head needs {needed} bytes of threadgroup memory; the limit "

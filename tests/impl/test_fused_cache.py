@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from impl_inputs import tiny_llama
 from mlx_lm.models import base as mlx_lm_base
 from mlx_lm.models import gpt_oss
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
@@ -125,6 +127,14 @@ def test_on_without_metal_says_what_is_missing(llama_model: Any) -> None:
             KVCacheBuilder.build(llama_model, config)
 
 
+def test_auto_on_the_cpu_of_a_mac_stays_plain(llama_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX launches Metal kernels on its default device only: with the CPU there, the plain path is taken, and named."""
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    with mx.stream(mx.cpu):
+        built = KVCacheBuilder.build(llama_model, CONFIGS["4 bits"])
+    assert [cache.attention for cache in built] == ["plain (MLX's default device is the CPU)"] * 3
+
+
 @pytest.mark.parametrize(("field", "value"), [("fused", "yes"), ("fused", True), ("fused_backend", "cuda")])
 def test_an_unknown_switch_is_refused(field: str, value: Any) -> None:
     """The three states and the backends are listed."""
@@ -159,6 +169,39 @@ def test_layers_without_a_fused_kernel_stay_plain(llama_model: Any, gemma_model:
     assert fuse(llama_model, observed_caches, backend="reference")[1] == ["tokens at another width"] * 3
     with pytest.raises(ValueError, match="cannot be switched on"):
         fuse(llama_model, affine, mode="on", backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"head_dim": 72}, "head_dim .*72"),
+        ({"head_dim": 128, "n_heads": 32, "n_kv_heads": 1}, "32 queries per KV head"),
+    ],
+    ids=["a rotation that the kernel lacks", "more queries than threadgroup memory holds"],
+)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_shapes_without_a_fused_kernel_are_found_before_the_first_token(
+    shape: dict[str, int], reason: str, config: KVCacheConfig
+) -> None:
+    """The probe learns what the kernel cannot serve: no layer is called fused, and "on" is an error."""
+    model = tiny_llama(n_layers=2, **shape)
+    caches, reasons = fuse(model, KVCacheBuilder.build(model, config), backend="reference")
+    assert [type(cache) for cache in caches] == [PackedKVCache] * 2
+    assert all(re.search(reason, said) for said in reasons)
+    with pytest.raises(ValueError, match=f"cannot be switched on: no layer has a fused kernel .*{reason}"):
+        fuse(model, KVCacheBuilder.build(model, config), mode="on", backend="reference")
+
+
+def test_a_mask_per_head_is_plain_where_heads_are_as_many_as_sequences(llama_model: Any) -> None:
+    """``[1, 2, 1, tokens]`` of two sequences and two query heads is one mask a head, not one a sequence."""
+    packed, *_ = KVCacheBuilder.build(llama_model, CONFIGS["4 bits"])
+    rng = np.random.default_rng(1)
+    keys, values = (mx.array(rng.standard_normal((2, 2, 20, 64)).astype(np.float32)) for _ in range(2))
+    cache = FusedKVCache.from_packed(packed, "reference")
+    cache.update_and_fetch(keys, values)
+    mask = mx.arange(20)[None, None, None] >= mx.array([0, 6])[None, :, None, None]
+    cache.attend(mx.ones((2, 2, 1, 64)), 0.125, mask)
+    assert cache.steps == {"a mask per head": 1}
 
 
 def test_a_model_with_attention_sinks_falls_back() -> None:

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_lm.models import base as mlx_lm_base
 
 from veloxquant_kernels.fused_attention import PackedSide, fused_attention, unsupported
-from veloxquant_kernels.kernel import Backend, resolve_backend
+from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
 from veloxquant_mlx.cache.packed import PackedKVCache, fetch_dtype
 from veloxquant_mlx.cache.storage import CodedBlocks, Side
 from veloxquant_mlx.quantizers.scalar import centroids_array
@@ -91,7 +91,8 @@ class FusedKVCache(PackedKVCache):
     as the packed cache does; :attr:`steps` counts both, with the reason, and :attr:`attention` says it in words.
 
     Attributes:
-        backend: of the kernel; None takes Metal if there is a device, else the kernel's plain-MLX reference.
+        unserved: why the kernel cannot serve this layer's shapes, where it cannot; known from the first call on.
+        backend: of the kernel; None takes Metal where it can run, else the kernel's plain-MLX reference.
     """
 
     bits: Final = 0
@@ -99,6 +100,7 @@ class FusedKVCache(PackedKVCache):
     group_size: Final = 0
     """Read by mlx-lm beside :attr:`bits`."""
     backend: Backend | None = None
+    unserved: str | None = None
 
     @classmethod
     def from_packed(cls, cache: PackedKVCache, backend: Backend | None = None) -> FusedKVCache:
@@ -132,7 +134,7 @@ class FusedKVCache(PackedKVCache):
         if reason is None:
             self.steps["fused"] += 1
             if mask is not None:
-                mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+                mask = mask.reshape(_four_axes(mask))
             keys, values = _packed_side(self._keys), _packed_side(self._values)
             n_packed = self._keys.coded.blocks
             return fused_attention(queries, keys, values, n_packed, scale=scale, mask=mask, backend=self.backend)
@@ -141,17 +143,24 @@ class FusedKVCache(PackedKVCache):
         return mx.fast.scaled_dot_product_attention(queries, keys_read, values_read, scale=scale, mask=mask)
 
     def _not_fused(self, queries: mx.array, mask: Any) -> str | None:
-        if queries.shape[2] != 1:
-            return "several new tokens"
-        if not self._keys.coded.blocks:
-            return "nothing packed yet"
-        if isinstance(mask, str) or (mask is not None and (mask.size // mask.shape[-1]) not in (1, queries.shape[0])):
-            return "a mask per head"
         spec = self.spec
         assert isinstance(spec.keys, TurboQuantMSE)
         assert isinstance(spec.values, TurboQuantMSE)
         group = queries.shape[1] // self.shapes()[0][1]
-        return unsupported(queries.shape[3], group, spec.keys.code_bits, spec.values.code_bits)
+        self.unserved = unsupported(queries.shape[3], group, spec.keys.code_bits, spec.values.code_bits)
+        if self.unserved is not None:
+            return self.unserved
+        if queries.shape[2] != 1:
+            return "several new tokens"
+        if not self._keys.coded.blocks:
+            return "nothing packed yet"
+        if isinstance(mask, str) or (mask is not None and _four_axes(mask)[1:3] != (1, 1)):
+            return "a mask per head"
+        return None
+
+
+def _four_axes(mask: mx.array) -> tuple[int, ...]:
+    return (1,) * (4 - mask.ndim) + tuple(mask.shape)
 
 
 def why_not_fused(cache: Any) -> str | None:
@@ -177,7 +186,7 @@ def fuse(
         model: the mlx-lm model; a probe of three tokens through throwaway caches shows whether its attention
             takes mlx-lm's quantized route (families with attention sinks, or with attention of their own, do not).
         caches: one per layer, as ``KVCacheBuilder.build`` gives them, nothing stored yet.
-        mode: ``auto`` fuses where there is a Metal device or a ``backend`` is named, and leaves alone what it cannot
+        mode: ``auto`` fuses where Metal can run or a ``backend`` is named, and leaves alone what it cannot
             fuse; ``on`` is an error where nothing can be fused; ``off`` leaves the caches as they are. A kernel that
             fails raises in every mode.
         backend: of the kernel; None is Metal.
@@ -187,22 +196,25 @@ def fuse(
 
     Raises:
         ValueError: an unknown mode, or ``on`` for a model or for caches of which no layer can be fused.
-        RuntimeError: ``backend="metal"``, or ``on`` without a backend, and no Metal device.
+        RuntimeError: ``backend="metal"``, or ``on`` without a backend, where Metal cannot run.
     """
     if mode not in get_args(FusedMode):
         raise ValueError(f"fused must be one of {', '.join(map(repr, get_args(FusedMode)))}, got {mode!r}")
     if mode == "off":
         return _explained(caches, ["switched off"] * len(caches))
-    if backend is None and not mx.metal.is_available():
+    if backend is None and (no_metal := why_no_metal()) is not None:
         if mode == "on":
             raise RuntimeError(
-                "the fused path cannot be switched on: there is no Metal device; the backend 'emulator' runs the "
-                "kernels on the CPU"
+                f"the fused path cannot be switched on: {no_metal}; the backend 'emulator' runs the kernels on the CPU"
             )
-        return _explained(caches, ["no Metal device"] * len(caches))
+        return _explained(caches, [no_metal] * len(caches))
     resolve_backend(backend)
     reasons = [why_not_fused(cache) for cache in caches]
-    problem = _probe(model, caches, reasons) if None in reasons else "no layer has a fused kernel"
+    problem = None
+    if None in reasons:
+        reasons, problem = _probe(model, caches, reasons)
+    if problem is None and None not in reasons:
+        problem = "no layer has a fused kernel"
     if problem is not None and mode == "on":
         raise ValueError(f"the fused path cannot be switched on: {problem}{_listed(reasons)}")
     if problem is not None:
@@ -227,10 +239,11 @@ def _listed(reasons: Sequence[str | None]) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
-def _probe(model: Any, caches: Sequence[Any], reasons: Sequence[str | None]) -> str | None:
-    """Whether the model's attention calls reach the route: a two-token prefill and one step on throwaway caches.
+def _probe(model: Any, caches: Sequence[Any], reasons: Sequence[str | None]) -> tuple[list[str | None], str | None]:
+    """A two-token prefill and one step on throwaway caches: do the model's attention calls reach the route?
 
-    They are made from the layers' specs, not copied: a copy would tell the caches' observers of the probe.
+    Returns the reasons, with those of layers whose shapes the kernel does not serve, and what is wrong with the model.
+    The caches are made from the layers' specs, not copied: a copy would tell their observers of the probe.
     """
     trial: list[Any] = []
     for cache, reason in zip(caches, reasons, strict=True):
@@ -241,7 +254,10 @@ def _probe(model: Any, caches: Sequence[Any], reasons: Sequence[str | None]) -> 
             for tokens in (mx.array([[0, 0]]), mx.array([[0]])):
                 mx.eval(model(tokens, cache=trial))
     except (ValueError, TypeError, AttributeError) as error:
-        return f"{type(model).__module__} does not take mlx-lm's quantized route ({error})"
+        return [*reasons], f"{type(model).__module__} does not take mlx-lm's quantized route ({error})"
     if any(isinstance(cache, FusedKVCache) and sum(cache.steps.values()) != 2 for cache in trial):
-        return f"{type(model).__module__} does not take mlx-lm's quantized route"
-    return None
+        return [*reasons], f"{type(model).__module__} does not take mlx-lm's quantized route"
+    return [
+        cache.unserved if isinstance(cache, FusedKVCache) else reason
+        for cache, reason in zip(trial, reasons, strict=True)
+    ], None
