@@ -1,4 +1,4 @@
-// Rotate, quantize and pack rows: the write path of a TurboQuant cache.
+// Rotate, quantize and pack rows: vectors become the codes of a TurboQuant cache.
 //
 //   x [rows, HEAD_DIM] fp16, bf16 or fp32
 //   signs [HEAD_DIM] fp32, the diagonal of the rotation

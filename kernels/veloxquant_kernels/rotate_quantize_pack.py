@@ -1,4 +1,4 @@
-"""Rotate, quantize and pack vectors: the write path of a TurboQuant cache."""
+"""Rotate, quantize and pack vectors into the codes of a TurboQuant cache; the caches encode in plain MLX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Unpack, dequantize and rotate back: the read path of a TurboQuant cache.
+// Unpack, dequantize and rotate back: the codes of a TurboQuant cache become vectors.
 //
 //   words [rows, ceil(HEAD_DIM * CODE_BITS / 32)] uint32, in packing.metal's layout
 //   norms [rows] fp16

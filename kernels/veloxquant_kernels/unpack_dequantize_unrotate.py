@@ -1,4 +1,4 @@
-"""Unpack, dequantize and rotate back: the read path of a TurboQuant cache."""
+"""Unpack, dequantize and rotate back the codes of a TurboQuant cache; the caches decode in plain MLX."""
 
 from __future__ import annotations
 

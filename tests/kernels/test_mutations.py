@@ -1,4 +1,4 @@
-"""The committed mutation table is of the shipped bodies, and nothing in it survives unexplained."""
+"""The committed mutation table is of the shipped bodies, and the verification's cases notice what it changes."""
 
 import hashlib
 import json
@@ -12,17 +12,18 @@ DOCUMENT = json.loads((Path(__file__).parent / "mutations.json").read_text())
 ROWS = DOCUMENT["table"]
 
 
-def test_the_committed_mutants_are_killed_or_explained(record_property):
-    """At least 40 seeded mutants; of those that compute something else, 95% are killed; survivors say why not."""
+def test_the_committed_mutants_are_killed(record_property):
+    """At least 40 seeded mutants; 95% are killed of all but those whose note shows that they compute the same."""
     killed = [row for row in ROWS if row["killed_by"] is not None]
-    survivors = [row for row in ROWS if row["killed_by"] is None]
+    equivalent = [row for row in ROWS if "equivalent" in row]
     record_property("mutants", len(ROWS))
     record_property("killed", len(killed))
-    record_property("equivalent, explained", len(survivors))
-    assert [row for row in survivors if not row.get("equivalent")] == []
+    record_property("killed of all", f"{len(killed) / len(ROWS):.1%}")
+    record_property("killed of all but the equivalent", f"{len(killed) / (len(ROWS) - len(equivalent)):.1%}")
+    assert [row for row in equivalent if row["killed_by"] is not None or not row["equivalent"]] == []
     assert len(ROWS) == DOCUMENT["mutants"] >= 40
     assert len(killed) == DOCUMENT["killed"]
-    assert len(killed) >= 0.95 * (len(ROWS) - len(survivors))
+    assert len(killed) >= 0.95 * (len(ROWS) - len(equivalent))  # a survivor without a note counts against it
     assert len(killed) >= 0.90 * len(ROWS)  # a tool that draws mostly equivalent edits would show nothing
     assert {row["kind"] for row in ROWS} >= {"off by one", "shift", "missing barrier", "swapped name", "comparison"}
 

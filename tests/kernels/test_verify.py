@@ -1,5 +1,8 @@
 """The verification that users run: it reaches every line of every body, passes here, and notices a wrong body."""
 
+import contextlib
+
+import mlx.core as mx
 import pytest
 
 from veloxquant_kernels import emulator, kernel, verify
@@ -40,6 +43,47 @@ def test_a_wrong_body_is_an_outcome(monkeypatch):
 def test_an_outcome_beyond_its_bound_fails(error):
     """NaN is not a pass."""
     assert not verify.Outcome("kernel", "case", "emulator", error).passed
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, ValueError])
+def test_a_refused_launch_is_an_outcome(fault):
+    """What MLX raises at a launch (a compiler's error, a wrong device) fails the case with its text."""
+
+    def run(backend):
+        raise fault("only supports the GPU")
+
+    outcome = verify.run_case(verify.Case("kernel", "case", run), "emulator")
+    assert not outcome.passed
+    assert outcome.detail == "only supports the GPU"
+
+
+@pytest.mark.parametrize("stem", ["pack_codes", "fused_attention"])
+def test_the_definition_is_computed_on_the_cpu(stem, monkeypatch):
+    """A GPU may multiply fp32 matrices in TF32: what a kernel is compared with is computed on the CPU."""
+    devices, asked = [None], []
+
+    @contextlib.contextmanager
+    def stream(device):
+        devices.append(device)
+        yield
+        devices.pop()
+
+    def note(original, device_of):
+        def noted(*args, **options):
+            asked.append(device_of(options))
+            return original(*args, **options)
+
+        return noted
+
+    case = next(case for case in verify.cases() if case.kernel == stem)
+    monkeypatch.setattr(mx, "stream", stream)
+    pack = note(verify.pack_codes, lambda options: (options["backend"], devices[-1]))
+    monkeypatch.setattr(verify, "pack_codes", pack)
+    reference = note(verify.fused_attention_reference, lambda _: ("reference", devices[-1]))
+    monkeypatch.setattr(verify, "fused_attention_reference", reference)
+    case.run("emulator")
+    assert ("reference", mx.cpu) in asked
+    assert [device for backend, device in asked if backend == "emulator" and device is not None] == []
 
 
 def test_every_line_of_every_body_runs(gcov, tmp_path, monkeypatch, record_property):
