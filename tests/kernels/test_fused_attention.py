@@ -1,6 +1,7 @@
 """Fused decode attention: the executed ``.metal`` bodies against plain attention over the decoded cache."""
 
 import dataclasses
+import itertools
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ from veloxquant_kernels.fused_attention import (
     fused_attention,
     fused_attention_reference,
     threadgroup_bytes,
+    unsupported,
 )
 from veloxquant_kernels.traffic import decode_traffic
 from veloxquant_kernels.verify import attention_error
@@ -61,11 +63,24 @@ def random_rows(n, seed):
     return [tuple(v[int(rng.integers(len(v)))] for v in FACTORS.values()) for _ in range(n)]
 
 
-# the full product has 414,720 cases: the marked run takes 600 of them by seed
+# the full product has 414,720 cases: the marked run takes 600 of them by seed, and the product of widths (keys' and
+# values' the same), head sizes, lengths and dtypes whole, the other factors in turn
 SAMPLE = [pytest.param(*row, marks=pytest.mark.slow) for row in random_rows(600, seed=1)]
+OTHERS = list(itertools.product(*(FACTORS[name] for name in ("group", "plain", "mask"))))
+PRODUCT = list(itertools.product(*(FACTORS[name] for name in ("key_bits", "head_dim", "length", "dtype"))))
+WHOLE = [
+    pytest.param(code_bits, code_bits, *rest, *OTHERS[i % len(OTHERS)], marks=pytest.mark.slow)
+    for i, (code_bits, *rest) in enumerate(PRODUCT)
+]
 
 
-@pytest.mark.parametrize(tuple(FACTORS), [*COVERING, *SAMPLE])
+def test_the_marked_run_holds_the_whole_product():
+    """8 widths x 6 head sizes x 5 lengths x 3 dtypes = 720, each once; every group, sinks and tail, mask among them."""
+    assert len({row.values[:5] for row in WHOLE}) == len(WHOLE) == 8 * 6 * 5 * 3
+    assert {row.values[5:] for row in WHOLE} == set(OTHERS)
+
+
+@pytest.mark.parametrize(tuple(FACTORS), [*COVERING, *SAMPLE, *WHOLE])
 def test_fused_attention_matches_its_definition(key_bits, value_bits, head_dim, length, dtype, group, plain, mask):
     """Every pair of widths, head sizes, lengths, dtypes, groups, sinks and tails, masks: within the fp32 bound."""
     rng = np.random.default_rng(0)
@@ -205,6 +220,14 @@ def test_traffic(bits, head_dim, group, masked, record_property):
     assert sum(traffic.overhead_by_kind.values()) == pytest.approx(traffic.overhead, rel=1e-12)
 
 
+def test_large_groups_cost_more():
+    """16 queries per KV head at 2 bits with a mask: 13.5% beside the packed bytes, 3.1% of it signs."""
+    traffic = decode_traffic(4096, 128, 16, 2, 2, masked=True)
+    assert traffic.packed_reads == 1.0
+    assert round(traffic.overhead, 3) == 0.135
+    assert round(traffic.overhead_by_kind["signs"], 3) == 0.031
+
+
 def test_traffic_counts_both_passes():
     """One split: each partial row is written once and read once, the output written once."""
     items = {item.name: item for item in decode_traffic(64, 64, 2, 4, 4).items}
@@ -267,6 +290,11 @@ def test_bad_options_are_refused():
         fused_attention(*case, scale=0.1, mask=mx.zeros((1, 1, 1, 7)))
     with pytest.raises(ValueError, match="multiple of 32, got 33"):
         fused_attention(*case, scale=0.1, split_tokens=33)
+
+
+def test_a_head_dim_that_four_simdgroups_cannot_share_is_named():
+    """head_dim 2 fits threadgroup memory many times: it is refused for the multiple of 4 that it is not."""
+    assert unsupported(2, 1, 4, 4) == "head_dim must be a multiple of 4, a slice for each simdgroup, got 2"
 
 
 def test_what_does_not_fit_threadgroup_memory_is_refused():
