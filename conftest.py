@@ -5,6 +5,12 @@ import pytest
 pytest_plugins = ["veloxbench.pytest_plugin"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernel timings (pytest-benchmark) run once as plain tests unless measuring."""
+    if not config.getoption("--benchmark") and hasattr(config.option, "benchmark_disable"):
+        config.option.benchmark_disable = True
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The figures that tests measured (``record_property``), one line each."""
     passed = [report for report in terminalreporter.stats.get("passed", []) if report.user_properties]

@@ -4,6 +4,8 @@ import pytest
 
 from veloxbench.verdicts import Finding, Verdict, overall, sentence
 
+SUITE = "gate"
+
 
 def test_subject_is_as_good_as_its_baseline(
     gated_subject: tuple[str, str], gate_findings: list[Finding], request: pytest.FixtureRequest

@@ -3,7 +3,8 @@
 ``pytest suites`` runs the smoke grid (the default model's real weights cut to four layers) into a temporary
 folder. ``pytest suites --benchmark`` measures a profile into ``results/``, resumes by key, writes
 BENCHMARK_RESULTS.md there, and judges what it measured by ``baselines/`` (veloxbench.gate), each subject an
-item. A test module names its suite in ``SUITE`` and receives the fixture ``record``.
+item. A test module names its suite in ``SUITE`` and receives the fixture ``record``; a module without it, as in
+any other project where the package is installed, is left alone.
 """
 
 from __future__ import annotations
@@ -42,12 +43,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Kernel timings (pytest-benchmark) run once as plain tests unless measuring."""
-    if not config.getoption("--benchmark") and hasattr(config.option, "benchmark_disable"):
-        config.option.benchmark_disable = True
-
-
 def _grid(config: pytest.Config) -> Grid:
     from veloxbench.plan import customise, load_grid
 
@@ -58,6 +53,9 @@ def _grid(config: pytest.Config) -> Grid:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One item per model and cell of the grid that belongs to the module's suite; one per subject of the baselines."""
+    suite = getattr(metafunc.module, "SUITE", None)
+    if suite is None:
+        return
     if "gated_subject" in metafunc.fixturenames:
         metafunc.parametrize("gated_subject", _gated_subjects(metafunc.config))
     if "record" not in metafunc.fixturenames:
@@ -65,7 +63,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from veloxbench.plan import cells
 
     grid = _grid(metafunc.config)
-    suite = metafunc.module.SUITE
     places = [
         pytest.param((model, index), id=f"{model}-{cell.protocol}-{cell.arm.label}".replace(" ", "-"))
         for model in grid.models
