@@ -18,7 +18,8 @@ class CacheUnderTest:
     """Casts keys and values to fp16 before the inner cache and delegates everything else.
 
     mlx-lm chooses its attention by ``hasattr(cache, "bits")``; delegation through ``__getattr__`` keeps
-    that choice the inner cache's own. Every arm is wrapped, the fp16 arm too.
+    that choice the inner cache's own. Indices are passed on because hybrid models keep their other layers'
+    states as ``cache[0]``. Every arm is wrapped, the fp16 arm too.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -35,6 +36,12 @@ class CacheUnderTest:
         if name == "inner":  # copy and pickle ask before __init__ ran
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.inner[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.inner[index] = value
 
 
 @dataclass(frozen=True)

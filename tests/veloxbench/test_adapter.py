@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import lfm2
 from mlx_lm.models.base import scaled_dot_product_attention
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 from veloxbench import adapter
 from veloxbench.adapter import CacheUnderTest
 from veloxbench.errors import EngagementError
+from veloxbench.protocol import Chunked, feed
 
 
 def _filled(inner, tokens: int, head_dim: int = 64) -> CacheUnderTest:
@@ -83,3 +85,26 @@ def test_the_adapter_keeps_mlx_lms_choice_of_attention():
     out = scaled_dot_product_attention(queries, *stored, cache=quantized, scale=1.0, mask=None)
     reference = scaled_dot_product_attention(queries, *plain.inner.keys_and_values(), cache=plain, scale=1.0, mask=None)
     np.testing.assert_allclose(np.array(out), np.array(reference), atol=0.05)  # half a step of 8 bits, amplified
+
+
+def test_a_hybrid_model_reads_and_writes_its_other_states():
+    """A convolution layer keeps ``cache[0]``: in fp16, where the cast changes nothing, logits are those without us."""
+    sizes = {
+        "model_type": "lfm2", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 64, "norm_eps": 1e-5, "conv_bias": False,
+        "conv_L_cache": 3, "block_dim": 32, "block_ff_dim": 32, "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1],
+    }  # fmt: skip
+    mx.random.seed(0)
+    model = lfm2.Model(lfm2.ModelArgs.from_dict(sizes))
+    model.set_dtype(mx.float16)
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 17)).astype(np.int32)
+    protocol = Chunked(2, 16, chunk=4, score_from=4)
+    bare, wrapped = make_prompt_cache(model), [CacheUnderTest(cache) for cache in make_prompt_cache(model)]
+    for theirs, ours in zip(feed(model, bare, tokens, protocol), feed(model, wrapped, tokens, protocol), strict=True):
+        assert (theirs is None) == (ours is None)
+        if theirs is not None:
+            np.testing.assert_array_equal(np.array(theirs.logits), np.array(ours.logits))
+    convolution, attention = adapter.engagement(wrapped, [False, True], KVCache)
+    assert (convolution.cache_class, convolution.n_values) == ("ArraysCache", 0)
+    assert (attention.tokens, adapter.bits_per_value([attention])) == (16, 16.0)
