@@ -146,8 +146,12 @@ def customise(
 
 
 def _arm_specs(grid: Grid, methods: Sequence[str], targets: Sequence[float]) -> Iterator[ArmSpec]:
+    if not methods:
+        aimed = [spec for spec in grid.arms if get_method(spec.method).targets is not None]
+        yield from (spec.model_copy(update={"targets": tuple(targets)}) for spec in aimed)
+        return
     own = {spec.method: spec.targets for spec in grid.arms}
-    for text in methods or dict.fromkeys(spec.method for spec in grid.arms):
+    for text in methods:
         name, parameters = parse_method(text)
         method = get_method(name)
         if method.targets is None:
@@ -188,14 +192,16 @@ class Cell:
 
 
 def cells(grid: Grid) -> list[Cell]:
-    """Every place of the grid for one model, in the order in which to measure."""
+    """Every place of the grid for one model, once, in the order in which to measure."""
     arms = [REFERENCE, *grid.arm_list()]
     packed = [make_arm(kernels.METHOD, float(bits)) for bits in grid.kernels.code_bits]
-    return [
-        Cell(suite, name, task, arm, sequences, length)
-        for suite, name, task, sequences, length in _tasks(grid)
-        for arm in (packed if suite == "kernels" else exact_cases.cases() if suite == "exact" else arms)
-    ]
+    found: list[Cell] = []
+    for suite, name, task, sequences, length in _tasks(grid):
+        for arm in packed if suite == "kernels" else exact_cases.cases() if suite == "exact" else arms:
+            cell = Cell(suite, name, task, arm, sequences, length)
+            if cell not in found:
+                found.append(cell)
+    return found
 
 
 def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) -> list[Measurement]:

@@ -4,7 +4,7 @@ from importlib import resources
 
 import pytest
 
-from veloxbench.plan import load_grid, parse_grid
+from veloxbench.plan import cells, customise, load_grid, parse_grid
 
 GRID = """
 summary = "lists"
@@ -41,3 +41,21 @@ def test_the_ratequant_profile_has_twenty_shuffles_of_each_allocation_that_it_de
         assert [s["shuffle"] for s in shuffles] == list(range(1, 21))
         assert all({k: v for k, v in s.items() if k != "shuffle"} == plain for s in shuffles)
     assert {arm.method for arm in arms} >= {"turboquant_mse", "turboquant_static"}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"methods": ["mlx-affine"], "targets": [4, 4.0]},
+        {"methods": ["mlx-affine", "mlx-affine:group_size=64"], "targets": [4]},
+    ],
+)
+def test_an_arm_named_twice_is_measured_once(choice):
+    """A target typed twice, or mlx-affine's default group size (64) typed out, is one measurement."""
+    assert [cell.arm.label for cell in cells(customise(parse_grid(GRID, "test"), **choice))] == ["fp16", "mlx-affine 4"]
+
+
+def test_targets_alone_keep_the_profiles_parameters():
+    """``--profile full --targets 4`` still measures groups of 32."""
+    arms = customise(load_grid("full"), targets=[4]).arm_list()
+    assert [arm.label for arm in arms] == ["mlx-affine 4", "mlx-affine 4 (group_size=32)", "turboquant_mse 4"]
