@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 from veloxbench.records import Record
 from veloxbench.report.allocation import places
-from veloxbench.report.markdown import newest, render
+from veloxbench.report.markdown import by_model, newest, render
 from veloxbench.report.plots import quality_plot, speed_plot
 
 
@@ -47,9 +47,7 @@ def render_html(records: Sequence[Record]) -> str:
 
 def plots(records: Sequence[Record]) -> Iterator[Plot]:
     """For each model: quality over bits by protocol, then speed."""
-    rows = newest(records)
-    for model in dict.fromkeys(record.subject.model.name for record in rows):
-        of_model = [record for record in rows if record.subject.model.name == model]
+    for model, of_model in by_model(newest(records)).items():
         for group in places(of_model).values():
             svg = quality_plot(group)
             if svg:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from veloxbench.records import Estimate, Record, content_hash
-from veloxbench.report.allocation import CONTROL, comparisons, is_control, places, summary
+from veloxbench.report.allocation import CONTROL, comparisons, is_control, summary
 
 REFERENCE = "fp16"
 GATE_SEQUENCES = 16
@@ -42,14 +43,13 @@ def render(records: Sequence[Record]) -> str:
     if not records:
         return "# Benchmark results\n\nNo records yet: `veloxbench run` makes them.\n"
     standing = latest(records)
-    rows = newest(records)
-    models = list(dict.fromkeys(record.subject.model.name for record in rows if record.subject.suite != "exact"))
+    models = by_model(standing)
     parts = [_preamble(standing, len(records) - len(standing)), "## Choosing a target bit rate", _choosing_intro()]
-    parts += [_choosing(model, [r for r in rows if r.subject.model.name == model]) for model in models]
-    for model in models:
-        parts += _model_section(model, [r for r in rows if r.subject.model.name == model])
-        parts += _allocation([r for r in standing if r.subject.model.name == model])
-    parts.append(_exact([record for record in rows if record.subject.suite == "exact"]))
+    for model, of_model in models.items():
+        parts += _choosing(model, _uncontrolled(of_model))
+    for model, of_model in models.items():
+        parts += _model_section(model, _uncontrolled(of_model)) + _allocation(of_model)
+    parts.append(_exact([record for record in standing if record.subject.suite == "exact"]))
     parts += _provenance(standing)
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -66,7 +66,28 @@ def _exact(records: Sequence[Record]) -> str:
 
 def newest(records: Iterable[Record]) -> list[Record]:
     """The rows of the tables: the latest records without shuffled allocations, which are controls."""
-    return [record for record in latest(records) if not is_control(record)]
+    return _uncontrolled(latest(records))
+
+
+def _uncontrolled(records: Iterable[Record]) -> list[Record]:
+    return [record for record in records if not is_control(record)]
+
+
+def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of the same weights, whole or cut, by a heading that tells them from others of the same name."""
+    groups: dict[tuple[str, str, int | None], list[Record]] = {}
+    for record in records:
+        if record.subject.suite != "exact":  # which has no model
+            model = record.subject.model
+            groups.setdefault((model.name, model.weights_sha256, model.n_layers), []).append(record)
+    weights = {(name, sha256) for name, sha256, _ in groups}
+    shared = Counter(name for name, _ in weights)
+    return {
+        name
+        + (f", weights {sha256[:8]}" if shared[name] > 1 else "")
+        + (f", cut to its first {n_layers} layers" if n_layers else ""): group
+        for (name, sha256, n_layers), group in groups.items()
+    }
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
@@ -114,14 +135,13 @@ def _choosing_intro() -> str:
     )
 
 
-def _choosing(model: str, rows: Sequence[Record]) -> str:
-    quality = [r for r in rows if r.subject.suite == "perplexity"]
-    protocols = list(dict.fromkeys(r.subject.protocol for r in quality))
+def _choosing(model: str, rows: Sequence[Record]) -> list[str]:
+    """One table for each text and size that the decode protocol (or else the first) was measured on."""
+    arms = [r for r in rows if r.subject.method.name != REFERENCE]
+    groups = _groups(arms, "perplexity")
+    protocols = list(dict.fromkeys(group[0].subject.protocol for group in groups.values()))
     protocol = "decode" if "decode" in protocols else protocols[0] if protocols else None
-    chosen = [r for r in quality if r.subject.protocol == protocol and r.subject.method.name != REFERENCE]
-    if not chosen:
-        return ""
-    chosen.sort(key=lambda r: (-(r.subject.method.target or 0), r.subject.method.name))
+    chosen = {title: group for title, group in groups.items() if group[0].subject.protocol == protocol}
     columns: list[Column] = [
         ("target", _target),
         ("method", lambda r: _method(r, with_target=False)),
@@ -134,7 +154,12 @@ def _choosing(model: str, rows: Sequence[Record]) -> str:
         ("guide: memory", lambda r: _claim(r).memory),
         ("guide: ΔPPL", lambda r: _claim(r).delta_ppl),
     ]
-    return f"### {model} ({protocol} protocol)\n\n" + _table(columns, chosen) + _partial_engagement(chosen)
+    parts = []
+    for title, group in chosen.items():
+        where = title if len(chosen) > 1 else f"{protocol} protocol; text {group[0].subject.text.name}"
+        listed = sorted(group, key=lambda r: (-(r.subject.method.target or 0), r.subject.method.name))
+        parts.append(f"### {model} ({where})\n\n" + _table(columns, listed) + _partial_engagement(listed))
+    return parts
 
 
 def _claim(record: Record) -> Claim:
@@ -173,24 +198,24 @@ def _partial_engagement(rows: Sequence[Record]) -> str:
 
 
 def _model_section(model: str, rows: Sequence[Record]) -> list[str]:
-    any_row = rows[0].subject.model
-    cut = f", cut to its first {any_row.n_layers} layers" if any_row.n_layers else ""
-    parts = [f"## {model}{cut}"]
-    parts += _quality(rows) + _memory(rows) + _throughput(rows) + _kernels(rows)
-    return parts
+    return [f"## {model}", *_quality(rows), *_memory(rows), *_throughput(rows), *_kernels(rows)]
 
 
 def _groups(rows: Sequence[Record], suite: str) -> dict[str, list[Record]]:
-    """Rows of a suite that share protocol, settings and text, by a line that says so."""
-    groups: dict[str, list[Record]] = {}
+    """Rows of a suite that share protocol, settings and tokens, by a line that says so."""
+    groups: dict[str, dict[str, list[Record]]] = {}
     for record in rows:
         if record.subject.suite == suite:
             settings = ", ".join(
                 f"{name} {value}" for name, value in record.subject.settings.items() if name not in ("name", "seed")
             )
             title = f"{record.subject.protocol}: {settings}; text {record.subject.text.name}"
-            groups.setdefault(title, []).append(record)
-    return groups
+            groups.setdefault(title, {}).setdefault(record.subject.text.tokens_sha256, []).append(record)
+    return {
+        title + (f", tokens {sha256[:8]}" if len(texts) > 1 else ""): group
+        for title, texts in groups.items()
+        for sha256, group in texts.items()
+    }
 
 
 def _quality(rows: Sequence[Record]) -> list[str]:
@@ -232,11 +257,10 @@ def _floor(group: Sequence[Record]) -> str:
 def _allocation(rows: Sequence[Record]) -> list[str]:
     """Whether each allocation beats its shuffles and the next dearer uniform widths."""
     parts = []
-    for group in places(rows).values():
+    for title, group in _groups(rows, "perplexity").items():
         found = list(comparisons(group))
         if not found:
             continue
-        subject = group[0].subject
         body = [
             (
                 _target(c.record),
@@ -257,7 +281,7 @@ def _allocation(rows: Sequence[Record]) -> list[str]:
         said = [summary([c for c in found if c.record.id == own]) for own in dict.fromkeys(c.record.id for c in found)]
         n = len(found[0].record.samples["kld_mean"])
         parts.append(
-            f"### Bit allocation, {subject.protocol}; text {subject.text.name}\n\n{table}\n\n{'. '.join(said)}. "
+            f"### Bit allocation, {title}\n\n{table}\n\n{'. '.join(said)}. "
             f"*Worse by* is the rival's KLD minus RateQuant's, nats per token, paired over {n} sequences."
         )
     if parts:
