@@ -21,7 +21,7 @@ from veloxbench.durable import write_text
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError, VeloxError
 
 if TYPE_CHECKING:
-    from veloxbench.records import Record
+    from veloxbench.store import Store
 
 RESULTS = Path("results")
 PAGE = "BENCHMARK_RESULTS.md"
@@ -143,7 +143,7 @@ def run(
         finally:
             if isinstance(progress, BarProgress):
                 progress.stop()
-            write_pages(out, store.records())
+            write_pages(out, store)
         keys = set(outcome.keys)
         records = [record for record in store.records() if record.key in keys]
     if as_json:
@@ -186,14 +186,15 @@ def report(
     `veloxbench report records --check BENCHMARK_RESULTS.md`
     """
     from veloxbench.report.markdown import render
-    from veloxbench.store import read_records
+    from veloxbench.store import read_failures, read_records
 
-    found = {}
+    found, failures = {}, {}
     for path in records or [RESULTS]:
         if not path.exists():
             raise UsageError(f"there are no records at {path}; `veloxbench run --out {path}` makes them")
         found.update({record.key: record for record in read_records(path)})
-    page = render(list(found.values()))
+        failures.update({(failure.subject.key, failure.when): failure for failure in read_failures(path)})
+    page = render(list(found.values()), list(failures.values()))
     if check is not None:
         if not check.exists() or check.read_text(encoding="utf-8") != page:
             print(f"{check} is stale: it is not what `veloxbench report` writes from these records", file=sys.stderr)
@@ -202,7 +203,7 @@ def report(
         if out.suffix == ".html":
             from veloxbench.report.html import render_html
 
-            page = render_html(list(found.values()))
+            page = render_html(list(found.values()), list(failures.values()))
         write_text(out, page)
     else:
         print(page, end="")
@@ -382,14 +383,15 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console(width=wide, highlight=False, markup=False).print(table)
 
 
-def write_pages(folder: Path, records: Sequence[Record]) -> None:
+def write_pages(folder: Path, store: Store) -> None:
     """Both pages of a run, as far as there is anything to show."""
     from veloxbench.report.html import render_html
     from veloxbench.report.markdown import render
 
-    if records:
-        write_text(folder / PAGE, render(records))
-        write_text(folder / HTML_PAGE, render_html(records))
+    records, failures = store.records(), store.failures()
+    if records or failures:
+        write_text(folder / PAGE, render(records, failures))
+        write_text(folder / HTML_PAGE, render_html(records, failures))
 
 
 add_commands(app)

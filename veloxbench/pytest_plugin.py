@@ -102,13 +102,17 @@ class SuiteRun:
 
     def _measured(self, handle: ModelHandle, item: Measurement) -> Record:
         from veloxbench.run_progress import LineProgress
-        from veloxbench.runner import Session
+        from veloxbench.runner import Session, keep_failure
 
         if self.session is None or self.session.handle != handle:
             if self.session is not None:
                 self.session.close()
             self.session = Session.open(handle, self.grid.n_layers, LineProgress())
-        record = self.session.measure(item, lambda _: None)
+        try:
+            record = self.session.measure(item, lambda _: None)
+        except Exception as error:
+            keep_failure(item, error, self.store)
+            raise
         self.store.append(record)
         return record
 
@@ -118,8 +122,7 @@ class SuiteRun:
 
         if self.session is not None:
             self.session.close()
-        if self.produced:
-            write_pages(self.folder, self.store.records())
+        write_pages(self.folder, self.store)
         self.exits.close()
 
 

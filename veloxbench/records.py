@@ -175,6 +175,14 @@ class Record(_Frozen):
         return cls.model_validate_json(line)
 
 
+class FailedMeasurement(_Frozen):
+    """A measurement that crashed and so has no record: what it was of, when, and why in one line."""
+
+    subject: Subject
+    when: datetime
+    reason: str
+
+
 def content_hash(value: Any) -> str:
     """sha256 of canonical JSON (sorted keys, no spaces, shortest float form)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -37,7 +36,7 @@ from veloxbench.plan import (
 )
 from veloxbench.progress import Reporter
 from veloxbench.protocol import Chunked, Decode, feed
-from veloxbench.records import Estimate, LayerEngagement, Provenance, Record, content_hash
+from veloxbench.records import Estimate, FailedMeasurement, LayerEngagement, Provenance, Record, content_hash
 from veloxbench.sources import cache_dir
 from veloxbench.store import Store
 
@@ -129,7 +128,7 @@ def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, acc
             except KeyboardInterrupt:
                 raise
             except Exception as error:
-                failures.append(_failure(item, error, store.path.parent))
+                failures.append(keep_failure(item, error, store))
                 progress.message(f"FAILED {name} {item.label}: {failures[-1].reason}")
                 continue
             store.append(record)
@@ -147,12 +146,15 @@ def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Meas
     return measurements(grid, handle, text, tokenizer)
 
 
-def _failure(item: Measurement, error: Exception, folder: Path) -> Failure:
+def keep_failure(item: Measurement, error: Exception, store: Store) -> Failure:
+    """Keep what crashed: a line for the page in the store, the traceback in errors.log beside it."""
+    folder = store.path.parent
     with (folder / "errors.log").open("a", encoding="utf-8") as log:
         log.write(f"{datetime.now(UTC).isoformat()} {item.label} key {item.subject.key}\n")
         log.write("".join(traceback.format_exception(error)) + "\n")
     known = isinstance(error, VeloxError)
     reason = str(error) if known else f"{type(error).__name__}: {error} (details in {folder / 'errors.log'})"
+    store.append_failure(FailedMeasurement(subject=item.subject, when=datetime.now(UTC), reason=reason))
     return Failure(item.label, reason, error.exit_code if isinstance(error, VeloxError) else ExitCode.REGRESSION)
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from veloxbench.durable import append_line, cut_torn_tail, whole_lines
 from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
-from veloxbench.records import Record
+from veloxbench.records import FailedMeasurement, Record
+
+Line = TypeVar("Line", bound=BaseModel)
 
 JOURNAL = "records.jsonl"
+FAILURES = "failures.ndjson"
+"""What crashed, one line each, beside the records; not ``.jsonl``, which are records. A later record supersedes it."""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -28,16 +33,30 @@ def read_records(path: Path) -> list[Record]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
     records: dict[str, Record] = {}
     for file in files:
-        for number, line in enumerate(whole_lines(file.read_bytes()), start=1):
-            try:
-                record = Record.from_line(line.decode())
-            except (ValidationError, UnicodeDecodeError) as error:
-                reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
-                raise IntegrityError(f"{file}:{number} is not a valid record: {reason}") from error
+        for number, record in _lines(file, Record, "record"):
             if record.key in records:
                 raise IntegrityError(f"{file}:{number} measures key {record.key[:12]} a second time")
             records[record.key] = record
     return list(records.values())
+
+
+def read_failures(path: Path) -> list[FailedMeasurement]:
+    """What crashed in the runs of a folder, or of the folder of a journal file; superseded or not, in order.
+
+    Raises:
+        IntegrityError: a line is not valid; names file and line.
+    """
+    file = (path if path.is_dir() else path.parent) / FAILURES
+    return [failure for _, failure in _lines(file, FailedMeasurement, "failure")] if file.exists() else []
+
+
+def _lines(file: Path, kind: type[Line], name: str) -> Iterator[tuple[int, Line]]:
+    for number, line in enumerate(whole_lines(file.read_bytes()), start=1):
+        try:
+            yield number, kind.model_validate_json(line.decode())
+        except (ValidationError, UnicodeDecodeError) as error:
+            reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
+            raise IntegrityError(f"{file}:{number} is not a valid {name}: {reason}") from error
 
 
 def validation_reason(error: ValidationError) -> str:
@@ -86,6 +105,17 @@ class Store:
         written = Record.from_line(record.to_line())  # as every later reader will see it
         append_line(self.path, written.to_line())
         self._records[record.key] = written
+
+    def append_failure(self, failure: FailedMeasurement) -> None:
+        """Add what crashed, durably, for the page."""
+        file = self.path.with_name(FAILURES)
+        if file.exists():
+            cut_torn_tail(file)
+        append_line(file, failure.model_dump_json() + "\n")
+
+    def failures(self) -> list[FailedMeasurement]:
+        """What crashed in this folder so far, superseded or not."""
+        return read_failures(self.path)
 
 
 @contextmanager

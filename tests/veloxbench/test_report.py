@@ -1,12 +1,13 @@
 """What shares a table of the page, and what is kept apart by its heading."""
 
 import re
+from datetime import timedelta
 
 import pytest
-from gate_records import MODEL, quality_record
+from gate_records import HARDWARE, MODEL, NOW, quality_record
 
-from veloxbench.records import Record, TextRef
-from veloxbench.report.html import plots
+from veloxbench.records import FailedMeasurement, Record, TextRef
+from veloxbench.report.html import plots, render_html
 from veloxbench.report.markdown import render
 
 
@@ -57,3 +58,31 @@ def test_models_of_one_name_have_sections_of_their_own(other, told_apart_by):
     assert len(found) == len(set(found)) == 4  # a table and a section each
     assert sum(told_apart_by in heading for heading in found) == 2
     assert sum(told_apart_by in plot.caption for plot in plots(records)) == 1
+
+
+def crash(minutes: int, **code) -> FailedMeasurement:
+    """FIRST's row crashing so long after it was recorded, with other code."""
+    subject = FIRST.subject.model_copy(update=code)
+    return FailedMeasurement(subject=subject, when=NOW + timedelta(minutes=minutes), reason="boom\nat line 3")
+
+
+@pytest.mark.parametrize("records", [[], [FIRST]])
+def test_a_crash_is_a_line_of_the_page(records):
+    """With or without other records, the page says what failed and why, once, by its last attempt."""
+    page = render(records, [crash(1), crash(2, harness="other")])
+    assert page.count("boom at line 3") == 1
+    assert "- smollm2-135m perplexity/chunked turboquant_mse 4, 2026-01-02 00:02: boom at line 3" in page
+    assert "boom at line 3" in render_html(records, [crash(1)])
+
+
+def test_a_later_record_takes_the_crash_away():
+    """Measured after the crash with repaired code, which has another key, the row failed no longer."""
+    assert "Failed" not in render([FIRST], [crash(-1, harness="before the repair")])
+
+
+def test_rows_of_several_machines_say_which():
+    """A table of two machines names the machine of each row; of one machine it does not."""
+    apple = quality_record(target=2.0, hardware={**HARDWARE, "chip": "Apple M4"})
+    assert "| AMD EPYC, 2 cores, cpu, mlx 0.32.2 |" in re.sub(" +", " ", render([FIRST, apple]))
+    assert "Apple M4, 2 cores, cpu, mlx" in render([FIRST, apple])
+    assert "cores, cpu" not in render([FIRST])

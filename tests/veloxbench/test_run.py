@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -71,6 +72,24 @@ def test_a_configuration_that_mlx_lm_refuses_is_a_row_not_a_crash(cut_model, gri
     refused = [record for record in read_records(out) if record.status == "unsupported"]
     assert len(refused) == 2
     assert "not supported by mlx-lm" in (out / "BENCHMARK_RESULTS.md").read_text()
+
+
+def test_a_crash_is_kept_for_the_page_until_it_is_measured(cut_model, grid_file, tmp_path, monkeypatch):
+    """A measurement that crashed is named on the page, also by ``report``; measured by the next run, it is not."""
+    from veloxbench.measure import quality
+
+    out = tmp_path / "out"
+    arguments = ["run", "--profile", str(grid_file), "--models", str(cut_model), "--suites", "perplexity"]
+    arguments += ["--methods", "turboquant_mse", "--targets", "4", "--out", str(out)]
+    page = out / "BENCHMARK_RESULTS.md"
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "arm_metrics", lambda *_: 1 // 0)
+        assert veloxbench(arguments) == 1
+    failed = "perplexity/decode turboquant_mse 4"
+    assert re.search(f"- {cut_model.name} {failed}, .*: ZeroDivisionError", page.read_text())
+    assert veloxbench(["report", str(out), "--check", str(page)]) == 0
+    assert veloxbench(arguments) == 0
+    assert "ZeroDivisionError" not in page.read_text()
 
 
 def test_killed_twenty_times_it_loses_nothing_and_measures_nothing_twice(cut_model, grid_file, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
-from veloxbench.records import Record
+from veloxbench.records import FailedMeasurement, Record
 from veloxbench.report.allocation import places
 from veloxbench.report.markdown import by_model, newest, render
 from veloxbench.report.plots import quality_plot, speed_plot
@@ -23,13 +23,14 @@ class Plot:
     caption: str
 
 
-def render_html(records: Sequence[Record]) -> str:
+def render_html(records: Sequence[Record], failures: Sequence[FailedMeasurement] = ()) -> str:
     """The whole page.
 
     Args:
         records: as for :func:`veloxbench.report.markdown.render`, which writes every figure that stands here.
+        failures: likewise.
     """
-    text = re.sub(r"<!--.*?-->\n*", "", render(records), flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\n*", "", render(records, failures), flags=re.DOTALL)
     # raw HTML stays off: names of models and files are the user's text
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     headings = [heading.removeprefix("## ") for heading in text.splitlines() if heading.startswith("## ")]

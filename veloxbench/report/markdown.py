@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from veloxbench.records import Estimate, Record, content_hash
+from veloxbench.records import Estimate, FailedMeasurement, Record, Subject, content_hash
 from veloxbench.report.allocation import CONTROL, comparisons, is_control, summary
 
 REFERENCE = "fp16"
@@ -34,17 +34,20 @@ GUIDE_CLAIMS: Mapping[float, Claim] = {
 Column = tuple[str, Callable[[Record], str]]
 
 
-def render(records: Sequence[Record]) -> str:
+def render(records: Sequence[Record], failures: Sequence[FailedMeasurement] = ()) -> str:
     """The whole page.
 
     Args:
         records: any order; of several records of one row the newest stands, and the others are counted.
+        failures: what crashed; a row that was recorded later is left out.
     """
+    failed = _failed(failures, records)
     if not records:
-        return "# Benchmark results\n\nNo records yet: `veloxbench run` makes them.\n"
+        return "# Benchmark results\n\nNo records yet: `veloxbench run` makes them.\n" + (failed and f"\n{failed}\n")
     standing = latest(records)
     models = by_model(standing)
-    parts = [_preamble(standing, len(records) - len(standing)), "## Choosing a target bit rate", _choosing_intro()]
+    parts = [_preamble(standing, len(records) - len(standing)), failed]
+    parts += ["## Choosing a target bit rate", _choosing_intro()]
     for model, of_model in models.items():
         parts += _choosing(model, _uncontrolled(of_model))
     for model, of_model in models.items():
@@ -94,12 +97,37 @@ def latest(records: Iterable[Record]) -> list[Record]:
     """One record per subject: the same one measured with other code or elsewhere is superseded."""
     found: dict[str, Record] = {}
     for record in records:
-        subject = record.subject.model_dump(mode="json", exclude={"harness", "machine_class"})
-        subject["method"].pop("implementation")
-        row = content_hash(subject)
+        row = _row(record.subject)
         if row not in found or record.provenance.started > found[row].provenance.started:
             found[row] = record
     return sorted(found.values(), key=_order)
+
+
+def _row(subject: Subject) -> str:
+    """What the same measurement shares with other code or elsewhere."""
+    fields = subject.model_dump(mode="json", exclude={"harness", "machine_class"})
+    fields["method"].pop("implementation")
+    return content_hash(fields)
+
+
+def _failed(failures: Sequence[FailedMeasurement], records: Sequence[Record]) -> str:
+    """What crashed last time, one line each."""
+    if not failures:
+        return ""
+    recorded = {_row(record.subject): record.provenance.started for record in latest(records)}
+    last = {_row(failure.subject): failure for failure in sorted(failures, key=lambda failure: failure.when)}
+    lines = [
+        f"- {failure.subject.model.name} {failure.subject.suite}/{failure.subject.protocol} "
+        f"{failure.subject.method.label}, {failure.when:%Y-%m-%d %H:%M}: {' '.join(failure.reason.split())}"
+        for row, failure in last.items()
+        if row not in recorded or failure.when > recorded[row]
+    ]
+    if not lines:
+        return ""
+    return (
+        "## Failed measurements\n\nThese crashed; a row of theirs below, if there is one, is from before. "
+        "Measuring the same again, with whatever code, takes its line away.\n\n" + "\n".join(lines)
+    )
 
 
 def _order(record: Record) -> tuple[Any, ...]:
@@ -423,7 +451,17 @@ def _block(record: Record) -> str:
     return f"{subject.text.name} for {subject.model.name} {subject.suite}/{subject.protocol}"
 
 
+def _machine(record: Record) -> str:
+    """What a reader would call another machine, and the library that measured there."""
+    hardware, versions = record.provenance.hardware, record.provenance.versions
+    facts = [hardware["chip"], f"{hardware['physical_cores']} cores", hardware.get("device"), hardware.get("blas")]
+    return ", ".join(str(fact) for fact in facts if fact) + (f", mlx {versions['mlx']}" if "mlx" in versions else "")
+
+
 def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
+    """The rows; those of several machines say of which each is."""
+    if len({_machine(record) for record in rows}) > 1:
+        columns = [*columns, ("machine", _machine)]
     body = []
     for record in rows:
         cells = [cell(record) for _, cell in columns]
