@@ -1,4 +1,8 @@
-"""What the perplexity suite costs beyond the bare forward passes that it needs (with ``--benchmark``)."""
+"""What the perplexity suite costs beyond the bare forward passes that it needs (with ``--benchmark``).
+
+The account is of one arm and its reference. The noise floor is not in it: that is a measurement of its own, an arm's
+pass of fp16 over two sequences, once for each model, text and protocol however many arms follow.
+"""
 
 import time
 from collections.abc import Callable, Iterator
