@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from veloxbench.errors import BaselineError, UsageError, unknown_name
+from veloxbench.errors import BaselineError, ExitCode, UsageError, VeloxError, unknown_name
 
 if TYPE_CHECKING:
     from veloxbench.baselines import BaselineFile, Proposal, Snapshot
@@ -79,30 +79,50 @@ def gate(
 
     **Example:** `veloxbench run --profile gate && veloxbench gate`
     """
+    from veloxbench.verdicts import exit_code, sentence, unjudged
+
+    try:
+        findings = _judged(records, baseline, profile, tier)
+    except Exception as error:
+        if isinstance(error, VeloxError):
+            code, reason = error.exit_code, str(error)
+        else:
+            code, reason = ExitCode.ENVIRONMENT, f"{type(error).__name__}: {error}"
+        _write([unjudged(reason)], code, as_json, junit_file)
+        raise
+    code = exit_code(findings)
+    _write(findings, code, as_json, junit_file)
+    if not as_json:
+        print_findings(findings)
+    log = (records if records.is_dir() else records.parent) / "errors.log"
+    hint = f"; {log} says what crashed" if code and log.exists() else ""
+    print(f"veloxbench gate: {sentence(findings)}{hint}", file=sys.stderr)
+    raise typer.Exit(int(code))
+
+
+def _judged(records: Path, baseline: Path, profile: str, tier: str | None) -> list[Finding]:
     from veloxbench.baselines import StoredTier, read_baselines
-    from veloxbench.durable import write_text
     from veloxbench.gate import judge
-    from veloxbench.report.github import publish
-    from veloxbench.report.junit import junit
-    from veloxbench.verdicts import exit_code, overall, sentence
 
     stored = read_baselines(baseline)
     if tier is not None and tier not in get_args(StoredTier):
         raise unknown_name("tier", tier, get_args(StoredTier))
-    findings = judge(read_run(records, profile), stored if tier is None else stored.of_tiers([tier]), profile=profile)
-    code = exit_code(findings)
+    return judge(read_run(records, profile), stored if tier is None else stored.of_tiers([tier]), profile=profile)
+
+
+def _write(findings: Sequence[Finding], code: ExitCode, as_json: bool, junit_file: Path | None) -> None:
+    """What machines read: JUnit, JSON, and on a GitHub runner annotations and the summary."""
+    from veloxbench.durable import write_text
+    from veloxbench.report.github import publish
+    from veloxbench.report.junit import junit
+    from veloxbench.verdicts import overall
+
     if junit_file is not None:
         write_text(junit_file, junit(findings))
     if as_json:
         listed = [dataclasses.asdict(finding) for finding in findings]
         print(json.dumps({"verdict": overall(findings), "exit_code": int(code), "findings": listed}, indent=1))
-    else:
-        print_findings(findings)
     publish(findings, "VeloxBench gate", os.environ)
-    log = (records if records.is_dir() else records.parent) / "errors.log"
-    hint = f"; {log} says what crashed" if code and log.exists() else ""
-    print(f"veloxbench gate: {sentence(findings)}{hint}", file=sys.stderr)
-    raise typer.Exit(int(code))
 
 
 def print_findings(findings: Sequence[Finding]) -> None:

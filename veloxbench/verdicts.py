@@ -14,7 +14,8 @@ from typing import Literal
 
 from veloxbench.errors import ExitCode
 
-Tier = Literal["exact", "quality", "timing"]
+Tier = Literal["exact", "quality", "timing", "gate"]
+"""What a finding is about; ``gate``: the gate itself, which could not judge."""
 
 
 class Verdict(StrEnum):
@@ -55,6 +56,11 @@ class Finding:
     def passed(self) -> bool:
         """Whether this finding lets the gate open."""
         return self.verdict is Verdict.PASS
+
+
+def unjudged(reason: str) -> Finding:
+    """The one finding of a gate that could not judge: no pass, whatever the reason."""
+    return Finding("gate", "everything", "nothing was judged", Verdict.NO_BASELINE, reason)
 
 
 _CODES = {

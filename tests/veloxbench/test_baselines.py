@@ -1,6 +1,7 @@
 """Baseline files and the commands over them: each thing that can be wrong is one sentence and a code above zero."""
 
 import json
+import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -173,6 +174,31 @@ def test_json_and_junit_say_the_same(project, capsys):
     assert int(suite.attrib["tests"]) == len(printed["findings"]) == len(suite.findall("testcase"))
     failed = [finding for finding in printed["findings"] if finding["verdict"] == "regress"]
     assert int(suite.attrib["failures"]) == len(failed) == len(suite.findall("testcase/failure")) > 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "code", "reason"),
+    [
+        (lambda project: shutil.rmtree(project / "baselines"), 3, "there is no baseline folder"),
+        (lambda project: (project / "results" / JOURNAL).unlink(), 4, "nothing was measured"),
+        (lambda project: (project / "results" / JOURNAL).write_text("{}\n"), 5, f"{JOURNAL}:1"),
+    ],
+)
+def test_a_gate_that_cannot_judge_says_so_to_machines_too(project, capsys, monkeypatch, broken, code, reason):
+    """JSON, JUnit, annotation and summary hold one error, which says what standard error says; the code stays."""
+    broken(project)
+    junit, page = project / "gate.xml", project / "summary.md"
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
+    assert command_of(project, "gate", "--json", "--junit", str(junit)) == code
+    said = capsys.readouterr()
+    printed = json.loads(said.out)
+    assert (printed["verdict"], printed["exit_code"], len(printed["findings"])) == ("no-baseline", code, 1)
+    (error,) = ET.parse(junit).getroot().findall("testcase/error")
+    annotation, sentence = said.err.splitlines()
+    assert annotation.startswith("::error ")
+    for text in (printed["findings"][0]["reason"], error.attrib["message"], annotation, sentence, page.read_text()):
+        assert reason in text
 
 
 def test_approve_refuses_a_changed_checkout(project, capsys):
