@@ -91,7 +91,8 @@ def held_arrays(cache: Any) -> list[HeldArray]:
     """Every token array of a cache, with the slots in use.
 
     A cache may say itself what it holds (``held_arrays()`` and ``static_arrays()``); otherwise each array
-    found on it counts, with axis -2 as its token slots, filled up to the cache's ``offset``.
+    found on it counts, with axis -2 as its token slots, filled up to the cache's ``offset`` or sliding window
+    (mlx-lm's keeps a whole prefill chunk beyond its window until the next token comes).
 
     Raises:
         EngagementError: the cache holds an array that its own account leaves out.
@@ -106,7 +107,7 @@ def held_arrays(cache: Any) -> list[HeldArray]:
                 f"{type(cache).__name__} holds arrays that its account leaves out: {', '.join(missing)}"
             )
         return declared
-    tokens = int(cache.offset)
+    tokens = min(int(cache.offset), getattr(cache, "max_size", None) or int(cache.offset))
     return [HeldArray(name, array, min(tokens, array.shape[-2]), array.shape[-2]) for name, array in found]
 
 

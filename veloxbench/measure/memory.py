@@ -140,6 +140,7 @@ def measure_in_this_process(request: Request) -> Reply:
             stop = min(start + PREFILL_CHUNK, request.prefill_tokens)
             model(mx.array(tokens[None, start:stop]), cache=caches)
             mx.eval([arrays_of(cache) for cache in caches])
+        static = static_bytes(caches)  # counting makes the tables that only later steps read: they are in the phase
     filled = engagement(caches, claimed, method.cache_classes)
     with phase("decode"):
         for token in tokens[request.prefill_tokens :]:
@@ -159,7 +160,7 @@ def measure_in_this_process(request: Request) -> Reply:
         formula_final=formulas(len(tokens)),
         max_tokens=[getattr(cache.inner, "max_size", None) for cache in caches],
         n_values_per_token=[cache.n_values_per_token for cache in caches],
-        static_bytes=static_bytes(caches),
+        static_bytes=static,
         weight_bytes=sum(array.nbytes for _, array in weights),
     )
 

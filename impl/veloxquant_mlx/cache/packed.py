@@ -148,6 +148,11 @@ class PackedKVCache:
             self._outliers = OutlierTokens(spec.outlier_keys, spec.outlier_values)
 
     @property
+    def max_size(self) -> int | None:
+        """The layer's sliding window in tokens, None for full attention; mlx-lm's ``RotatingKVCache`` names it so."""
+        return self.spec.max_size
+
+    @property
     def attention(self) -> str:
         """How attention reads the cache: ``plain`` decodes every token of every step, with the reason if known."""
         return "plain" if self.not_fused is None else f"plain ({self.not_fused})"

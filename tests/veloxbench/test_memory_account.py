@@ -1,0 +1,81 @@
+"""The memory suite on a model of its own: head_dim 256, one sliding-window layer and one of full attention."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from veloxbench.measure import memory
+from veloxbench.methods import make_arm
+
+WINDOW, TOKENS, DECODED = 64, 128, 4
+VOCABULARY = 512
+GIB = 2**30
+
+PAGE = 16 * 1024
+"""Metal's allocator rounds each buffer up to a page."""
+
+
+@pytest.fixture(scope="module")
+def sliding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gemma3 of two layers with random weights, as mlx-lm loads it; the tokenizer is never asked."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import gemma3_text
+
+    from veloxbench.models import resolve_model
+
+    config = {
+        "model_type": "gemma3_text",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "vocab_size": VOCABULARY,
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 2,
+        "max_position_embeddings": 1024,
+    }
+    mx.random.seed(0)
+    model = gemma3_text.Model(gemma3_text.ModelArgs.from_dict(config))
+    folder = tmp_path_factory.mktemp("models") / "sliding"
+    folder.mkdir()
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve_model("smollm2-135m").directory / name, folder / name)
+    return folder
+
+
+def request(model: Path, folder: Path, method: str, target: float | None) -> memory.Request:
+    """What the memory process is asked on the sliding model."""
+    arm = make_arm(method, target)
+    return memory.Request(
+        model=str(model),
+        n_layers=None,
+        method=arm.method,
+        target=arm.target,
+        parameters=dict(arm.parameters),
+        cache_folder=folder,
+        tokens=[i % VOCABULARY for i in range(TOKENS + DECODED)],
+        prefill_tokens=TOKENS,
+    )
+
+
+@pytest.mark.parametrize(("method", "target"), [("fp16", None), ("turboquant_mse", 8), ("turboquant_prod", 3)])
+def test_a_sliding_layer_costs_its_window_only_and_the_account_is_whole(sliding_model, tmp_path, method, target):
+    """Beyond the window a token costs one layer of two; MLX holds what is counted, neither more nor less."""
+    reply = memory.measure(request(sliding_model, tmp_path, method, target))
+    assert reply.max_tokens == [WINDOW, None]
+    sliding, full = reply.final
+    assert sliding.used_bytes == full.used_bytes / full.tokens * WINDOW
+    room = GIB - reply.weight_bytes - reply.static_bytes - sliding.used_bytes
+    found, _ = memory.metrics(reply, method, budget_gib=1.0)
+    assert found["tokens_in_budget"].value == pytest.approx(room / (full.used_bytes / full.tokens), abs=1)
+    assert 0 <= found["unaccounted_bytes"].value < PAGE
