@@ -45,7 +45,7 @@ def examine() -> Iterator[Check]:
     advice = "; timings want a quiet machine" if busy else ""
     yield Check("load", None, f"{state['load_1min']} over the last minute{advice}")
     if state["on_battery"]:
-        yield Check("power", False, "on battery: timings will throttle")
+        yield Check("power", None, "on battery: bytes and quality are the same, timings will throttle")
 
 
 def kernel_backends() -> Iterator[Check]:
