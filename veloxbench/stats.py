@@ -15,7 +15,8 @@ from scipy import stats
 from veloxbench.records import Estimate
 
 CONFIDENCE = 0.95
-BOOTSTRAP_RESAMPLES = 2000
+MIN_RATIO_PAIRS = 3
+"""Pairs below which a ratio has no interval: Student's t of two spans 12.7 standard errors to either side."""
 
 
 def mean_interval(samples: ArrayLike, unit: str) -> Estimate:
@@ -53,7 +54,7 @@ def bootstrap_interval(
 
 
 def ratio_interval(numerator: ArrayLike, denominator: ArrayLike) -> Estimate:
-    """Geometric mean of paired ratios, with a Student-t interval on their logarithms.
+    """Geometric mean of paired ratios, with a Student-t interval on their logarithms (none below MIN_RATIO_PAIRS).
 
     Args:
         numerator: one positive figure per pair.
@@ -61,12 +62,15 @@ def ratio_interval(numerator: ArrayLike, denominator: ArrayLike) -> Estimate:
     """
     logs = np.log(np.asarray(numerator, dtype=np.float64) / np.asarray(denominator, dtype=np.float64))
     on_logs = mean_interval(logs, "ln ratio")
+    value = float(np.exp(on_logs.value))
+    if logs.size < MIN_RATIO_PAIRS or on_logs.low is None or on_logs.high is None:
+        return Estimate(value=value, unit="ratio")
     return Estimate(
-        value=float(np.exp(on_logs.value)),
-        low=None if on_logs.low is None else float(np.exp(on_logs.low)),
-        high=None if on_logs.high is None else float(np.exp(on_logs.high)),
+        value=value,
+        low=float(np.exp(on_logs.low)),
+        high=float(np.exp(on_logs.high)),
         unit="ratio",
-        interval=f"Student t on ln ratio, {logs.size} pairs" if on_logs.low is not None else None,
+        interval=f"Student t on ln ratio, {logs.size} pairs",
     )
 
 

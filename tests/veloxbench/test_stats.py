@@ -36,6 +36,16 @@ def test_ratio_of_paired_times_ignores_what_moves_both():
     assert (drifting.low, drifting.high) == pytest.approx((plain.low, plain.high))
 
 
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_a_ratio_of_two_pairs_has_no_interval(pairs):
+    """Two pairs that agree by chance, or do not, say nothing of the next; three have an interval around the value."""
+    times = np.array([1.0, 1.5, 2.0])
+    few, three = (stats.ratio_interval(1.1 * times[:n] ** 1.1, times[:n]) for n in (pairs, 3))
+    assert (few.low, few.high, few.interval) == (None, None, None)
+    assert few.value == pytest.approx(float(np.exp(np.log(1.1 * times[:pairs] ** 0.1).mean())))
+    assert three.low < three.value < three.high
+
+
 def test_median_interval_is_the_order_statistics():
     """For n = 10, ranks 2 and 9 cover 97.9% (binomial table)."""
     found = stats.median_interval(np.arange(1, 11), "x")

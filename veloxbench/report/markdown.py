@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from veloxbench.records import Estimate, FailedMeasurement, Record, Subject, content_hash
 from veloxbench.report.allocation import CONTROL, comparisons, is_control, summary
+from veloxbench.stats import MIN_RATIO_PAIRS
 
 REFERENCE = "fp16"
 GATE_SEQUENCES = 16
@@ -352,9 +353,9 @@ def _throughput(rows: Sequence[Record]) -> list[str]:
     for title, group in _groups(rows, "throughput").items():
         columns: list[Column] = [
             ("method", _method),
-            ("decode vs fp16", _figure("decode_speed_ratio")),
-            ("prefill vs fp16", _figure("prefill_speed_ratio")),
-            ("first token vs fp16", _figure("ttft_ratio")),
+            ("decode vs fp16", _ratio("decode_speed_ratio")),
+            ("prefill vs fp16", _ratio("prefill_speed_ratio")),
+            ("first token vs fp16", _ratio("ttft_ratio")),
             ("decode tok/s", _figure("decode_tok_s", "{:.1f}", plain=True)),
             ("fp16 beside it", _figure("decode_tok_s_fp16", "{:.1f}", plain=True)),
             ("prefill tok/s", _figure("prefill_tok_s", "{:.0f}", plain=True)),
@@ -483,6 +484,22 @@ def _figure(name: str, form: str | None = None, *, plain: bool = False) -> Calla
     def cell(record: Record) -> str:
         estimate = record.metrics.get(name)
         return "" if estimate is None else format_estimate(estimate, form, plain=plain)
+
+    return cell
+
+
+def _ratio(name: str) -> Callable[[Record], str]:
+    """A cell: a ratio of paired timings, or its bare value where the pairs are too few for an interval."""
+    timed = name.removesuffix("_ratio").removesuffix("_speed")
+
+    def cell(record: Record) -> str:
+        estimate = record.metrics.get(name)
+        if estimate is None:
+            return ""
+        pairs = len(record.samples[f"{timed}_arm"])
+        if pairs < MIN_RATIO_PAIRS:  # records from before that rule carry one
+            return f"{_significant(estimate.value)} (n={pairs}, no interval)"
+        return format_estimate(estimate)
 
     return cell
 

@@ -1,0 +1,51 @@
+"""BENCHMARK_RESULTS.md as it is written from the committed records and from synthetic ones."""
+
+from pathlib import Path
+
+import pytest
+from gate_records import SOMEWHERE
+
+from veloxbench.records import Estimate, MethodRef, ModelRef, Record, Subject, TextRef
+from veloxbench.report.markdown import render
+from veloxbench.stats import ratio_interval
+from veloxbench.store import read_records
+
+RECORDS = Path(__file__).parents[2] / "records"
+
+
+def timed(prefill_pairs: int, ratio: Estimate | None = None) -> Record:
+    """A throughput record with three decode pairs and a number of prefill pairs."""
+    arm = [1.0, 1.1, 1.3, 1.2][:prefill_pairs]
+    fp16 = [1.0, 1.2, 1.2, 1.4][:prefill_pairs]
+    return Record.create(
+        subject=Subject(
+            suite="throughput",
+            protocol="depth 512",
+            model=ModelRef(name="m", weights_sha256="a", tokenizer_sha256="b", config_sha256="c"),
+            method=MethodRef(name="x", target=4, target_means="code_bits", implementation="1"),
+            text=TextRef(name="t", tokens_sha256="d"),
+            settings={"prefill_pairs": prefill_pairs},
+            harness="h",
+            machine_class="k",
+        ),
+        status="measured",
+        metrics={"prefill_speed_ratio": ratio or ratio_interval(fp16, arm)},
+        samples={"prefill_arm": arm, "prefill_fp16": fp16},
+        engagement=[],
+        provenance=SOMEWHERE,
+    )
+
+
+@pytest.mark.parametrize("ratio", [None, Estimate(value=1.1, low=0.1, high=8.8, unit="ratio", interval="of then")])
+def test_a_ratio_of_two_pairs_stands_with_its_n_and_no_interval(ratio):
+    """Also where the record, an older one, carries an interval; three pairs have theirs."""
+    page = render([timed(2, ratio)])
+    assert "(n=2, no interval)" in page
+    assert "8.8" not in page
+    assert "no interval" not in render([timed(3)])
+
+
+def test_committed_records_can_be_written():
+    """Records from before a rule or a field give a page."""
+    records = [record for path in sorted(RECORDS.glob("*.jsonl")) for record in read_records(path)]
+    assert "(n=2, no interval)" in render(records)
