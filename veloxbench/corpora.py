@@ -51,12 +51,15 @@ class SupportsEncode(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """One part of a text. ``"".join(documents)`` is the text that is tokenized; ``sha256`` is of its UTF-8 bytes."""
+    """One part of a text. ``"".join(documents)`` is the text that is tokenized; ``sha256`` is of its UTF-8 bytes.
+
+    ``licence`` is None where nobody states one (a local file).
+    """
 
     name: str
     role: Role
     documents: tuple[str, ...]
-    licence: str
+    licence: str | None
     source: str
 
     @cached_property
@@ -76,7 +79,7 @@ class TokenBlock:
 
     ``tokens`` is ``[S, L]`` int32; ``sha256`` covers its shape and little-endian bytes; ``starts`` are the windows'
     first tokens, counted in the whole text's tokens; ``has_bos`` says that column 0 is the beginning-of-sequence
-    token and not text.
+    token and not text; ``licence`` is the text's, if known.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -85,6 +88,7 @@ class TokenBlock:
     role: Role
     starts: tuple[int, ...]
     has_bos: bool
+    licence: str | None
 
 
 NO_TEXT = TokenBlock(
@@ -94,6 +98,7 @@ NO_TEXT = TokenBlock(
     role="evaluation",
     starts=(),
     has_bos=False,
+    licence=None,
 )
 """What suites that read no text are fed."""
 
@@ -211,7 +216,7 @@ def load_text(name: str, role: Role = "evaluation", *, reporter: Reporter | None
     path = Path(name).expanduser()
     if path.is_file():
         documents = _part(_read_file(path), role)
-        return _text(name, role, documents, licence="not recorded", source="local file")
+        return _text(name, role, documents, licence=None, source="local file")
     if _HUB_ID.fullmatch(name) and path.suffix not in _READERS:
         return _load_hub(name, role)
     if path.suffix in _READERS or any(mark in name for mark in (os.sep, "~", "/")):
@@ -255,7 +260,7 @@ def token_block(
     tokens = np.concatenate([np.tile(np.asarray(bos, np.int32), (n_sequences, 1)), tokens], axis=1, dtype="<i4")
     tokens.flags.writeable = False
     digest = hashlib.sha256(repr(tokens.shape).encode() + tokens.tobytes()).hexdigest()
-    return TokenBlock(tokens, digest, text.name, text.role, starts, bool(bos))
+    return TokenBlock(tokens, digest, text.name, text.role, starts, bool(bos), text.licence)
 
 
 def _leading_bos(tokenizer: SupportsEncode) -> list[int]:
@@ -276,7 +281,7 @@ def _load_known(spec: CorpusSpec, role: Role, reporter: Reporter) -> Text:
     return _text(spec.name, role, documents, licence=spec.licence, source=spec.source)
 
 
-def _text(name: str, role: Role, documents: Sequence[str], *, licence: str, source: str) -> Text:
+def _text(name: str, role: Role, documents: Sequence[str], *, licence: str | None, source: str) -> Text:
     kept: list[str] = []
     room = MAX_CHARACTERS
     for document in documents:
@@ -393,5 +398,5 @@ def _load_hub(name: str, role: Role) -> Text:
     if len(chosen) == 1:
         documents = _part(documents, role)
     card = getattr(information, "card_data", None)
-    licence = (card.get("license") if card is not None else None) or "not recorded"
-    return _text(name, role, documents, licence=str(licence), source=f"hub {repo} ({split})")
+    licence = card.get("license") if card is not None else None
+    return _text(name, role, documents, licence=str(licence) if licence else None, source=f"hub {repo} ({split})")

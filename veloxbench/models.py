@@ -52,7 +52,8 @@ class ModelHandle:
     """A model on disk, ready for ``mlx_lm.load``.
 
     ``weights_sha256`` covers the safetensors files in name order, ``tokenizer_sha256`` the tokenizer's files,
-    ``config_sha256`` config.json; ``context`` is the longest sequence that the model was made for, in tokens.
+    ``config_sha256`` config.json; ``context`` is the longest sequence that the model was made for, in tokens;
+    ``licence`` is None where nobody states one (a directory).
     """
 
     name: str
@@ -60,7 +61,7 @@ class ModelHandle:
     weights_sha256: str
     tokenizer_sha256: str
     config_sha256: str
-    licence: str
+    licence: str | None
     source: str
     context: int
 
@@ -225,7 +226,7 @@ def resolve_model(name: str, *, reporter: Reporter | None = None, accept_licence
     directory = Path(name).expanduser()
     if directory.is_dir():
         directory = directory.resolve()
-        return _describe(directory.name, directory, source="local directory", licence="not recorded")
+        return _describe(directory.name, directory, source="local directory", licence=None)
     if _HUB_ID.fullmatch(name):
         return _resolve_hub(name)
     if directory.exists() or any(mark in name for mark in (os.sep, "~", "/")):
@@ -311,14 +312,14 @@ def _no_hub(name: str) -> UnfitEnvironmentError:
     )
 
 
-def _card_licence(snapshot: Path) -> str:
+def _card_licence(snapshot: Path) -> str | None:
     """The licence that the model card's front matter declares."""
     card = snapshot / "README.md"
     match = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.M) if card.exists() else None
-    return match[1] if match else "not recorded"
+    return match[1] if match else None
 
 
-def _describe(name: str, directory: Path, *, source: str, licence: str) -> ModelHandle:
+def _describe(name: str, directory: Path, *, source: str, licence: str | None) -> ModelHandle:
     """The handle of a directory that someone else made.
 
     Raises:

@@ -122,6 +122,8 @@ class Provenance(_Frozen):
     versions: dict[str, str]
     hardware: dict[str, JsonValue]
     state: dict[str, JsonValue]
+    model_licence: str | None = Field(default=None, description="of the weights, where it is known")
+    text_licence: str | None = Field(default=None, description="of the text, where it is known")
 
 
 class Record(_Frozen):
@@ -151,11 +153,13 @@ class Record(_Frozen):
         return self
 
     def content_id(self) -> str:
-        """sha256 of the canonical JSON without ``id``; a layer's ``attention`` counts only where it is known."""
+        """sha256 of the canonical JSON without ``id``; later fields count only where they are known."""
         content = self.model_dump(mode="json", exclude={"id"})
-        for layer in content["engagement"]:
-            if layer["attention"] is None:  # records from before the field existed keep their id
-                del layer["attention"]
+        later = [(layer, "attention") for layer in content["engagement"]]
+        later += [(content["provenance"], name) for name in ("model_licence", "text_licence")]
+        for fields, name in later:
+            if fields[name] is None:  # records from before the field existed keep their id
+                del fields[name]
         return content_hash(content)
 
     @classmethod

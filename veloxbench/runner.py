@@ -226,7 +226,14 @@ def measure_exact(item: Measurement) -> Record:
     )
 
 
-def _provenance(started: datetime, seconds: float, state: dict[str, Any]) -> Provenance:
+def _provenance(
+    started: datetime,
+    seconds: float,
+    state: dict[str, Any],
+    *,
+    model_licence: str | None = None,
+    text_licence: str | None = None,
+) -> Provenance:
     commit, dirty = environment.git_state()
     return Provenance(
         started=started,
@@ -236,6 +243,8 @@ def _provenance(started: datetime, seconds: float, state: dict[str, Any]) -> Pro
         versions=environment.versions(),
         hardware=environment.hardware(),
         state=state,
+        model_licence=model_licence,
+        text_licence=text_licence,
     )
 
 
@@ -317,7 +326,13 @@ class Session:
             metrics=metrics,
             samples=samples,
             engagement=layers,
-            provenance=_provenance(started, time.perf_counter() - clock, state),
+            provenance=_provenance(
+                started,
+                time.perf_counter() - clock,
+                state,
+                model_licence=self.handle.licence,
+                text_licence=item.block.licence,
+            ),
         )
 
     def _kernels(self, item: Measurement, task: kernels.Traffic) -> quality.Measured:

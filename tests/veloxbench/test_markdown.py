@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from gate_records import SOMEWHERE
 
-from veloxbench.records import Estimate, MethodRef, ModelRef, Record, Subject, TextRef
+from veloxbench.records import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
 from veloxbench.report.markdown import render
 from veloxbench.stats import ratio_interval
 from veloxbench.store import read_records
@@ -13,7 +13,7 @@ from veloxbench.store import read_records
 RECORDS = Path(__file__).parents[2] / "records"
 
 
-def timed(prefill_pairs: int, ratio: Estimate | None = None) -> Record:
+def timed(prefill_pairs: int, ratio: Estimate | None = None, provenance: Provenance = SOMEWHERE) -> Record:
     """A throughput record with three decode pairs and a number of prefill pairs."""
     arm = [1.0, 1.1, 1.3, 1.2][:prefill_pairs]
     fp16 = [1.0, 1.2, 1.2, 1.4][:prefill_pairs]
@@ -32,7 +32,7 @@ def timed(prefill_pairs: int, ratio: Estimate | None = None) -> Record:
         metrics={"prefill_speed_ratio": ratio or ratio_interval(fp16, arm)},
         samples={"prefill_arm": arm, "prefill_fp16": fp16},
         engagement=[],
-        provenance=SOMEWHERE,
+        provenance=provenance,
     )
 
 
@@ -43,6 +43,14 @@ def test_a_ratio_of_two_pairs_stands_with_its_n_and_no_interval(ratio):
     assert "(n=2, no interval)" in page
     assert "8.8" not in page
     assert "no interval" not in render([timed(3)])
+
+
+def test_licences_stand_in_the_provenance_where_they_are_known():
+    """The model's and the text's, once each; a record without them adds no line and no empty name."""
+    licensed = SOMEWHERE.model_copy(update={"model_licence": "Apache-2.0", "text_licence": "CC BY-SA 3.0 / GFDL"})
+    page = render([timed(1), *(timed(n, provenance=licensed) for n in (2, 3))])
+    assert "Licences: m: Apache-2.0; t: CC BY-SA 3.0 / GFDL.\n" in page
+    assert "Licences" not in render([timed(3)])
 
 
 def test_committed_records_can_be_written():

@@ -41,6 +41,17 @@ def test_record_survives_its_own_line():
     assert Record.from_line(record.to_line()) == record
 
 
+def test_a_licence_counts_for_the_id_where_it_is_known():
+    """Records from before licences were kept have the id that they had; two licences are two records."""
+    plain = make_record()
+    older = json.loads(plain.to_line())
+    del older["provenance"]["model_licence"], older["provenance"]["text_licence"]
+    assert Record.from_line(json.dumps(older)) == plain
+    fields = {name: getattr(plain, name) for name in ("subject", "status", "metrics", "samples", "engagement")}
+    provenance = plain.provenance.model_copy(update={"model_licence": "MIT"})
+    assert Record.create(**fields, provenance=provenance).id != plain.id
+
+
 def test_line_is_valid_under_the_published_schema():
     """A record line validates against the schema that the repository publishes, which is the model's own."""
     published = (ROOT / "schema" / "record.json").read_text()

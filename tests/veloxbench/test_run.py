@@ -44,6 +44,8 @@ def test_a_strangers_model_and_text_give_a_page(cut_model, own_text, grid_file, 
     assert [r.metrics["bits_per_value"].value for r in fp16] == [16.0, 16.0]
     for record in records:
         assert all(layer.engaged for layer in record.engagement)
+        # nobody states a licence of a folder or a file
+        assert (record.provenance.model_licence, record.provenance.text_licence) == (None, None)
 
     before = (out / JOURNAL).read_bytes()
     assert veloxbench(arguments) == 0
@@ -60,6 +62,7 @@ def test_memory_suite_in_its_own_process(cut_model, grid_file, tmp_path):
     # 3-bit codes of head_dim 64 fill six words exactly, and the norm costs 16/64
     assert by_label["turboquant_mse 3"].metrics["bits_per_value"].value == 3.25
     for record in by_label.values():
+        assert record.provenance.text_licence == "public domain"  # the bundled text's
         # the allocator rounds buffers up to pages; an fp16 copy of what is cached would be 98 kB
         assert 0 <= record.metrics["unaccounted_bytes"].value < 32 * 1024
 

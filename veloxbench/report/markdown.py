@@ -407,6 +407,12 @@ def _provenance(rows: Sequence[Record]) -> list[str]:
     weights = sorted({(r.subject.model.name, r.subject.model.weights_sha256[:16]) for r in rows})
     parts.append("Weights (sha256): " + ", ".join(f"{name} `{digest}`" for name, digest in weights) + ".")
     parts.append("Token blocks (sha256): " + ", ".join(f"{name} `{digest}`" for name, digest in texts) + ".")
+    licences = sorted(
+        {(r.subject.model.name, r.provenance.model_licence) for r in rows if r.provenance.model_licence}
+        | {(r.subject.text.name, r.provenance.text_licence) for r in rows if r.provenance.text_licence}
+    )
+    if licences:
+        parts.append("Licences: " + "; ".join(f"{name}: {licence}" for name, licence in licences) + ".")
     dirty = sum(bool(r.provenance.dirty) for r in rows)
     if dirty:
         parts.append(f"{dirty} of {len(rows)} records were made from a checkout with uncommitted changes.")
