@@ -142,9 +142,14 @@ def source_hash(*packages: ModuleType) -> str:
 
 @functools.cache
 def harness_hash() -> str:
-    """Hash of the modules of the harness that produce numbers (not of its front doors and reports)."""
+    """Hash of the modules of the harness that produce numbers (not of its front doors and reports).
+
+    Weights, token blocks and settings have their own hashes in a record's key; how a model is loaded, a cache built
+    and a measurement carried out have this one alone.
+    """
     root = Path(veloxbench.__file__).parent
-    files = [root / "protocol.py", root / "adapter.py", root / "stats.py", *sorted((root / "measure").glob("*.py"))]
+    files = [root / f"{name}.py" for name in ("protocol", "adapter", "stats", "models", "runner")]
+    files += sorted([*(root / "measure").glob("*.py"), *(root / "methods").glob("*.py")])
     trees = [ast.dump(ast.parse(file.read_text())) for file in files]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()
 

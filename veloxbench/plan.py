@@ -188,7 +188,12 @@ class Cell:
     arm: Arm
     sequences: int
     length: int
-    """Tokens per sequence; one more than is fed is the last target."""
+    """Tokens per sequence."""
+
+    @property
+    def fed(self) -> int:
+        """Tokens of a sequence that the model reads; a quality protocol's last one is only a target."""
+        return self.task.n_tokens if isinstance(self.task, (Chunked, Decode)) else self.length
 
 
 def cells(grid: Grid) -> list[Cell]:
@@ -220,10 +225,9 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
     blocks: dict[tuple[int, int], TokenBlock] = {(0, 0): NO_TEXT}
     found = []
     for cell in cells(grid):
-        if cell.length > handle.context:
+        if cell.fed > handle.context:
             raise UsageError(
-                f"{cell.suite}/{cell.protocol} needs {cell.length} tokens of context, "
-                f"{handle.name} has {handle.context}"
+                f"{cell.suite}/{cell.protocol} needs {cell.fed} tokens of context, {handle.name} has {handle.context}"
             )
         size = (cell.sequences, cell.length)
         if size not in blocks:

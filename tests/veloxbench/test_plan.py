@@ -1,10 +1,14 @@
 """Grids: what a TOML file unfolds into."""
 
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
-from veloxbench.plan import cells, customise, load_grid, parse_grid
+from veloxbench.corpora import Text
+from veloxbench.errors import UsageError
+from veloxbench.models import ModelHandle
+from veloxbench.plan import cells, customise, load_grid, measurements, parse_grid
 
 GRID = """
 summary = "lists"
@@ -59,3 +63,25 @@ def test_targets_alone_keep_the_profiles_parameters():
     """``--profile full --targets 4`` still measures groups of 32."""
     arms = customise(load_grid("full"), targets=[4]).arm_list()
     assert [arm.label for arm in arms] == ["mlx-affine 4", "mlx-affine 4 (group_size=32)", "turboquant_mse 4"]
+
+
+class Bytes:
+    """A tokenizer of one token per character."""
+
+    bos_token_id = None
+
+    def encode(self, text: str, **_: bool) -> list[int]:
+        return list(text.encode())
+
+
+def handle(context: int, directory: Path) -> ModelHandle:
+    """A model that nothing reads."""
+    return ModelHandle("m", directory, "w", "t", "c", None, "test", context)
+
+
+def test_a_window_as_long_as_the_context_fits(tmp_path):
+    """96 tokens are fed of a window of 96 and its last target: a context of 96 holds them, one of 95 does not."""
+    grid, text = parse_grid(GRID, "test"), Text("t", "evaluation", ("word " * 200,), None, "test")
+    assert len(measurements(grid, handle(96, tmp_path), text, Bytes())) == 7
+    with pytest.raises(UsageError, match="needs 96 tokens of context, m has 95"):
+        measurements(grid, handle(95, tmp_path), text, Bytes())
