@@ -97,6 +97,24 @@ def test_a_reference_above_the_cap_is_not_kept(tmp_path):
     assert not ReferenceCache(tmp_path, cap_bytes=1000).fits(8, 100)
 
 
+def test_a_killed_writers_remains_go_and_a_live_ones_count(pool, tmp_path):
+    """After kill -9 the next reference has the whole cap; beside a live writer it has what that one leaves."""
+    one = 8 * 100 * 2
+    cache = ReferenceCache(tmp_path, cap_bytes=one)
+    dead = tmp_path / ".partial-dead"
+    dead.mkdir()
+    (dead / "log_probs.f16").write_bytes(bytes(one))
+    (dead / ".lock").touch()
+    assert cache.fits(8, 100)
+    assert not dead.exists()
+    rows = cache.write("k", _fake_steps(8, 100), 8, 100, pool)
+    next(rows)
+    assert not cache.fits(8, 100)
+    assert ReferenceCache(tmp_path, cap_bytes=2 * one).fits(8, 100)
+    rows.close()
+    assert cache.fits(8, 100)
+
+
 def test_an_interrupted_write_leaves_nothing_that_looks_whole(pool, tmp_path):
     """A run that dies while the reference is computed finds no reference afterwards."""
     cache = ReferenceCache(tmp_path)

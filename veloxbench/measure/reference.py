@@ -9,18 +9,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from veloxbench.measure.divergence import ReferenceRows, as_rows, reference_rows
 from veloxbench.protocol import ScoredLogits
+from veloxbench.sources import cache_lock
 
 DEFAULT_CAP_BYTES = 4 * 2**30
 _ROWS, _STATS, _META = "log_probs.f16", "stats.npz", "meta.json"
+_PARTIAL, _LOCK = ".partial-", ".lock"
+_NAME = "reference"
+"""Of the lock under which unfinished references begin and are cleared: one not held yet looks abandoned."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,13 @@ class ReferenceCache:
         return n_rows * vocabulary * 2
 
     def fits(self, n_rows: int, vocabulary: int) -> bool:
-        """Whether it may be kept: below the cap, and the disk keeps a tenth of its space free."""
+        """Whether it may be kept: below the cap beside what is being written, a twentieth of the disk left free."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        with cache_lock(_NAME):
+            unfinished = self._unfinished_bytes()
         disk = shutil.disk_usage(self.folder)
         needed = self.size(n_rows, vocabulary)
-        return needed <= self.cap_bytes and disk.free - needed > disk.total // 20
+        return needed + unfinished <= self.cap_bytes and disk.free - needed > disk.total // 20
 
     def has(self, key: str) -> bool:
         """Whether the whole reference is there."""
@@ -63,8 +71,11 @@ class ReferenceCache:
         self, key: str, steps: Iterator[ScoredLogits | None], n_rows: int, vocabulary: int, pool: ThreadPoolExecutor
     ) -> Iterator[ReferenceRows]:
         """Compute each step's rows, keep them, yield them; the whole appears under ``key`` when all are done."""
-        self._make_room(self.size(n_rows, vocabulary))
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+        with cache_lock(_NAME):
+            self._make_room(self.size(n_rows, vocabulary))
+            partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.folder))
+            held = filelock.FileLock(partial / _LOCK, thread_local=False)
+            held.acquire()
         try:
             log_probs = np.memmap(partial / _ROWS, np.float16, "w+", shape=(n_rows, vocabulary))
             parts: list[ReferenceRows] = []
@@ -86,13 +97,13 @@ class ReferenceCache:
             (partial / _META).write_text(json.dumps({"shape": [n_rows, vocabulary], "written": time.time()}))
             if not self.has(key):
                 partial.replace(self.folder / key)
+                (self.folder / key / _LOCK).unlink(missing_ok=True)
         finally:
+            held.release()
             shutil.rmtree(partial, ignore_errors=True)
 
     def _make_room(self, needed: int) -> None:
-        for stale in self.folder.glob(".partial-*"):
-            if time.time() - stale.stat().st_mtime > 6 * 3600:  # a killed run's; a live one touches its folder
-                shutil.rmtree(stale, ignore_errors=True)
+        needed += self._unfinished_bytes()
         kept = sorted(
             (place for place in self.folder.iterdir() if (place / _META).exists()), key=lambda p: p.stat().st_mtime
         )
@@ -102,6 +113,18 @@ class ReferenceCache:
                 break
             shutil.rmtree(place, ignore_errors=True)
             del sizes[place]
+
+    def _unfinished_bytes(self) -> int:
+        """Bytes that other writers hold; what a killed one left (its lock is free) is removed."""
+        total = 0
+        for partial in self.folder.glob(f"{_PARTIAL}*"):
+            try:
+                with filelock.FileLock(partial / _LOCK, timeout=0):
+                    shutil.rmtree(partial, ignore_errors=True)
+            except filelock.Timeout:
+                with suppress(FileNotFoundError):  # finished meanwhile
+                    total += sum(file.stat().st_size for file in partial.iterdir())
+        return total
 
 
 def lockstep(steps: Iterator[ScoredLogits | None], pool: ThreadPoolExecutor) -> Iterator[ReferenceRows]:
