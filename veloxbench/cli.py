@@ -194,16 +194,18 @@ def report(
             raise UsageError(f"there are no records at {path}; `veloxbench run --out {path}` makes them")
         found.update({record.key: record for record in read_records(path)})
         failures.update({(failure.subject.key, failure.when): failure for failure in read_failures(path)})
-    page = render(list(found.values()), list(failures.values()))
+    target = out if check is None else check
+    if target is not None and target.suffix == ".html":
+        from veloxbench.report.html import render_html
+
+        page = render_html(list(found.values()), list(failures.values()))
+    else:
+        page = render(list(found.values()), list(failures.values()))
     if check is not None:
         if not check.exists() or check.read_text(encoding="utf-8") != page:
             print(f"{check} is stale: it is not what `veloxbench report` writes from these records", file=sys.stderr)
             raise typer.Exit(int(ExitCode.REGRESSION))
     elif out is not None:
-        if out.suffix == ".html":
-            from veloxbench.report.html import render_html
-
-            page = render_html(list(found.values()), list(failures.values()))
         write_text(out, page)
     else:
         print(page, end="")

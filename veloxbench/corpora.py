@@ -217,9 +217,9 @@ def load_text(name: str, role: Role = "evaluation", *, reporter: Reporter | None
     if path.is_file():
         documents = _part(_read_file(path), role)
         return _text(name, role, documents, licence=None, source="local file")
-    if _HUB_ID.fullmatch(name) and path.suffix not in _READERS:
+    if _HUB_ID.fullmatch(name) and path.suffix.lower() not in _READERS:
         return _load_hub(name, role)
-    if path.suffix in _READERS or any(mark in name for mark in (os.sep, "~", "/")):
+    if path.suffix.lower() in _READERS or any(mark in name for mark in (os.sep, "~", "/")):
         raise UsageError(f"corpus {name!r} is not a file")
     raise unknown_name("corpus", name, known_corpora())
 
@@ -340,7 +340,7 @@ def _read_file(path: Path) -> list[str]:
     Raises:
         UsageError: an unknown suffix, a file that cannot be parsed, or no column of text.
     """
-    reader = _READERS.get(path.suffix)
+    reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise UsageError(f"corpus {str(path)!r}: suffix {path.suffix!r} is none of {', '.join(_READERS)}")
     options = {"sample_by": "document"} if reader == "text" else {}

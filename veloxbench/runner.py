@@ -398,7 +398,7 @@ class Session:
             last[:] = [self.arm(item.arm)]
             return last[0].caches
 
-        seed = int(item.subject.key[:8], 16)  # another order for every arm and depth, the same on every machine
+        seed = int(item.subject.key[:8], 16)  # another order for every arm and depth
         measured, _ = throughput.measure(
             self.model, make_arm, lambda: self.arm(REFERENCE).caches, item.block.tokens[0], item.task, seed, tick
         )

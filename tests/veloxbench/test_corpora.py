@@ -96,7 +96,7 @@ def test_unknown_name_lists_near_ones():
 
 
 def write(path, documents):
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         path.write_text("".join(documents))
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(documents)))
@@ -106,7 +106,7 @@ def write(path, documents):
 
 
 @pytest.mark.usefixtures("empty_cache")
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".jsonl", ".parquet"])
 def test_local_file_is_cut_in_two(tmp_path, suffix):
     """The first 80% evaluate, the rest calibrates; together they are the text, so they share nothing."""
     path = write(tmp_path / f"story{suffix}", STORY.splitlines(keepends=True))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from veloxbench.cli import _run as veloxbench
 from veloxbench.records import Record
 from veloxbench.report.html import plots, render_html
 from veloxbench.report.markdown import newest, render
@@ -95,3 +96,14 @@ def test_page_needs_no_network(records):
     """The page loads no script, style or image from elsewhere."""
     page = Page(render_html(records))
     assert not page.tags & {"script", "link", "img", "iframe"}
+
+
+def test_a_page_is_checked_as_what_it_is(tmp_path, capsys):
+    """``report --check x.html`` passes on the page that ``--out x.html`` wrote, and fails when a letter changes."""
+    page = tmp_path / "page.html"
+    records = str(RECORDS / "gemma3-270m.jsonl")
+    assert veloxbench(["report", records, "--out", str(page)]) == 0
+    assert veloxbench(["report", records, "--check", str(page)]) == 0
+    page.write_text(page.read_text().replace("Provenance", "provenance", 1))
+    assert veloxbench(["report", records, "--check", str(page)]) == 1
+    assert "is stale" in capsys.readouterr().err

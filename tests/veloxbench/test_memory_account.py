@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from veloxbench.errors import ExitCode, VeloxError
 from veloxbench.measure import memory
 from veloxbench.methods import make_arm
 
@@ -79,3 +81,18 @@ def test_a_sliding_layer_costs_its_window_only_and_the_account_is_whole(sliding_
     found, _ = memory.metrics(reply, method, budget_gib=1.0)
     assert found["tokens_in_budget"].value == pytest.approx(room / (full.used_bytes / full.tokens), abs=1)
     assert 0 <= found["unaccounted_bytes"].value < PAGE
+
+
+def test_a_failed_memory_process_keeps_its_exit_code(tmp_path):
+    """A name that does not exist is a usage error (4) there as here, said in the child's words."""
+    with pytest.raises(VeloxError, match="memory process of fp16 failed: unknown model 'smollm3'") as caught:
+        memory.measure(request(Path("smollm3"), tmp_path, "fp16", None))
+    assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_a_killed_memory_process_is_an_unfit_environment(tmp_path, monkeypatch):
+    """Killed (by the kernel, out of memory): exit code 5."""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, "", ""))
+    with pytest.raises(VeloxError, match="exit status -9") as caught:
+        memory.measure(request(Path("smollm3"), tmp_path, "fp16", None))
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT

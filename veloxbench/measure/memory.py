@@ -22,7 +22,7 @@ import psutil
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from veloxbench.errors import EngagementError, UnfitEnvironmentError, UsageError
+from veloxbench.errors import EngagementError, ExitCode, UsageError, VeloxError
 from veloxbench.records import Estimate, LayerEngagement
 
 PREFILL_CHUNK = 512
@@ -169,7 +169,8 @@ def measure(request: Request) -> Reply:
     """Run the request in a process of its own.
 
     Raises:
-        UnfitEnvironmentError: the process died; its last line of output says why.
+        VeloxError: the process failed, with its own exit code, or that of an unfit environment where it was
+            killed; its last line of output says why.
     """
     done = subprocess.run(
         [sys.executable, "-m", "veloxbench.measure.memory"],
@@ -180,7 +181,10 @@ def measure(request: Request) -> Reply:
     )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise UnfitEnvironmentError(f"the memory process of {request.method} died: {last}")
+        error = VeloxError(f"the memory process of {request.method} failed: {last}")
+        known = done.returncode in set(ExitCode)
+        error.exit_code = ExitCode(done.returncode) if known else ExitCode.ENVIRONMENT
+        raise error
     return Reply.model_validate_json(done.stdout.strip().splitlines()[-1])
 
 
@@ -268,8 +272,6 @@ def request_tokens(block: NDArray[np.int32], tokens: int, decode_steps: int) -> 
 
 
 def _main() -> int:
-    from veloxbench.errors import VeloxError
-
     try:
         reply = measure_in_this_process(Request.model_validate_json(sys.stdin.read()))
     except VeloxError as error:
