@@ -185,6 +185,7 @@ def report(
 
     `veloxbench report records --check BENCHMARK_RESULTS.md`
     """
+    from veloxbench.cli_pages import deliver
     from veloxbench.report.markdown import render
     from veloxbench.store import read_failures, read_records
 
@@ -201,14 +202,7 @@ def report(
         page = render_html(list(found.values()), list(failures.values()))
     else:
         page = render(list(found.values()), list(failures.values()))
-    if check is not None:
-        if not check.exists() or check.read_text(encoding="utf-8") != page:
-            print(f"{check} is stale: it is not what `veloxbench report` writes from these records", file=sys.stderr)
-            raise typer.Exit(int(ExitCode.REGRESSION))
-    elif out is not None:
-        write_text(out, page)
-    else:
-        print(page, end="")
+    deliver(page, out, check, "veloxbench report", "these records")
 
 
 @app.command()

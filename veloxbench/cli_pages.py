@@ -17,7 +17,7 @@ def deliver(
     out: Path | None,
     check: Path | None,
     command: str,
-    source: Path,
+    source: Path | str,
     figures: Mapping[str, str] | None = None,
 ) -> None:
     """Compare the page with ``check``, or write it to ``out``, or print it.

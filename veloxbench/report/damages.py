@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.ticker import FuncFormatter
 from tabulate import tabulate
@@ -44,7 +45,7 @@ def plot(study: Study, found: Sequence[Trial], n_arms: int) -> str:
         harmful = [trial for trial in found if trial.damage.base == base and trial.damage.harmful]
         sizes = [max(100 * trial.share, _SMALLEST_SHOWN) for trial in harmful]
         shares = [sum(verdict is Verdict.REGRESS for verdict in trial.gates) / GATES for trial in harmful]
-        look = {"color": COLOURS[index], "linestyle": "none"}
+        look: dict[str, Any] = {"color": COLOURS[index], "linestyle": "none"}
         axes.plot(sizes, shares, marker="o", label=f"{base}: each of {GATES} gates", **look)
         pooled = [float(trial.pooled is Verdict.REGRESS) for trial in harmful]
         axes.plot(sizes, pooled, marker="x", markersize=9, label=f"{base}: one of all sequences", **look)
