@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
 
 from veloxquant_mlx.packing import MAX_CODE_BITS
 from veloxquant_mlx.quantizers.affine import Affine, PerChannelAffine
@@ -48,6 +49,10 @@ class MethodOptions(ABC):
         Raises:
             ValueError: an option or width outside its range, naming it.
         """
+
+    def factories(self, seed: int = 0) -> Mapping[str, Callable[[int], Quantizer]]:
+        """Width -> quantizer, of keys and of values: what :func:`fit_distortion_curve` measures."""
+        return {role: partial(self.quantizer, role, seed=seed) for role in get_args(Role)}
 
     def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
         """A per-token quantizer for flagged tokens."""

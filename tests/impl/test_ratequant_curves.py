@@ -19,6 +19,8 @@ from veloxquant_mlx.allocators.ratequant import (
     shuffled,
 )
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance
+from veloxquant_mlx.methods import make_options
+from veloxquant_mlx.quantizers.affine import Affine, PerChannelAffine
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.quantizers.turboquant_static import TurboQuantStatic
 
@@ -88,6 +90,26 @@ def test_costs_are_the_quantizers_own():
     curves = fit_distortion_curve(random_sensitivities(1, 1), widths=[1, 2, 4])
     assert curves.costs == {128: (Fraction(9, 8), Fraction(17, 8), Fraction(33, 8))}
     assert curves.quantizer == "turboquant_mse"
+
+
+def test_keys_and_values_may_have_quantizers_of_their_own(tmp_path):
+    """KIVI at head_dim 80 in groups of 32: keys cost b + 1, values b + 3 * 32/80; each side has its own error."""
+    given = sensitivities_of([[[1.0], [1.0]]], [[[1.0], [1.0]]], head_dim=80, tokens=64)
+    curves = fit_distortion_curve(given, make_options("kivi", {}).factories(), widths=[2, 4])
+    assert curves.quantizer == "kivi_keys/affine"
+    costs = [curves.cost(curve, 0) for curve in curves.curves]
+    assert costs == [3, 2 + Fraction(6, 5)]
+    alone = [fit_distortion_curve(given, code, widths=[2, 4]) for code in (PerChannelAffine, Affine)]
+    assert [curve.distortions for curve in curves.curves] == [one.curves[i].distortions for i, one in enumerate(alone)]
+    curves.save(tmp_path / "curves.json")
+    assert DistortionCurves.load(tmp_path / "curves.json") == curves
+    result = allocate_bits_ratequant(curves, 4.1, 2, unit="head")
+    assert result.quantizer == "kivi_keys/affine"
+    assert sorted(result.values()) == [2, 4]
+    assert all(shuffled(result, seed).bits_per_value == result.bits_per_value for seed in range(9))
+    assert all(dict(shuffled(result, seed)) == dict(result) for seed in range(9))  # one head on each side
+    with pytest.raises(ValueError, match="quantizer must map keys and values, got 'keys'"):
+        fit_distortion_curve(given, {"keys": Affine})
 
 
 def test_exponential_fit_recovers_its_own_parameters():

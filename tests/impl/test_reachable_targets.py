@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from impl_inputs import gaussian, tiny_llama
 
-from veloxquant_mlx.allocators.ratequant import DistortionCurves, allocate_bits_ratequant, fit_distortion_curve
+from veloxquant_mlx.allocators.ratequant import (
+    BitAllocation,
+    DistortionCurves,
+    allocate_bits_ratequant,
+    fit_distortion_curve,
+)
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance, Sensitivities
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
 from veloxquant_mlx.methods import METHODS, make_options
@@ -48,7 +53,7 @@ def curves_of(base: str) -> DistortionCurves:
     options = make_options(base, {})
     return fit_distortion_curve(
         sensitivities,
-        lambda bits: options.quantizer("keys", bits, 0),
+        options.factories(),
         widths=[bits for bits in options.widths if bits <= 4],
         weighting="token",
     )
@@ -65,9 +70,9 @@ def test_a_target_is_met_from_below_within_one_percent_or_refused(base: str, tar
     """Bytes of all layers at 2048 tokens, by the formula that other tests hold against the arrays."""
     curves, window = curves_of(base), make_options(base, {}).default_window
 
-    def allocate() -> dict[str, int]:
+    def allocate() -> BitAllocation:
         low, high = min(curves.widths), max(curves.widths)
-        return dict(allocate_bits_ratequant(curves, target, low, high, unit="head", window=window))
+        return allocate_bits_ratequant(curves, target, low, high, unit="head", window=window)
 
     if target < LOWEST[base]:
         with pytest.raises(ValueError, match=f"already costs {LOWEST[base]:g} bits_per_value"):

@@ -6,10 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import veloxbench.methods.ratequant
 from veloxbench import methods
 from veloxbench.adapter import arrays_of, bits_per_value, engagement
 from veloxbench.errors import UsageError
 from veloxbench.methods import BuildContext, all_methods, build, geometry, get_method, make_arm, parse_method
+from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance, Sensitivities
 
 CALIBRATED = {"ratequant"}
 ARMS = [
@@ -47,6 +49,30 @@ def test_bytes_held_equal_the_formula_at_every_target(context, name, target):
         assert Fraction(layer.used_bytes) == method.formula(cache.inner, 200, shape)
     if method.target_means == "bits_per_value":
         assert bits_per_value(layers) <= target
+
+
+def test_the_window_of_a_base_is_within_the_target(context, monkeypatch):
+    """KIVI's 128 fp16 tokens among 2048 are 0.875 bits: RateQuant over KIVI at 4 costs at most 4, and over 3.9."""
+    rng = np.random.default_rng(0)
+    heads = tuple(
+        HeadSensitivities(
+            layer,
+            kind,
+            np.exp(rng.normal(0, 2, (1, 3, 1))) * np.ones((1, 3, 64)),
+            mx.array(rng.standard_normal((1, 3, 64, 64)).astype(np.float16)),
+            mx.zeros((1, 3, 64, 64)),
+        )
+        for layer in range(2)
+        for kind in ("keys", "values")
+    )
+    given = Sensitivities(heads, Provenance("m", "t", 1, 64, "llama", 2))
+    monkeypatch.setattr(veloxbench.methods.ratequant, "_sensitivities", lambda *_: given)
+    caches, _ = build(context, make_arm("ratequant", 4.0, base="kivi", unit="head"))
+    assert {(c.inner.spec.keys.quantizers[0].name, c.inner.spec.values.quantizers[0].name) for c in caches} == {
+        ("kivi_keys", "affine")
+    }
+    used = sum(c.inner.spec.expected_nbytes(2048, n_kv_heads=3, key_dim=64, value_dim=64) for c in caches)
+    assert 3.9 < 8 * used / (2 * 2048 * 3 * 2 * 64) <= 4.0
 
 
 def test_an_unknown_name_lists_near_matches():

@@ -27,7 +27,6 @@ from veloxquant_mlx.allocators.ratequant import (
 )
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.methods import make_options
-from veloxquant_mlx.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def ratequant(
         weighting: likewise.
         refined_at: likewise.
         trust: likewise.
-        at_tokens: sequence length at which the target holds: fp16 sinks weigh more in shorter ones.
+        at_tokens: sequence length at which the target holds: fp16 sinks and windows weigh more in shorter ones.
         shuffle: 0 for RateQuant's allocation; otherwise the seed of a random permutation of its widths, the
             baseline that an allocation has to beat.
     """
@@ -124,7 +123,13 @@ def ratequant(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the realised cost is in every record
         allocation = allocate_bits_ratequant(
-            curves, target, recipe.min_bits, max(curves.widths), unit=recipe.unit, at_tokens=at_tokens
+            curves,
+            target,
+            recipe.min_bits,
+            max(curves.widths),
+            unit=recipe.unit,
+            window=make_options(recipe.base, {}).default_window,
+            at_tokens=at_tokens,
         )
     if shuffle:
         allocation = shuffled(allocation, shuffle)
@@ -141,19 +146,15 @@ def _curves(context: BuildContext, recipe: Recipe) -> DistortionCurves:
     if path.exists():
         return DistortionCurves.load(path)
     options = make_options(recipe.base, {})
-
-    def quantizer(bits: int) -> Quantizer:
-        return options.quantizer("keys", bits, 0)
-
     if recipe.refined_at:
         forecast = _curves(context, replace(recipe, refined_at=0, trust=1.0))
         curves = refine_distortion_curve(
-            context.model, context.tokenizer, forecast, recipe.refined_at, quantizer, trust=recipe.trust
+            context.model, context.tokenizer, forecast, recipe.refined_at, options.factories(), trust=recipe.trust
         )
     else:
         curves = fit_distortion_curve(
             _sensitivities(context, place / "sensitivities.safetensors"),
-            quantizer,
+            options.factories(),
             widths=tuple(options.widths),
             sinks=recipe.sinks,
             weighting=recipe.weighting,

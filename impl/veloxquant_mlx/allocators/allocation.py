@@ -265,7 +265,8 @@ class BitAllocation(Mapping[str, int]):
     Attributes:
         entries: the units, in the model's order.
         unit: what a unit is: ``layer``, ``layer_kv`` or ``head``.
-        quantizer: name of the quantizer whose costs and distortions were used.
+        quantizer: name of the quantizer whose costs and distortions were used; as in ``kivi_keys/affine`` where
+            values are coded unlike keys.
         target_bits: the bits_per_value that was asked for.
         sinks: first tokens that the cache keeps in fp16, which the entries' costs count.
         window: last tokens that it keeps in fp16, counted likewise.
@@ -350,8 +351,8 @@ class BitAllocation(Mapping[str, int]):
 def shuffled(allocation: BitAllocation, seed: int) -> BitAllocation:
     """The same widths dealt to other units at random: same histogram, same bytes, no knowledge of the model.
 
-    The control for any claim of an allocator. Widths move only between units of equal size and head_dim, so
-    the realised bits_per_value stays exactly the same.
+    The control for any claim of an allocator. Widths move only between units of equal size and head_dim (and between
+    keys and values only if they are coded alike), so the realised bits_per_value stays exactly the same.
 
     Args:
         allocation: what to shuffle.
@@ -361,9 +362,10 @@ def shuffled(allocation: BitAllocation, seed: int) -> BitAllocation:
         The shuffled allocation, without a forecast.
     """
     rng = np.random.default_rng(seed)
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
     for position, entry in enumerate(allocation.entries):
-        groups.setdefault((entry.n_values, entry.head_dim), []).append(position)
+        side = ".values" in entry.name if "/" in allocation.quantizer else None
+        groups.setdefault((side, entry.n_values, entry.head_dim), []).append(position)
     entries = list(allocation.entries)
     for positions in groups.values():
         for position, source in zip(positions, rng.permutation(positions).tolist(), strict=True):

@@ -18,7 +18,13 @@ from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 from rich.progress import track
 
-from veloxquant_mlx.allocators.curves import DistortionCurve, DistortionCurves, QuantizerFactory, coding_errors
+from veloxquant_mlx.allocators.curves import (
+    DistortionCurve,
+    DistortionCurves,
+    QuantizerFactories,
+    by_kind,
+    coding_errors,
+)
 from veloxquant_mlx.allocators.sensitivity import (
     ProbeCache,
     bundled_texts,
@@ -95,7 +101,7 @@ def head_contributions(
     sequences: NDArray[np.int32],
     curves: DistortionCurves,
     widths: Mapping[tuple[int, str], tuple[int, ...]],
-    quantizer: QuantizerFactory,
+    quantizer: QuantizerFactories,
     *,
     quiet: bool = False,
 ) -> tuple[dict[tuple[int, str], Floats], float]:
@@ -106,7 +112,7 @@ def head_contributions(
         sequences: ``[S, T]`` token ids.
         curves: name the heads and their sinks.
         widths: code widths of each layer's keys' and values' heads, by ``(layer, kind)``.
-        quantizer: makes the quantizer of a width.
+        quantizer: makes the quantizer of a width, one for keys and values or one of each.
         quiet: no progress bar.
 
     Returns:
@@ -115,7 +121,8 @@ def head_contributions(
     """
     layers = list(probe_layers(model))
     sinks = {curve.layer: curve.sinks for curve in curves.curves}
-    coders = {key: PerHead(tuple(quantizer(bits) for bits in row)) for key, row in widths.items()}
+    factories = by_kind(quantizer)
+    coders = {key: PerHead(tuple(factories[key[1]](bits) for bits in row)) for key, row in widths.items()}
     totals = [np.zeros((2, len(widths[layer, "keys"]))) for layer in layers]
     divergence = 0.0
     for start in track(range(0, len(sequences), SEQUENCES_AT_ONCE), "measuring", disable=quiet):
@@ -149,7 +156,7 @@ def refine_distortion_curve(
     tokenizer: Any,
     curves: DistortionCurves,
     widths: int | Mapping[str, int],
-    quantizer: QuantizerFactory = TurboQuantMSE,
+    quantizer: QuantizerFactories = TurboQuantMSE,
     *,
     trust: float = 1.0,
     num_samples: int = 16,

@@ -8,7 +8,7 @@ predict more distortion than the signal has power.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance, Sensitivities
-from veloxquant_mlx.quantizers.base import Quantizer
+from veloxquant_mlx.allocators.sensitivity import KINDS, HeadSensitivities, Provenance, Sensitivities
+from veloxquant_mlx.quantizers.base import Quantizer, pair_name
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 
 Floats = NDArray[np.float64]
@@ -28,8 +28,26 @@ Floats = NDArray[np.float64]
 QuantizerFactory = Callable[[int], Quantizer]
 """Code width -> quantizer; the quantizer classes themselves serve."""
 
+QuantizerFactories = QuantizerFactory | Mapping[str, QuantizerFactory]
+"""One factory for keys and values, or one of each: ``{"keys": ..., "values": ...}``."""
+
 Weighting = Literal["coherent", "token", "product"]
 """How gradients meet errors; see :func:`fit_distortion_curve`."""
+
+
+def by_kind(quantizer: QuantizerFactories) -> Mapping[str, QuantizerFactory]:
+    """The factories of keys and of values.
+
+    Raises:
+        ValueError: a mapping with other names.
+    """
+    if not isinstance(quantizer, Mapping):
+        return dict.fromkeys(KINDS, quantizer)
+    if set(quantizer) != set(KINDS):
+        raise ValueError(
+            f"quantizer must map {' and '.join(KINDS)}, got {', '.join(map(repr, quantizer)) or 'nothing'}"
+        )
+    return quantizer
 
 
 @dataclass(frozen=True)
@@ -115,10 +133,11 @@ class DistortionCurves:
         curves: in the model's order: layer, then keys before values, then head.
         widths: code widths measured, ascending.
         costs: for every head_dim, the quantizer's real bits_per_value at each width.
-        quantizer: its name.
+        quantizer: its name; two as in ``kivi_keys/affine`` where values are coded unlike keys.
         sinks: first tokens that full-attention layers keep in fp16.
         weighting: how losses were formed from gradients and errors.
         provenance: of the sensitivities.
+        value_costs: ``costs`` of the values, where they differ from the keys'.
     """
 
     curves: tuple[DistortionCurve, ...]
@@ -128,11 +147,19 @@ class DistortionCurves:
     sinks: int
     weighting: Weighting
     provenance: Provenance
+    value_costs: dict[int, tuple[Fraction, ...]] | None = None
+
+    def cost(self, curve: DistortionCurve, column: int) -> Fraction:
+        """Real bits_per_value of a head at the width of a column."""
+        costs = self.costs if curve.kind == "keys" or self.value_costs is None else self.value_costs
+        return costs[curve.head_dim][column]
 
     def save(self, path: str | Path) -> None:
         """Write the curves as JSON, fractions as ``"5/4"``."""
         fields = asdict(self)
-        fields["costs"] = {str(dim): [str(cost) for cost in row] for dim, row in self.costs.items()}
+        for name in ("costs", "value_costs"):
+            if fields[name] is not None:
+                fields[name] = {str(dim): [str(cost) for cost in row] for dim, row in fields[name].items()}
         Path(path).write_text(json.dumps(fields, indent=1), encoding="utf-8")
 
     @classmethod
@@ -150,13 +177,17 @@ class DistortionCurves:
             )
             for curve in fields["curves"]
         )
-        costs = {int(dim): tuple(map(Fraction, row)) for dim, row in fields["costs"].items()}
+        costs = {
+            name: {int(dim): tuple(map(Fraction, row)) for dim, row in fields[name].items()}
+            for name in ("costs", "value_costs")
+            if fields.get(name) is not None
+        }
         return cls(
             **fields
+            | costs
             | {
                 "curves": curves,
                 "widths": tuple(fields["widths"]),
-                "costs": costs,
                 "provenance": Provenance(**fields["provenance"]),
             }
         )
@@ -253,7 +284,7 @@ def _head_curves(
 
 def fit_distortion_curve(
     sensitivities: Sensitivities,
-    quantizer: QuantizerFactory = TurboQuantMSE,
+    quantizer: QuantizerFactories = TurboQuantMSE,
     *,
     widths: Sequence[int] = tuple(range(1, 9)),
     sinks: int = 0,
@@ -273,7 +304,8 @@ def fit_distortion_curve(
 
     Args:
         sensitivities: from :func:`~veloxquant_mlx.allocators.ratequant.calibrate_layer_sensitivities`.
-        quantizer: makes the quantizer of a code width: the one that the cache will use.
+        quantizer: makes the quantizer of a code width: the one that the cache will use. Where values are coded
+            unlike keys (KIVI), a mapping with one for each: ``make_options("kivi", {}).factories()``.
         widths: code widths to measure, 0..8; 0 only where ``quantizer`` has a code of no bits.
         sinks: first tokens that the cache will keep in fp16, on layers of full attention.
         weighting: ``coherent``, ``token`` or ``product``.
@@ -283,7 +315,7 @@ def fit_distortion_curve(
 
     Raises:
         ValueError: widths that are not distinct integers in 0..8, sinks that leave no token, an unknown
-            weighting, or whatever ``quantizer`` raises for a width.
+            weighting, a mapping without keys or values, or whatever ``quantizer`` raises for a width.
     """
     ordered = tuple(sorted(widths))
     if len(set(ordered)) < len(ordered) or not all(isinstance(b, int) and 0 <= b <= 8 for b in ordered):
@@ -292,18 +324,22 @@ def fit_distortion_curve(
         raise ValueError(f"sinks={sinks} must lie in 0..{sensitivities.provenance.seq_len - 1}")
     if weighting not in get_args(Weighting):
         raise ValueError(f"weighting={weighting!r} must be one of {', '.join(get_args(Weighting))}")
-    quantizers = [quantizer(bits) for bits in ordered]
+    quantizers = {kind: [make(bits) for bits in ordered] for kind, make in by_kind(quantizer).items()}
     head_dims = sorted({entry.head_dim for entry in sensitivities.heads})
+    costs, value_costs = (
+        {dim: tuple(q.bits_per_value(dim) for q in quantizers[kind]) for dim in head_dims} for kind in KINDS
+    )
     return DistortionCurves(
         curves=tuple(
             curve
             for entry in sensitivities.heads
-            for curve in _head_curves(entry, quantizers, ordered, sinks, weighting)
+            for curve in _head_curves(entry, quantizers[entry.kind], ordered, sinks, weighting)
         ),
         widths=ordered,
-        costs={dim: tuple(q.bits_per_value(dim) for q in quantizers) for dim in head_dims},
-        quantizer=quantizers[-1].name,
+        costs=costs,
+        quantizer=pair_name(quantizers["keys"][-1], quantizers["values"][-1]),
         sinks=sinks,
         weighting=weighting,
         provenance=sensitivities.provenance,
+        value_costs=None if value_costs == costs else value_costs,
     )

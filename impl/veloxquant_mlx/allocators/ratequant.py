@@ -73,7 +73,7 @@ class _Unit:
 def _cost(curves: DistortionCurves, curve: DistortionCurve, column: int, window: int, at_tokens: int) -> Fraction:
     """Bits per token of one head at a width, its fp16 sinks and window spread over ``at_tokens``."""
     exact = Fraction(curve.sinks + window, at_tokens)
-    return curve.head_dim * ((1 - exact) * curves.costs[curve.head_dim][column] + exact * 16)
+    return curve.head_dim * ((1 - exact) * curves.cost(curve, column) + exact * 16)
 
 
 def _units(curves: DistortionCurves, unit: str, widths: Iterable[int], window: int, at_tokens: int) -> list[_Unit]:

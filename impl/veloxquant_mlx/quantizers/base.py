@@ -136,6 +136,11 @@ class Quantizer(ABC):
         return {"quantizer": self.name, **fields}
 
 
+def pair_name(keys: Quantizer, values: Quantizer) -> str:
+    """The name of what codes keys and values: one name where they are coded alike, else as in ``kivi_keys/affine``."""
+    return "/".join(dict.fromkeys((keys.name, values.name)))
+
+
 def _to_json(value: object) -> Any:
     if isinstance(value, Quantizer):
         return value.spec()
