@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from veloxquant_mlx.allocators.allocation import AllocationEntry, BitAllocation
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
 from veloxquant_mlx.methods import METHODS
 
@@ -73,6 +75,41 @@ def test_value_bits_and_allocation_reach_the_quantizers(llama_model: Any) -> Non
     caches = KVCacheBuilder.build(llama_model, config)
     assert [cache.spec.keys.code_bits for cache in caches] == [1, 4, 8]
     assert [cache.spec.values.code_bits for cache in caches] == [2, 2, 2]
+
+
+def an_allocation(**made_for: Any) -> BitAllocation:
+    entries = tuple(AllocationEntry(f"layer_{i}", 2, 256, 64, Fraction(2)) for i in range(3))
+    return BitAllocation(entries, unit="layer", target_bits=2.0, **made_for)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "fields", "message"),
+    [
+        ({"quantizer": "turboquant_static"}, {}, "quantizer is 'turboquant_mse' here.*made for 'turboquant_static'"),
+        ({"quantizer": "kivi_keys", "window": 128}, {"base": "kivi"}, "'kivi_keys/affine' here.*made for 'kivi_keys'"),
+        ({"quantizer": "turboquant_mse", "sinks": 1}, {}, "sinks is 0 here.*made for 1"),
+        ({"quantizer": "turboquant_mse"}, {"window": 8}, "window is 8 here.*made for 0"),
+        ({"quantizer": "kivi_keys/affine"}, {"base": "kivi"}, "window is 128 here.*made for 0"),
+        ({"quantizer": "turboquant_mse"}, {"value_bits": 3}, "value_bits is 3 here.*made for None"),
+    ],
+)
+def test_an_allocation_is_refused_by_what_it_was_not_made_for(
+    made_for: dict[str, Any], fields: dict[str, Any], message: str
+) -> None:
+    """Its bits_per_value would be wrong: the error names the field and both values. The bare widths are accepted."""
+    allocation = an_allocation(**made_for)
+    with pytest.raises(ValueError, match=message):
+        KVCacheConfig(method="ratequant", bit_allocation=allocation, **fields)
+    KVCacheConfig(method="ratequant", bit_allocation=dict(allocation), **fields)
+
+
+def test_an_allocation_is_accepted_by_what_it_was_made_for() -> None:
+    """The same quantizers, sinks and window; KIVI's by default."""
+    KVCacheConfig(
+        method="ratequant", base="kivi", bit_allocation=an_allocation(quantizer="kivi_keys/affine", window=128)
+    )
+    allocation = an_allocation(quantizer="turboquant_static", sinks=1)
+    KVCacheConfig(method="turboquant_static", sinks=1, bit_allocation=allocation)
 
 
 def by_head(layer: int, role: str, widths: list[int]) -> dict[str, int]:

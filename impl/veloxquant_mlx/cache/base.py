@@ -10,6 +10,7 @@ from typing import Any, get_args
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from veloxquant_kernels.kernel import Backend
+from veloxquant_mlx.allocators.allocation import BitAllocation
 from veloxquant_mlx.cache.batch import BatchPackedKVCache
 from veloxquant_mlx.cache.fused import FusedMode, fuse
 from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache
@@ -18,7 +19,7 @@ from veloxquant_mlx.cache.storage import HeldArray
 from veloxquant_mlx.methods import MethodOptions, Role, make_options
 from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
-from veloxquant_mlx.quantizers.base import Quantizer
+from veloxquant_mlx.quantizers.base import Quantizer, pair_name
 from veloxquant_mlx.quantizers.per_head import PerHead
 
 __all__ = [
@@ -45,8 +46,9 @@ class KVCacheConfig:
     Args:
         method: a name of ``veloxquant_mlx.methods.METHODS``.
         bit_allocation: code widths by unit: ``layer_3``, or ``layer_3.keys`` and ``layer_3.values``, or
-            ``layer_3.keys.head_0`` and so on for every head. Every layer of the model must be named. Absent: the
-            method's ``code_bits`` everywhere.
+            ``layer_3.keys.head_0`` and so on for every head. Every layer of the model must be named. A
+            ``BitAllocation`` must count the quantizer, sinks and window that are configured; a plain mapping
+            claims no cost. Absent: the method's ``code_bits`` everywhere.
         value_bits: code width of all values; absent: the layer's width.
         outlier_observer: flags tokens, which are then kept at ``outlier_bits`` as well.
         outlier_bits: code width of flagged tokens, keys and values; 8 where an observer is given without it.
@@ -61,7 +63,7 @@ class KVCacheConfig:
         **options: fields of the method's options class.
 
     Raises:
-        ValueError: an unknown method, or a value outside its range, naming it.
+        ValueError: an unknown method, a value outside its range, naming it, or an allocation made for something else.
         TypeError: a field that the method does not have, with near matches.
     """
 
@@ -151,6 +153,24 @@ class KVCacheConfig:
             self._check_width(f"bit_allocation[{unit!r}]", bits)
         if self.value_bits is not None and any(".values" in unit for unit in allocation):
             raise ValueError("value_bits and a bit_allocation that names values exclude each other")
+        if isinstance(allocation, BitAllocation):
+            self._check_claim(allocation)
+
+    def _check_claim(self, allocation: BitAllocation) -> None:
+        """What the allocation's bits_per_value counts is what the caches will hold."""
+        bits = next(iter(allocation.values()))
+        keys, values = (self.options.quantizer(role, bits, self.seed) for role in get_args(Role))
+        for name, configured, counted in (
+            ("quantizer", pair_name(keys, values), allocation.quantizer),
+            ("sinks", self.sinks, allocation.sinks),
+            ("window", self.window, allocation.window),
+            ("value_bits", self.value_bits, None),
+        ):
+            if configured != counted:
+                raise ValueError(
+                    f"{name} is {configured!r} here, but the bit_allocation was made for {counted!r}, so its "
+                    f"bits_per_value would not hold; make both equal, or pass dict(bit_allocation) to claim no cost"
+                )
 
     def layer_widths(self, quantized: list[bool]) -> list[tuple[Widths, Widths]]:
         """Widths of keys and values per layer.
