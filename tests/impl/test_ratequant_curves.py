@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -11,6 +12,7 @@ import pytest
 
 from veloxquant_mlx.allocators.curves import exponential_fit
 from veloxquant_mlx.allocators.ratequant import (
+    BitAllocation,
     DistortionCurves,
     Sensitivities,
     allocate_bits_continuous,
@@ -19,6 +21,7 @@ from veloxquant_mlx.allocators.ratequant import (
     shuffled,
 )
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance
+from veloxquant_mlx.cache.base import KVCacheConfig, PackedKVCache
 from veloxquant_mlx.methods import make_options
 from veloxquant_mlx.quantizers.affine import Affine, PerChannelAffine
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
@@ -271,6 +274,79 @@ def test_sliding_window_layers_have_no_sinks():
     assert [curve.sinks for curve in curves.curves] == [0, 0]
     result = allocate_bits_ratequant(curves, 2.125, min_bits=2, max_bits=2, at_tokens=64)
     assert result.bits_per_value == Fraction(17, 8)
+
+
+GEMMA_WINDOWS = [None if layer % 6 == 5 else 512 for layer in range(18)]
+"""Sliding windows of gemma3-270m: every sixth layer has full attention."""
+
+
+def gemma_curves(seed=0, **options):
+    rng = np.random.default_rng(seed)
+    weights = np.exp(rng.normal(0, 2, (18, 2, 1)))
+    base = sensitivities_of(weights, np.ones((18, 2, 1)), head_dim=64, tokens=128)
+    heads = tuple(replace(head, max_size=GEMMA_WINDOWS[head.layer]) for head in base.heads)
+    return fit_distortion_curve(replace(base, heads=heads), **options)
+
+
+def filled_cost(allocation, tokens, **config):
+    """Bits per value that caches of random keys and values hold after ``tokens`` tokens, from their arrays."""
+    config = KVCacheConfig("ratequant", bit_allocation=allocation, **config)
+    bits = values = 0
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 1, tokens, 64)).astype(np.float16))
+    for layer, widths in enumerate(config.layer_widths([True] * 18)):
+        cache = PackedKVCache(config.layer_spec(layer, *widths, GEMMA_WINDOWS[layer]))
+        cache.update_and_fetch(x, x)
+        bits += cache.bits_per_value() * cache.values_held()
+        values += cache.values_held()
+    return bits / values
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("unit", ["layer", "head"])
+def test_layers_with_a_sliding_window_weigh_what_they_hold(seed, unit):
+    """A window of 512 holds a quarter of 2048 tokens: the caches hold exactly the claimed cost, below the target."""
+    result = allocate_bits_ratequant(gemma_curves(seed, widths=range(1, 5)), 2.0, unit=unit)
+    assert 1.95 < filled_cost(result, 2048) == result.bits_per_value <= 2
+    assert BitAllocation.from_json(result.to_json()) == result
+    assert all(shuffled(result, i).bits_per_value == filled_cost(shuffled(result, i), 2048) for i in range(2))
+
+
+def test_sinks_and_window_weigh_what_a_sliding_window_holds():
+    """64 fp16 tokens are a thirty-second of 2048 tokens and an eighth of 512; sinks stay on full attention only."""
+    curves = gemma_curves(quantizer=TurboQuantStatic, widths=range(5), sinks=4)
+    result = allocate_bits_ratequant(curves, 3.0, 0, window=64)
+    assert 2.9 < filled_cost(result, 2048, base="turboquant_static", sinks=4, window=64) == result.bits_per_value <= 3
+
+
+def test_a_window_of_the_cache_may_exceed_the_layers():
+    """A layer that holds 512 tokens keeps all of them in fp16 under a window of 600: 16 bits, whatever its width."""
+    result = allocate_bits_ratequant(gemma_curves(widths=[2, 3]), 11.7, 2, 3, window=600)
+    assert {float(entry.bits_per_value) for entry in result.entries if entry.max_size} == {16.0}
+    spec = KVCacheConfig("ratequant", bit_allocation=result, window=600).layer_spec(0, 2, 2, 512)
+    assert spec.expected_nbytes(2048, key_dim=64, value_dim=64) == 512 * 2 * 64 * 2
+
+
+def test_the_closed_form_weighs_layers_by_what_they_hold():
+    """The mean of its widths over held values is the target less the norm's 16/64 bits."""
+    widths = allocate_bits_continuous(gemma_curves(widths=range(1, 5)), 2.5)
+    held = [2048 if size is None else size for size in GEMMA_WINDOWS]
+    assert np.average(list(widths.values()), weights=held) == pytest.approx(2.25, abs=1e-9)
+
+
+def test_curves_saved_before_sliding_windows_were_kept_are_read(curves, tmp_path):
+    """A file without max_size and value_costs gives curves of full attention."""
+    curves.save(tmp_path / "curves.json")
+    fields = json.loads((tmp_path / "curves.json").read_text())
+    del fields["value_costs"]
+    for curve in fields["curves"]:
+        del curve["max_size"]
+    (tmp_path / "old.json").write_text(json.dumps(fields))
+    assert DistortionCurves.load(tmp_path / "old.json") == curves
+    result = allocate_bits_ratequant(curves, 2.125)
+    old = json.loads(result.to_json())
+    for entry in old["entries"]:
+        del entry["max_size"]
+    assert BitAllocation.from_json(json.dumps(old)) == result
 
 
 def test_a_quantizer_that_calibrates_does_so_on_its_first_tokens():

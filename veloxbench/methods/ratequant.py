@@ -104,7 +104,8 @@ def ratequant(
         weighting: likewise.
         refined_at: likewise.
         trust: likewise.
-        at_tokens: sequence length at which the target holds: fp16 sinks and windows weigh more in shorter ones.
+        at_tokens: sequence length at which the target holds: fp16 sinks and windows weigh more in shorter ones, and
+            sliding-window layers hold a larger share of them.
         shuffle: 0 for RateQuant's allocation; otherwise the seed of a random permutation of its widths, the
             baseline that an allocation has to beat.
     """

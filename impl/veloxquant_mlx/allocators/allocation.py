@@ -239,6 +239,11 @@ def optimal_choices(
     return tuple(reversed(chosen))
 
 
+def held_tokens(max_size: int | None, at_tokens: int) -> int:
+    """Tokens that a layer holds of a sequence of ``at_tokens``, its sliding window's at most."""
+    return at_tokens if max_size is None else min(max_size, at_tokens)
+
+
 @dataclass(frozen=True)
 class AllocationEntry:
     """One unit's width and what it costs.
@@ -249,6 +254,7 @@ class AllocationEntry:
         n_values: K and V values that the unit caches per token.
         head_dim: length of its vectors.
         bits_per_value: real cost of that width at that head_dim, everything counted.
+        max_size: the layer's sliding window in tokens, None for full attention.
     """
 
     name: str
@@ -256,6 +262,7 @@ class AllocationEntry:
     n_values: int
     head_dim: int
     bits_per_value: Fraction
+    max_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -303,9 +310,10 @@ class BitAllocation(Mapping[str, int]):
 
     @property
     def bits_per_value(self) -> Fraction:
-        """The realised mean cost over all cached values; never above ``target_bits``."""
-        values = sum(entry.n_values for entry in self.entries)
-        return sum((entry.bits_per_value * entry.n_values for entry in self.entries), Fraction(0)) / values
+        """The realised mean cost over all values that are held at ``at_tokens``; never above ``target_bits``."""
+        held = [entry.n_values * held_tokens(entry.max_size, self.at_tokens) for entry in self.entries]
+        bits = (entry.bits_per_value * values for entry, values in zip(self.entries, held, strict=True))
+        return sum(bits, Fraction(0)) / sum(held)
 
     @property
     def histogram(self) -> dict[int, int]:
@@ -351,8 +359,9 @@ class BitAllocation(Mapping[str, int]):
 def shuffled(allocation: BitAllocation, seed: int) -> BitAllocation:
     """The same widths dealt to other units at random: same histogram, same bytes, no knowledge of the model.
 
-    The control for any claim of an allocator. Widths move only between units of equal size and head_dim (and between
-    keys and values only if they are coded alike), so the realised bits_per_value stays exactly the same.
+    The control for any claim of an allocator. Widths move only between units of equal size, head_dim and sliding
+    window (and between keys and values only if they are coded alike), so the realised bits_per_value stays exactly
+    the same.
 
     Args:
         allocation: what to shuffle.
@@ -365,7 +374,7 @@ def shuffled(allocation: BitAllocation, seed: int) -> BitAllocation:
     groups: dict[tuple[object, ...], list[int]] = {}
     for position, entry in enumerate(allocation.entries):
         side = ".values" in entry.name if "/" in allocation.quantizer else None
-        groups.setdefault((side, entry.n_values, entry.head_dim), []).append(position)
+        groups.setdefault((side, entry.n_values, entry.head_dim, entry.max_size), []).append(position)
     entries = list(allocation.entries)
     for positions in groups.values():
         for position, source in zip(positions, rng.permutation(positions).tolist(), strict=True):

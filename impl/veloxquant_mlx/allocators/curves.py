@@ -100,6 +100,7 @@ class DistortionCurve:
         distortions: measured mean square error per coordinate at each of the set's widths.
         losses: forecast of the loss increase at each width, in nats per token; what allocation minimises.
         fit: exponential through the distortions above zero bits.
+        max_size: the layer's sliding window in tokens, None for full attention.
     """
 
     layer: int
@@ -112,6 +113,7 @@ class DistortionCurve:
     distortions: tuple[float, ...]
     losses: tuple[float, ...]
     fit: ExponentialFit
+    max_size: int | None = None
 
     def __post_init__(self) -> None:
         name = f"layer_{self.layer}.{self.kind}.head_{self.head}"
@@ -277,6 +279,7 @@ def _head_curves(
             distortions=tuple(distortions[head].tolist()),
             losses=tuple(losses[head].tolist()),
             fit=exponential_fit(widths, distortions[head]),
+            max_size=entry.max_size,
         )
         for head in range(entry.n_kv_heads)
     ]

@@ -23,6 +23,7 @@ from veloxquant_mlx.allocators.allocation import (
     AllocationEntry,
     BitAllocation,
     greedy_choices,
+    held_tokens,
     optimal_choices,
     reverse_water_filling,
     shuffled,
@@ -61,19 +62,22 @@ SOLVERS = {"optimal": optimal_choices, "greedy": greedy_choices}
 
 @dataclass(frozen=True)
 class _Unit:
-    """Curves that share a width: per width, bits per token and loss in nats per token."""
+    """Curves that share a width: per width, bits and loss in nats, both per token of the sequence."""
 
     name: str
     n_values: int
     head_dim: int
+    max_size: int | None
+    held_values: Fraction
     costs: tuple[Fraction, ...]
     losses: NDArray[np.float64]
 
 
 def _cost(curves: DistortionCurves, curve: DistortionCurve, column: int, window: int, at_tokens: int) -> Fraction:
-    """Bits per token of one head at a width, its fp16 sinks and window spread over ``at_tokens``."""
-    exact = Fraction(curve.sinks + window, at_tokens)
-    return curve.head_dim * ((1 - exact) * curves.cost(curve, column) + exact * 16)
+    """Bits per token of one head at a width, its fp16 sinks and window spread over the tokens that it holds."""
+    held = held_tokens(curve.max_size, at_tokens)
+    exact = Fraction(min(curve.sinks + window, held), held)
+    return Fraction(held, at_tokens) * curve.head_dim * ((1 - exact) * curves.cost(curve, column) + exact * 16)
 
 
 def _units(curves: DistortionCurves, unit: str, widths: Iterable[int], window: int, at_tokens: int) -> list[_Unit]:
@@ -87,11 +91,14 @@ def _units(curves: DistortionCurves, unit: str, widths: Iterable[int], window: i
     units = []
     for name, group in groupby(curves.curves, key=UNITS[unit]):
         members = list(group)
+        n_values, max_size = sum(curve.head_dim for curve in members), members[0].max_size
         units.append(
             _Unit(
                 name=name,
-                n_values=sum(curve.head_dim for curve in members),
+                n_values=n_values,
                 head_dim=members[0].head_dim,
+                max_size=max_size,
+                held_values=n_values * Fraction(held_tokens(max_size, at_tokens), at_tokens),
                 costs=tuple(
                     sum((_cost(curves, curve, i, window, at_tokens) for curve in members), Fraction(0)) for i in columns
                 ),
@@ -111,8 +118,8 @@ def _check_widths(curves: DistortionCurves, min_bits: int, max_bits: int) -> lis
     return widths
 
 
-def _check_target(units: list[_Unit], target_bits: float, min_bits: int, max_bits: int) -> int:
-    values = sum(unit.n_values for unit in units)
+def _check_target(units: list[_Unit], target_bits: float, min_bits: int, max_bits: int) -> Fraction:
+    values = sum((unit.held_values for unit in units), Fraction(0))
     lowest = float(sum(unit.costs[0] for unit in units) / values)
     highest = float(sum(unit.costs[-1] for unit in units) / values)
     if not math.isfinite(target_bits):
@@ -153,7 +160,8 @@ def allocate_bits_ratequant(
         solver: ``optimal`` (exact) or ``greedy`` (marginal steps on the lower convex hull, as in the paper).
         window: last tokens that the cache will keep in fp16 (128 by KIVI's default).
         at_tokens: sequence length at which the target holds; it matters only where there are ``sinks`` or a
-            ``window``, whose fp16 tokens weigh less in longer sequences.
+            ``window``, whose fp16 tokens weigh less in longer sequences, or sliding-window layers, which hold a
+            smaller share of them.
 
     Returns:
         A mapping from unit to width that knows its realised ``bits_per_value``, never above the target.
@@ -174,7 +182,7 @@ def allocate_bits_ratequant(
     chosen = SOLVERS[solver]([u.costs for u in units], [u.losses for u in units], budget)
     allocation = BitAllocation(
         entries=tuple(
-            AllocationEntry(u.name, widths[c], u.n_values, u.head_dim, u.costs[c] / u.n_values)
+            AllocationEntry(u.name, widths[c], u.n_values, u.head_dim, u.costs[c] / u.held_values, u.max_size)
             for u, c in zip(units, chosen, strict=True)
         ),
         unit=unit,
@@ -224,8 +232,10 @@ def allocate_bits_continuous(
     widths = _check_widths(curves, min_bits, max_bits)
     units = _units(curves, unit, widths, window, at_tokens)
     _check_target(units, target_bits, min_bits, max_bits)
-    sizes = np.array([u.n_values for u in units], dtype=np.float64)
-    overhead = [np.mean([float(cost / u.n_values) - b for cost, b in zip(u.costs, widths, strict=True)]) for u in units]
+    sizes = np.array([u.held_values for u in units], dtype=np.float64)
+    overhead = [
+        np.mean([float(cost / u.held_values) - b for cost, b in zip(u.costs, widths, strict=True)]) for u in units
+    ]
     fits = [exponential_fit(widths, u.losses) for u in units]
     bits = reverse_water_filling(
         [fit.alpha for fit in fits],
