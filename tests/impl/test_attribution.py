@@ -17,6 +17,7 @@ from veloxquant_mlx.allocators.attribution import (
 from veloxquant_mlx.allocators.curves import DistortionCurves, fit_distortion_curve
 from veloxquant_mlx.allocators.sensitivity import bundled_texts, calibration_sequences
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
+from veloxquant_mlx.quantizers.turboquant_static import TurboQuantStatic
 
 KINDS = ("keys", "values")
 
@@ -102,6 +103,23 @@ def test_half_trust_is_the_geometric_mean(model, curves):
     assert refine_distortion_curve(model, ByteTokenizer(), curves, 2, trust=0.0, **options) == curves
     with pytest.raises(ValueError, match=r"trust=1.5 must lie in 0\.\.1"):
         refine_distortion_curve(model, ByteTokenizer(), curves, 2, trust=1.5)
+
+
+def test_curves_are_refined_with_the_quantizer_they_were_measured_with(model):
+    """Another's contributions would correct the wrong losses: both are named, the default one too."""
+    curves = fit_distortion_curve(calibrate(model), TurboQuantStatic, widths=[2, 3])
+    with pytest.raises(ValueError, match=r"quantizer is 'turboquant_mse', but the curves .* 'turboquant_static'"):
+        refine_distortion_curve(model, ByteTokenizer(), curves, 2, quiet=True)
+
+
+def test_each_side_is_measured_with_its_own_quantizer(model, sequences):
+    """Keys in one bit and values in eight: the keys contribute nearly all, and the other way round."""
+    curves = fit_distortion_curve(calibrate(model), widths=[2, 3])
+    for loud, still in (KINDS, KINDS[::-1]):
+        factories = {loud: lambda _: TurboQuantMSE(1), still: lambda _: TurboQuantMSE(8)}
+        found, _ = head_contributions(model, sequences, curves, everywhere(2), factories, quiet=True)
+        total = {kind: sum(abs(found[layer, kind]).sum() for layer in range(3)) for kind in KINDS}
+        assert total[loud] > 10 * total[still]
 
 
 def test_an_allocation_says_where_to_measure(model, curves):

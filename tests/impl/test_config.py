@@ -11,6 +11,7 @@ import pytest
 from veloxquant_mlx.allocators.allocation import AllocationEntry, BitAllocation
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
 from veloxquant_mlx.methods import METHODS
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
 
 def test_an_unknown_method_lists_near_matches() -> None:
@@ -110,6 +111,25 @@ def test_an_allocation_is_accepted_by_what_it_was_made_for() -> None:
     )
     allocation = an_allocation(quantizer="turboquant_static", sinks=1)
     KVCacheConfig(method="turboquant_static", sinks=1, bit_allocation=allocation)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "turboquant_mse", "code_bits": 4}, "outlier_bits=3 is below code_bits=4"),
+        ({"method": "turboquant_prod_adaptive"}, "outlier_bits=3 is below max_bits=4"),
+        ({"method": "turboquant_mse", "code_bits": 2, "value_bits": 4}, "outlier_bits=3 is below value_bits=4"),
+        (
+            {"method": "ratequant", "bit_allocation": {"layer_0": 2, "layer_1": 4}},
+            r"outlier_bits=3 is below bit_allocation\['layer_1'\]=4",
+        ),
+    ],
+)
+def test_flagged_tokens_are_never_kept_at_fewer_bits(fields: dict[str, Any], message: str) -> None:
+    """Their second copy replaces the first on reading: narrower, it would do harm. The error names both widths."""
+    with pytest.raises(ValueError, match=message):
+        KVCacheConfig(**fields, outlier_observer=KeyNormObserver(), outlier_bits=3)
+    KVCacheConfig(**fields, outlier_observer=KeyNormObserver(), outlier_bits=4)
 
 
 def by_head(layer: int, role: str, widths: list[int]) -> dict[str, int]:

@@ -32,7 +32,7 @@ from veloxquant_mlx.allocators.sensitivity import (
     probe_layers,
     probed_caches,
 )
-from veloxquant_mlx.quantizers.base import Quantizer
+from veloxquant_mlx.quantizers.base import Quantizer, pair_name
 from veloxquant_mlx.quantizers.per_head import PerHead
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 
@@ -185,10 +185,14 @@ def refine_distortion_curve(
         The same curves with other losses.
 
     Raises:
-        ValueError: a width that was not measured, a head without one, trust out of bounds, or texts too short.
+        ValueError: another quantizer than the curves', a width that was not measured, a head without one, trust out
+            of bounds, or texts too short.
     """
     if not 0 <= trust <= 1:
         raise ValueError(f"trust={trust} must lie in 0..1")
+    name = pair_name(*(make(curves.widths[-1]) for make in by_kind(quantizer).values()))
+    if name != curves.quantizer:
+        raise ValueError(f"quantizer is {name!r}, but the curves were measured with {curves.quantizer!r}")
     sequences = calibration_sequences(
         tokenizer,
         bundled_texts() if texts is None else texts,

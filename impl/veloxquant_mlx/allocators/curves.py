@@ -47,7 +47,7 @@ def by_kind(quantizer: QuantizerFactories) -> Mapping[str, QuantizerFactory]:
         raise ValueError(
             f"quantizer must map {' and '.join(KINDS)}, got {', '.join(map(repr, quantizer)) or 'nothing'}"
         )
-    return quantizer
+    return {kind: quantizer[kind] for kind in KINDS}
 
 
 @dataclass(frozen=True)

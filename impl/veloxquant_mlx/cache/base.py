@@ -51,7 +51,8 @@ class KVCacheConfig:
             claims no cost. Absent: the method's ``code_bits`` everywhere.
         value_bits: code width of all values; absent: the layer's width.
         outlier_observer: flags tokens, which are then kept at ``outlier_bits`` as well.
-        outlier_bits: code width of flagged tokens, keys and values; 8 where an observer is given without it.
+        outlier_bits: code width of flagged tokens, keys and values, at least that of all others; 8 where an observer
+            is given without it.
         distortion_observer: is told of everything that is encoded.
         sinks: first tokens kept in fp16, paid for in bytes; none on sliding-window layers.
         window: last tokens kept in fp16, paid for in bytes; absent: the method's default (0 for most).
@@ -130,6 +131,8 @@ class KVCacheConfig:
         for name, bits in (("value_bits", value_bits), ("outlier_bits", outlier_bits)):
             if bits is not None:
                 self._check_width(name, bits)
+        if outlier_bits is not None:
+            self._check_outlier_bits(outlier_bits)
         if bit_allocation is not None:
             self._check_allocation(bit_allocation)
         elif made.needs_allocation:
@@ -141,6 +144,16 @@ class KVCacheConfig:
             raise TypeError(f"{name} must be an int, got {bits!r}")
         if bits not in widths:
             raise ValueError(f"{name} must be within {widths.start}..{widths.stop - 1} for {self.method}, got {bits}")
+
+    def _check_outlier_bits(self, outlier_bits: int) -> None:
+        widths: dict[str, int | None] = {name: getattr(self.options, name, None) for name in ("code_bits", "max_bits")}
+        if self.bit_allocation is not None:
+            widths = {f"bit_allocation[{unit!r}]": bits for unit, bits in self.bit_allocation.items()}
+        for name, bits in {**widths, "value_bits": self.value_bits}.items():
+            if bits is not None and outlier_bits < bits:
+                raise ValueError(
+                    f"outlier_bits={outlier_bits} is below {name}={bits}: flagged tokens would lose more than others"
+                )
 
     def _check_allocation(self, allocation: Mapping[str, int]) -> None:
         if not self.options.allocatable:
