@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from typing import Any
 
@@ -163,6 +164,29 @@ def test_a_contradictory_allocation_is_named(llama_model: Any, changed: dict[str
     allocation = {unit: bits for unit, bits in allocation.items() if bits is not None}
     with pytest.raises(ValueError, match=message):
         KVCacheBuilder.build(llama_model, KVCacheConfig(method="ratequant", bit_allocation=allocation))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("role", ["keys", "values"])
+def test_a_wrong_number_of_heads_is_found_when_caches_are_built(llama_model: Any, role: str, heads: int) -> None:
+    """The model has two KV heads per layer: an allocation for one or three names the layer, its side and both."""
+    other = {"keys": "values", "values": "keys"}[role]
+    allocation = {"layer_0": 2, "layer_2": 2, f"layer_1.{other}": 2, **by_head(1, role, [2] * heads)}
+    config = KVCacheConfig(method="ratequant", bit_allocation=allocation)
+    with pytest.raises(ValueError, match=rf"names {heads} heads of 'layer_1\.{role}', which has 2"):
+        KVCacheBuilder.build(llama_model, config)
+
+
+def test_a_configuration_can_be_copied_with_changes() -> None:
+    """dataclasses.replace keeps every field, the method's own included, and checks what it changes."""
+    config = KVCacheConfig(method="kivi", code_bits=4, group_size=16, window=64, seed=3)
+    assert dataclasses.replace(config) == config
+    changed = dataclasses.replace(config, sinks=2, code_bits=2)
+    assert changed == KVCacheConfig(method="kivi", code_bits=2, group_size=16, window=64, seed=3, sinks=2)
+    with pytest.raises(ValueError, match="sinks must be an int of at least 0, got -1"):
+        dataclasses.replace(config, sinks=-1)
+    with pytest.raises(TypeError, match=r"options must be RVQOptions for 'rvq', got KIVIOptions\("):
+        dataclasses.replace(config, method="rvq")
 
 
 def test_methods_of_one_width_refuse_an_allocation() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
+import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from veloxquant_kernels.kernel import Backend
@@ -16,7 +17,7 @@ from veloxquant_mlx.cache.fused import FusedMode, fuse
 from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache
 from veloxquant_mlx.cache.persistence import load_prompt_cache, save_prompt_cache
 from veloxquant_mlx.cache.storage import HeldArray
-from veloxquant_mlx.methods import MethodOptions, Role, make_options
+from veloxquant_mlx.methods import METHODS, MethodOptions, Role, make_options
 from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
 from veloxquant_mlx.quantizers.base import Quantizer, pair_name
@@ -61,11 +62,12 @@ class KVCacheConfig:
             device, ``on`` (an error where it cannot be) or ``off``. A layer that is not fused says why in its
             cache's ``attention``.
         fused_backend: where the fused kernel runs; None is Metal, ``emulator`` executes it on the CPU.
-        **options: fields of the method's options class.
+        options: the options object that ``dataclasses.replace`` hands on: ``replace(config, sinks=1)``.
+        **method_options: fields of the method's options class.
 
     Raises:
         ValueError: an unknown method, a value outside its range, naming it, or an allocation made for something else.
-        TypeError: a field that the method does not have, with near matches.
+        TypeError: a field that the method does not have, with near matches, or another method's options.
     """
 
     method: str
@@ -95,10 +97,17 @@ class KVCacheConfig:
         seed: int = 0,
         fused: FusedMode = "auto",
         fused_backend: Backend | None = None,
-        **options: Any,
+        options: MethodOptions | None = None,
+        **method_options: Any,
     ) -> None:
         common = frozenset(field.name for field in dataclasses.fields(KVCacheConfig)) - {"options"}
-        made = make_options(method, options, common)
+        if options is not None:
+            if type(options) is not METHODS[method]:
+                raise TypeError(f"options must be {METHODS[method].__name__} for {method!r}, got {options!r}")
+            method_options = {
+                field.name: getattr(options, field.name) for field in dataclasses.fields(options)
+            } | method_options
+        made = make_options(method, method_options, common)
         for name, count in (("sinks", sinks), ("window", window), ("seed", seed)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
                 raise ValueError(f"{name} must be an int of at least 0, got {count!r}")
@@ -279,11 +288,14 @@ class KVCacheBuilder:
         else (convolution, recurrence) keeps mlx-lm's own cache; in a layer with several states, attention is packed.
 
         Raises:
-            ValueError: the bit allocation does not fit the model's layers, or ``fused="on"`` and no layer can be.
+            ValueError: the bit allocation does not fit the model's layers or their heads, or ``fused="on"`` and no
+                layer can be.
             RuntimeError: the fused path is switched on for Metal and there is no device.
         """
         own = make_prompt_cache(model)
-        widths = config.layer_widths([_attention_caches(cache) > 0 for cache in own])
+        widths = config.layer_widths([bool(_attention_caches(cache)) for cache in own])
+        if any(isinstance(side, tuple) for sides in widths for side in sides):
+            _check_heads(model, widths)
         packed = [
             KVCacheBuilder._packed(config, layer, pair, cache)
             for layer, (pair, cache) in enumerate(zip(widths, own, strict=True))
@@ -306,8 +318,22 @@ class KVCacheBuilder:
         )
 
 
-def _attention_caches(cache: Any) -> int:
-    """How many caches of keys and values, of the kinds that can be packed, a layer's cache holds."""
+def _check_heads(model: Any, widths: list[tuple[Widths, Widths]]) -> None:
+    """Every side of a layer that names heads names as many as it has, by the shapes of one token's pass."""
+    trial = make_prompt_cache(model)
+    model(mx.array([[0]]), cache=trial)  # not evaluated
+    for layer, (sides, own) in enumerate(zip(widths, trial, strict=True)):
+        for role, heads in zip(get_args(Role), sides, strict=True):
+            for n_heads in {getattr(cache, role).shape[1] for cache in _attention_caches(own) if not cache.empty()}:
+                if isinstance(heads, tuple) and len(heads) != n_heads:
+                    raise ValueError(
+                        f"bit_allocation names {len(heads)} heads of 'layer_{layer}.{role}', which has {n_heads}"
+                    )
+
+
+def _attention_caches(cache: Any) -> list[Any]:
+    """The caches of keys and values, of the kinds that can be packed, that a layer's cache holds."""
     if isinstance(cache, CacheList):
-        return sum(_attention_caches(part) for part in cache.caches)
-    return int(type(cache) is KVCache or (type(cache) is RotatingKVCache and cache.keep == 0))
+        return [found for part in cache.caches for found in _attention_caches(part)]
+    packable = type(cache) is KVCache or (type(cache) is RotatingKVCache and cache.keep == 0)
+    return [cache] if packable else []
