@@ -10,8 +10,12 @@ import veloxbench.methods.ratequant
 from veloxbench import methods
 from veloxbench.adapter import arrays_of, bits_per_value, engagement
 from veloxbench.errors import UsageError
-from veloxbench.methods import BuildContext, all_methods, build, geometry, get_method, make_arm, parse_method
+from veloxbench.methods import BuildContext, Geometry, all_methods, build, geometry, get_method, make_arm, parse_method
+from veloxbench.methods.veloxquant import storage_formula
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance, Sensitivities
+from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
+from veloxquant_mlx.methods import METHODS
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
 CALIBRATED = {"ratequant"}
 ARMS = [
@@ -33,7 +37,49 @@ def context(tmp_path_factory):
 @pytest.mark.parametrize(("name", "target"), ARMS)
 def test_bytes_held_equal_the_formula_at_every_target(context, name, target):
     """200 tokens in passes of 150, 49 and 1: each layer engaged, in exactly the bytes of the method's formula."""
-    arm = make_arm(name, target)
+    bytes_held_equal_the_formula(context, make_arm(name, target))
+
+
+def test_every_method_of_the_reference_implementation_is_registered():
+    """Whatever KVCacheConfig can name, the harness can measure."""
+    assert set(METHODS) <= set(all_methods())
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - CALIBRATED))
+def test_values_may_have_a_width_of_their_own(context, name):
+    """value_bits=2 reaches every layer's values and the formula; the keys keep the target's width."""
+    target = get_method(name).targets[0]
+    plain, _ = build(context, make_arm(name, target))
+    caches = bytes_held_equal_the_formula(context, make_arm(name, target, value_bits=2))
+    assert [cache.inner.spec.keys for cache in caches] == [cache.inner.spec.keys for cache in plain]
+    assert [cache.inner.spec.values.code_bits for cache in caches] == [2] * len(caches)
+
+
+@pytest.mark.parametrize("threshold", [0.04, 0.25])
+def test_blocks_that_choose_their_width_are_counted_at_it(context, threshold):
+    """Cosine .96 takes four bits and cosine .75 two: 6 blocks of 32 tokens, a byte each, and 8 tokens in fp16."""
+    arm = make_arm("turboquant_prod_adaptive", 8.0, distortion_threshold=threshold)
+    caches = bytes_held_equal_the_formula(context, arm)
+    method, shape = get_method(arm.method), Geometry(3, 64, 64)
+    bits = {0.04: 4, 0.25: 2}[threshold]
+    expected = 2 * (6 + 3 * (192 * (64 * bits + 32) // 8 + 8 * 64 * 2))
+    assert [method.formula(cache.inner, 200, shape) for cache in caches] == [expected] * 2
+
+
+def test_flagged_tokens_are_counted_by_the_formula(context):
+    """A cache with outlier tokens has a formula too: from their number."""
+    config = KVCacheConfig("turboquant_mse", outlier_observer=KeyNormObserver(outlier_threshold=1.0))
+    caches = KVCacheBuilder.build(context.model, config)
+    context.model(mx.array(np.random.default_rng(0).integers(0, 49152, (1, 200))), cache=caches)
+    for cache in caches:
+        held = sum(Fraction(held.array.nbytes * held.used_slots, held.slots) for held in cache.held_arrays())
+        plain = cache.spec.keys.bits_per_value(64) * 200 * 3 * 128 / 8
+        assert storage_formula(cache, 200, Geometry(3, 64, 64)) == held > plain
+
+
+def bytes_held_equal_the_formula(context, arm):
+    """Feed 200 tokens; the caches."""
+    name, target = arm.method, arm.target
     reason = methods.probe(context, arm)
     if reason is not None:
         pytest.skip(reason)
@@ -49,6 +95,7 @@ def test_bytes_held_equal_the_formula_at_every_target(context, name, target):
         assert Fraction(layer.used_bytes) == method.formula(cache.inner, 200, shape)
     if method.target_means == "bits_per_value":
         assert bits_per_value(layers) <= target
+    return caches
 
 
 def test_the_window_of_a_base_is_within_the_target(context, monkeypatch):

@@ -62,7 +62,8 @@ class Method:
         targets: the targets that it can meet; ``None`` for the fp16 reference, which has none.
         target_means: ``code_bits`` (the real cost is higher: scales count) or ``bits_per_value``.
         formula: ``(cache, tokens, geometry) -> bytes`` that a claimed layer's cache should hold after that many
-            tokens of one sequence, from its configuration alone: the arrays must agree exactly.
+            tokens of one sequence, from its configuration (and the widths it chose, where it chooses): the arrays
+            must agree exactly.
         implementation: version or source hash, part of every record's key.
         foreign: not ours: a refusal in the one-token probe is a finding ("not supported"), not a crash.
     """
