@@ -67,6 +67,14 @@ def test_memory_suite_in_its_own_process(cut_model, grid_file, tmp_path):
         assert 0 <= record.metrics["unaccounted_bytes"].value < 32 * 1024
 
 
+def test_the_memory_suite_counts_widths_that_the_data_chose(cut_model, grid_file, tmp_path):
+    """Formula and arrays agree after the prefill and after the decode steps, though each block chose its width."""
+    arguments = ["run", "--profile", str(grid_file), "--models", str(cut_model), "--suites", "memory"]
+    method = ["--methods", "turboquant_prod_adaptive:distortion_threshold=0.2", "--targets", "4"]
+    assert veloxbench([*arguments, *method, "--out", str(tmp_path)]) == 0
+    assert {record.status for record in read_records(tmp_path)} == {"measured"}
+
+
 def test_a_configuration_that_mlx_lm_refuses_is_a_row_not_a_crash(cut_model, grid_file, tmp_path):
     """Group 128 does not divide head_dim 64: the record says who does not support it."""
     out = tmp_path / "out"

@@ -141,22 +141,23 @@ def measure_in_this_process(request: Request) -> Reply:
             model(mx.array(tokens[None, start:stop]), cache=caches)
             mx.eval([arrays_of(cache) for cache in caches])
         static = static_bytes(caches)  # counting makes the tables that only later steps read: they are in the phase
-    filled = engagement(caches, claimed, method.cache_classes)
-    with phase("decode"):
-        for token in tokens[request.prefill_tokens :]:
-            logits = model(mx.array([[int(token)]]), cache=caches)
-            mx.eval(logits, [arrays_of(cache) for cache in caches])
-        del logits
 
     def formulas(fed: int) -> list[str | None]:
         rows = zip(caches, claimed, shapes, strict=True)
         return [str(method.formula(c.inner, fed, shape)) if claim and shape else None for c, claim, shape in rows]
 
+    filled = engagement(caches, claimed, method.cache_classes)
+    formula_filled = formulas(request.prefill_tokens)  # now: it may ask the cache what the data decided
+    with phase("decode"):
+        for token in tokens[request.prefill_tokens :]:
+            logits = model(mx.array([[int(token)]]), cache=caches)
+            mx.eval(logits, [arrays_of(cache) for cache in caches])
+        del logits
     return Reply(
         phases=phases,
         filled=filled,
         final=engagement(caches, claimed, method.cache_classes),
-        formula_filled=formulas(request.prefill_tokens),
+        formula_filled=formula_filled,
         formula_final=formulas(len(tokens)),
         max_tokens=[getattr(cache.inner, "max_size", None) for cache in caches],
         n_values_per_token=[cache.n_values_per_token for cache in caches],
