@@ -62,7 +62,7 @@ class RVQ(Quantizer):
 
     Kept per token and head: ``code_bits`` stages of one bit per coordinate (head_dim rounded up to a multiple of
     eight) and one fp16 RMS norm, ``code_bits + 16/head_dim`` bits per value. A vector code beats the scalar one
-    at one and two bits (about .31 and .10 of the energy against .36 and .12); later stages gain less.
+    at one and two bits (about .33 and .11 of the energy against .36 and .12); later stages gain less.
 
     Source: Juang & Gray 1982, multiple stage vector quantization; for KV caches, residual vector quantization
     (arXiv 2410.15704).
