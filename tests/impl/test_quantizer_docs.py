@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from veloxquant_mlx.methods import METHODS
+from veloxquant_mlx.quantizers.affine import Affine
 from veloxquant_mlx.quantizers.ternary import Ternary
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.quantizers.turboquant_static import TurboQuantStatic
@@ -32,6 +33,7 @@ def test_the_distortion_table_is_computed() -> None:
         "`turboquant_mse`": mse,
         "`turboquant_prod`": prod,
         "`turboquant_static`": static,
+        "`affine`, `kivi`": [Affine(bits, 32).expected_distortion(128) for bits in range(1, 9)],
     }
     for label, expected in rows.items():
         assert row(label) == pytest.approx(expected, abs=6e-6)

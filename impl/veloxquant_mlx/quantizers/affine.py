@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
+import numpy as np
+from scipy import special, stats
 
 from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words, unpack_codes
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
@@ -27,6 +30,32 @@ def uniform_codes(x: mx.array, code_bits: int, axis: int) -> tuple[mx.array, mx.
     steps = mx.maximum(scales.astype(mx.float32), SMALLEST_SCALE)
     codes = mx.clip(mx.round((x - zeros.astype(mx.float32)) / steps), 0, top)
     return codes.astype(mx.uint8), scales, zeros
+
+
+@functools.cache
+def min_max_distortion(group_size: int, code_bits: int) -> float:
+    """Mean square error over mean square of min-max codes of ``group_size`` independent N(0, 1) values.
+
+    The two extremes are exact; the others are N(0, 1) truncated to lie between them. Integrated over the joint density
+    of minimum and maximum.
+    """
+    grid = np.linspace(-6, 6, 241)
+    low, high = (side.ravel() for side in np.meshgrid(grid, grid, indexing="ij"))
+    low, high = low[low < high], high[low < high]
+    inside = special.ndtr(high) - special.ndtr(low)
+    joint = stats.norm.pdf(low) * stats.norm.pdf(high) * inside ** (group_size - 2)
+    likely = joint > 1e-12 * joint.max()
+    low, high, inside, joint = low[likely], high[likely], inside[likely], joint[likely]
+    step = (high - low) / ((1 << code_bits) - 1)
+    error = np.zeros_like(inside)
+    for code in range(1 << code_bits):
+        level = low + code * step
+        below, above = (
+            (1 + level**2) * special.ndtr(x) - (x - 2 * level) * stats.norm.pdf(x)
+            for x in (np.maximum(level - step / 2, low), np.minimum(level + step / 2, high))
+        )
+        error += above - below
+    return float(np.sum(joint * error / inside) / np.sum(joint) * (group_size - 2) / group_size)
 
 
 def check_group(group_size: int) -> None:
@@ -69,6 +98,12 @@ class Affine(Quantizer):
             ArraySpec("scales", groups, mx.float16),
             ArraySpec("zeros", groups, mx.float16),
         )
+
+    def expected_distortion(self, head_dim: int) -> float:
+        """On vectors that are Gaussian as they are: there is no rotation to make them so."""
+        whole, rest = divmod(head_dim, self.group_size)
+        energy = whole * self.group_size * min_max_distortion(self.group_size, self.code_bits)
+        return (energy + (rest * min_max_distortion(rest, self.code_bits) if rest > 2 else 0)) / head_dim
 
     def _grouped(self, x: mx.array) -> mx.array:
         missing = -x.shape[-1] % self.group_size
@@ -128,6 +163,10 @@ class PerChannelAffine(Quantizer):
             ArraySpec("scales", head_dim, mx.float16),
             ArraySpec("zeros", head_dim, mx.float16),
         )
+
+    def expected_distortion(self, head_dim: int) -> float:
+        """On channels that are Gaussian along the tokens."""
+        return min_max_distortion(self.group_size, self.code_bits)
 
     def _encode(self, x: mx.array, static: Arrays) -> Arrays:
         n_batch, n_heads, n_tokens, head_dim = x.shape
