@@ -181,6 +181,20 @@ def test_sliding_layers_forget_old_outliers(gemma_model: Any) -> None:
     assert np.flatnonzero(error < 1e-3).tolist() == [25]
 
 
+def test_the_last_outlier_may_leave_the_window(gemma_model: Any) -> None:
+    """A sliding layer whose only outlier left costs what one without observer costs, and can keep another later."""
+    cache = KVCacheBuilder.build(gemma_model, outlier_config("turboquant_mse", strict(), code_bits=1))[0]
+    keys = gaussian((1, 1, 400, 64), seed=1)
+    keys[:, :, [70, 390]] *= 5
+    x = mx.array(keys)
+    cache.update_and_fetch(x[:, :, :300], x[:, :, :300])
+    assert {h.name for h in cache.held_arrays()} == {"keys.codes", "keys.norms", "values.codes", "values.norms"}
+    assert cache.bits_per_value() == 1 + 16 / 64
+    cache.update_and_fetch(x[:, :, 300:], x[:, :, 300:])
+    positions = {h.name: h for h in cache.held_arrays()}["outliers.positions"]
+    assert np.array(positions.array)[0, 0, : positions.used_slots].tolist() == [[0, 390]]
+
+
 def test_distortion_is_reported_per_layer_beside_theory(llama_model: Any) -> None:
     """Every layer's keys and values appear with all their vectors and errors within 3% of Lloyd–Max."""
     observer = DistortionObserver()

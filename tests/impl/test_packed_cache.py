@@ -266,3 +266,32 @@ def test_full_masks_are_mlx_lms(n_before: int, n_new: int, return_array: bool, w
         assert mx.array_equal(*masks)
     else:
         assert masks[0] == masks[1]
+
+
+@pytest.mark.parametrize("method", ["turboquant_mse", "turboquant_prod_adaptive"])
+def test_a_window_of_fp16_tokens_alone_has_a_cost(method: str) -> None:
+    """Once every coded token has left the sliding window, the fp16 tokens cost 16 bits each, and coding goes on."""
+    config = KVCacheConfig(method=method, window=40)
+    cache = PackedKVCache(config.layer_spec(0, None, None, 32))
+    x = tokens(296, 1)
+    filled(cache, x, x, [296])
+    assert cache._keys.coded.blocks == 0
+    assert cache.bits_per_value() == 16
+    assert float(cache.formula_nbytes()) == used_bytes(cache)
+    got, _ = filled(cache, x[:, :, :100], x[:, :, :100], [100])
+    assert got.shape[2] == 131
+    assert float(cache.formula_nbytes()) == used_bytes(cache)
+
+
+def test_a_width_that_leaves_the_window_costs_nothing() -> None:
+    """An adaptive stream of which every block left the window is gone: only the width in use is held and paid."""
+    config = KVCacheConfig(method="turboquant_prod_adaptive", block_size=8, distortion_threshold=0.1)
+    cache = PackedKVCache(config.layer_spec(0, None, None, 32))
+    hard = tokens(264, 1)
+    easy = mx.zeros_like(hard)
+    filled(cache, hard, hard, [264])
+    used = {held.name for held in cache.held_arrays() if held.used_slots}
+    filled(cache, easy, easy, [264] * 3)
+    assert not used & {held.name for held in cache.held_arrays()} - {"keys.choices", "values.choices"}
+    assert cache.bits_per_value() > 0
+    assert float(cache.formula_nbytes()) == used_bytes(cache)

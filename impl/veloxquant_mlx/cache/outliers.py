@@ -88,7 +88,7 @@ class OutlierTokens:
         """Forget tokens before ``position``."""
         gone = int(np.sum(self._held_positions()[:, 1] < position))
         if gone and self.positions is not None:
-            self.positions = mx.contiguous(self.positions[:, :, gone : self.count])
+            self.positions = mx.contiguous(self.positions[:, :, gone : self.count]) if gone < self.count else None
             self.keys.drop_front(gone)
             self.values.drop_front(gone)
 

@@ -31,7 +31,7 @@ State = list[Any]
 
 @dataclass(frozen=True)
 class HeldArray:
-    """One array that a cache keeps for tokens, with how much of its token axis is in use."""
+    """One array that a cache keeps for tokens, with how much of its token axis is in use; ``slots`` is at least 1."""
 
     name: str
     array: mx.array
@@ -112,10 +112,10 @@ class CodedBlocks:
             self.static = None
 
     def drop_front(self, blocks: int) -> None:
-        """Forget the first ``blocks`` blocks and free their room."""
+        """Forget the first ``blocks`` blocks and free their room; the calibration stays."""
         left = self.blocks - blocks
         keep = grown_slots(left, 0, self.step)
-        self.arrays = tuple(mx.contiguous(array[:, :, blocks : blocks + keep]) for array in self.arrays)
+        self.arrays = tuple(mx.contiguous(array[:, :, blocks : blocks + keep]) for array in self.arrays if left)
         self.blocks = left
 
     def held_arrays(self, name: str, skip: int = 0) -> list[HeldArray]:
@@ -223,7 +223,7 @@ class MixedBlocks:
             if count:
                 stream.drop_front(count * self.quantizer.block_tokens)
         assert self.choices is not None
-        self.choices = mx.contiguous(self.choices[:, :, blocks:])
+        self.choices = mx.contiguous(self.choices[:, :, blocks:]) if blocks < self.blocks else None
         self.blocks -= blocks
 
     def held_arrays(self, name: str, skip: int = 0) -> list[HeldArray]:
