@@ -164,6 +164,23 @@ def test_outliers_survive_trim_save_rows_and_batches(tmp_path: Path, llama_model
     assert copy.deepcopy(cache).outlier_observer is cache.outlier_observer
 
 
+def test_rows_of_a_batch_keep_their_own_statistics(llama_model: Any) -> None:
+    """A row taken out of a lockstep batch, and rows merged, go on and flag as the batch does."""
+    keys = keys_with_outliers(n_batch=2)
+    keys[1] *= 4  # statistics of the other row would flag every token
+    cache = KVCacheBuilder.build(llama_model, outlier_config("turboquant_mse", strict()))[0]
+    cache.update_and_fetch(keys[:, :, :100], keys[:, :, :100])
+    rows = [cache.rows(slice(i, i + 1)) for i in range(2)]
+    batch = PackedKVCache.merge(rows)
+    expected, _ = cache.update_and_fetch(keys[:, :, 100:], keys[:, :, 100:])
+    merged, _ = batch.update_and_fetch(keys[:, :, 100:], keys[:, :, 100:])
+    assert mx.array_equal(merged, expected)
+    for i, row in enumerate(rows):
+        got, _ = row.update_and_fetch(keys[i : i + 1, :, 100:], keys[i : i + 1, :, 100:])
+        assert mx.array_equal(got, expected[i : i + 1])
+        assert row._outliers._held_positions()[:, 1].tolist() == OUTLIERS
+
+
 def test_sliding_layers_forget_old_outliers(gemma_model: Any) -> None:
     """On a sliding-window layer, outliers that left the window are dropped, those inside are still exact to 8 bits."""
     cache = KVCacheBuilder.build(gemma_model, outlier_config("turboquant_mse", strict(), code_bits=1))[0]

@@ -307,6 +307,8 @@ class PackedKVCache:
         part._values.rows(index)
         if part._outliers is not None:
             part._outliers.rows(index)
+        if part._tracker is not None:
+            part._tracker.rows(index)
         return part
 
     @property

@@ -81,6 +81,10 @@ class KeyNormTracker:
         ]
         return np.array(flags, dtype=np.bool_).reshape(norms.shape)
 
+    def rows(self, index: slice) -> None:
+        """Keep only some sequences of the batch."""
+        self._windows = self._windows[index]
+
 
 class _Window:
     """Mean and deviation of the last ``size`` entries, by running sums."""
