@@ -233,6 +233,16 @@ def test_the_probe_leaves_no_trace(llama_model: Any) -> None:
     assert len(observer.report().rows) > 0
 
 
+def test_the_probe_asks_no_outlier_observer(llama_model: Any) -> None:
+    """Beside layers that keep outliers, the others are fused, and the observer has seen no token."""
+    observer = KeyNormObserver()
+    outliers = KVCacheConfig(method="turboquant_mse", code_bits=4, outlier_observer=observer)
+    (first, *_), (_, *rest) = (KVCacheBuilder.build(llama_model, c) for c in (outliers, CONFIGS["4 bits"]))
+    _, reasons = fuse(llama_model, [first, *rest], backend="reference")
+    assert reasons == ["tokens at another width", "fused", "fused"]
+    assert not observer.report().layers
+
+
 def test_a_fused_cache_saves_as_a_packed_one(llama_model: Any, tmp_path: Any) -> None:
     """Bytes and state are the packed cache's; what is loaded continues with the plain path's logits."""
     config, tokens = CONFIGS["K3V2, sinks, window"], prompt(40)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from impl_inputs import ALL_METHODS, gaussian
+from mlx_lm.models.cache import CacheList
 
 from veloxquant_mlx.cache.base import (
     KVCacheBuilder,
@@ -179,6 +180,52 @@ def test_rows_of_a_batch_keep_their_own_statistics(llama_model: Any) -> None:
         got, _ = row.update_and_fetch(keys[i : i + 1, :, 100:], keys[i : i + 1, :, 100:])
         assert mx.array_equal(got, expected[i : i + 1])
         assert row._outliers._held_positions()[:, 1].tolist() == OUTLIERS
+
+
+@pytest.mark.parametrize("saved_after", [10, 100])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_loaded_cache_flags_like_the_one_that_was_saved(
+    tmp_path: Path, llama_model: Any, saved_after: int, batched: bool
+) -> None:
+    """With an observer reattached, before or after the warm-up, the same tokens are kept at 8 bits, and only those."""
+    caches = KVCacheBuilder.build(llama_model, outlier_config("turboquant_mse", strict()))[:2]
+    keys = keys_with_outliers()
+    for cache in caches:
+        cache.update_and_fetch(keys[:, :, :saved_after], keys[:, :, :saved_after])
+    saved = [PackedKVCache.merge([cache]) for cache in caches] if batched else caches
+    save_prompt_cache(tmp_path / "c.safetensors", [saved[0], CacheList(saved[1])])
+    observer = strict()
+    first, second = load_prompt_cache(tmp_path / "c.safetensors", outlier_observer=observer)
+    for loaded, cache in zip((first, second[0]), caches, strict=True):
+        got = loaded.update_and_fetch(keys[:, :, saved_after:], keys[:, :, saved_after:])
+        expected = cache.update_and_fetch(keys[:, :, saved_after:], keys[:, :, saved_after:])
+        assert all(mx.array_equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert loaded.nbytes == cache.nbytes
+    flagged = sum(token >= saved_after for token in OUTLIERS)
+    assert [row.outlier_count for row in observer.report().layers] == [flagged] * 2
+
+
+def test_a_loaded_cache_never_stops_flagging_silently(tmp_path: Path, llama_model: Any) -> None:
+    """Loaded without an observer, outliers can be read, and an update says what is missing and stores nothing."""
+    cache = KVCacheBuilder.build(llama_model, outlier_config("turboquant_mse", strict()))[0]
+    keys = keys_with_outliers()
+    cache.update_and_fetch(keys, keys)
+    save_prompt_cache(tmp_path / "c.safetensors", [cache])
+    (loaded,) = load_prompt_cache(tmp_path / "c.safetensors")
+    with pytest.raises(RuntimeError, match="layer 0 keeps outlier tokens, and no outlier_observer flags them"):
+        loaded.update_and_fetch(keys, keys)
+    assert mx.array_equal(loaded.fetch(200, mx.float32)[0], cache.fetch(200, mx.float32)[0])
+    save_prompt_cache(tmp_path / "again.safetensors", [loaded])
+    (again,) = load_prompt_cache(tmp_path / "again.safetensors", outlier_observer=strict())
+    more = keys_with_outliers()
+    assert mx.array_equal(again.update_and_fetch(more, more)[0], cache.update_and_fetch(more, more)[0])
+
+
+def test_an_observer_for_a_file_without_outliers_is_refused(tmp_path: Path, llama_model: Any) -> None:
+    """It would be ignored: the error names the argument and the file."""
+    save_prompt_cache(tmp_path / "c.safetensors", KVCacheBuilder.build(llama_model, KVCacheConfig("turboquant_mse")))
+    with pytest.raises(ValueError, match=r"outlier_observer was given, but no layer of .*c\.safetensors keeps"):
+        load_prompt_cache(tmp_path / "c.safetensors", outlier_observer=strict())
 
 
 def test_sliding_layers_forget_old_outliers(gemma_model: Any) -> None:

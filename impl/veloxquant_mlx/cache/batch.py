@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache, bits_in_use, causal_mask, fetch_dtype
 from veloxquant_mlx.cache.storage import HeldArray
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
 
 class BatchPackedKVCache:
@@ -42,6 +43,11 @@ class BatchPackedKVCache:
     def offset(self) -> mx.array:
         """Position of each sequence's next token, ``[B]``; negative inside its left padding."""
         return mx.array([self._idx - left for left in self._left])
+
+    def attach_outlier_observer(self, observer: KeyNormObserver) -> None:
+        """:meth:`PackedKVCache.attach_outlier_observer` for every sequence."""
+        for sequence in self.sequences:
+            sequence.attach_outlier_observer(observer)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``[B, H, L, D]``, padding left out, and return ``[B, H, T, D]`` aligned."""

@@ -12,7 +12,7 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args
 
 import mlx.core as mx
@@ -247,7 +247,11 @@ def _probe(model: Any, caches: Sequence[Any], reasons: Sequence[str | None]) -> 
     """
     trial: list[Any] = []
     for cache, reason in zip(caches, reasons, strict=True):
-        plain = PackedKVCache(cache.spec) if isinstance(cache, PackedKVCache) else copy.deepcopy(cache)
+        plain = (
+            PackedKVCache(replace(cache.spec, outlier_keys=None, outlier_values=None))
+            if isinstance(cache, PackedKVCache)
+            else copy.deepcopy(cache)
+        )
         trial.append(FusedKVCache.from_packed(plain, "reference") if reason is None else plain)
     try:
         with fused_route():

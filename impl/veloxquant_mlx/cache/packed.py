@@ -15,7 +15,7 @@ from mlx_lm.models import base as mlx_lm_base
 from veloxquant_mlx.cache.outliers import OutlierTokens
 from veloxquant_mlx.cache.storage import HeldArray, OnEncoded, Side
 from veloxquant_mlx.observers.distortion import DistortionObserver
-from veloxquant_mlx.observers.key_norm import KeyNormObserver
+from veloxquant_mlx.observers.key_norm import KeyNormObserver, KeyNormTracker
 from veloxquant_mlx.quantizers.base import Quantizer, quantizer_from_spec
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
 
@@ -119,7 +119,8 @@ class PackedKVCache:
 
     Args:
         spec: how to store.
-        outlier_observer: flags tokens for ``spec.outlier_keys`` and ``spec.outlier_values``.
+        outlier_observer: flags tokens for ``spec.outlier_keys`` and ``spec.outlier_values``; a cache whose spec has
+            these stores nothing without one (:meth:`attach_outlier_observer`).
         distortion_observer: is told of everything that is encoded.
 
     Attributes:
@@ -142,9 +143,10 @@ class PackedKVCache:
         self.dtype_name = "float16"
         self._keys = self._side(spec.keys, "keys")
         self._values = self._side(spec.values, "values")
-        self._tracker = None if outlier_observer is None else outlier_observer.tracker(spec.layer)
+        self._tracker: KeyNormTracker | None = None
         self._outliers: OutlierTokens | None = None
         if spec.outlier_keys is not None and spec.outlier_values is not None:
+            self._tracker = KeyNormTracker(outlier_observer, spec.layer)
             self._outliers = OutlierTokens(spec.outlier_keys, spec.outlier_values)
 
     @property
@@ -167,6 +169,20 @@ class PackedKVCache:
 
         return Side(quantizer, sinks=self.spec.sinks, window=self.spec.window, on_encoded=on_encoded)
 
+    def attach_outlier_observer(self, observer: KeyNormObserver) -> None:
+        """Let ``observer`` flag the tokens to come, as in a cache restored from its state.
+
+        The norms before them are part of the state (rounded to fp32), so flags go on as if the cache had never been
+        saved; the observer's report counts from here on.
+
+        Raises:
+            ValueError: the spec has no width for outliers.
+        """
+        if self._tracker is None:
+            raise ValueError(f"layer {self.spec.layer} keeps no outlier tokens that an outlier_observer could flag")
+        self.outlier_observer = observer
+        self._tracker.attach(observer)
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``[B, H, L, D]`` and return everything attention may read, ``[B, H, T, D]`` each.
 
@@ -182,7 +198,11 @@ class PackedKVCache:
         return fetched
 
     def store(self, keys: mx.array, values: mx.array) -> None:
-        """Append ``[B, H, L, D]``."""
+        """Append ``[B, H, L, D]``.
+
+        Raises:
+            RuntimeError: outliers are kept and there is no observer to flag them.
+        """
         self.dtype_name = str(keys.dtype).removeprefix("mlx.core.")
         keys, values = keys.astype(mx.float16), values.astype(mx.float16)
         if self._tracker is not None and self._outliers is not None:
@@ -273,9 +293,15 @@ class PackedKVCache:
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Arrays and scalars from which :meth:`from_state` restores the cache (not its observers)."""
+        """Arrays and scalars from which :meth:`from_state` restores the cache (not its observers).
+
+        The norms beside which outliers are judged are among them.
+        """
         keys, values = self._keys.state(), self._values.state()
         outliers = [] if self._outliers is None else self._outliers.state()
+        norms = None if self._tracker is None else self._tracker.norms()
+        if norms is not None:
+            outliers.append(norms)
         counts = (len(keys), len(values), self.offset, self.dtype_name)
         return *keys, *values, *outliers, *counts, self.spec.to_json()
 
@@ -288,8 +314,10 @@ class PackedKVCache:
         self.dtype_name = dtype_name
         self._keys.load_state(arrays[:n_keys])
         self._values.load_state(arrays[n_keys : n_keys + n_values])
-        if self._outliers is not None:
-            self._outliers.load_state(arrays[n_keys + n_values :])
+        if self._outliers is not None and self._tracker is not None:
+            outliers = arrays[n_keys + n_values :]
+            self._tracker.load_norms(outliers.pop() if isinstance(outliers[-1], mx.array) else None)
+            self._outliers.load_state(outliers)
 
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> Self:

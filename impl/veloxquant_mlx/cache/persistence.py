@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,8 +12,11 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from veloxquant_mlx.cache.batch import BatchPackedKVCache
 from veloxquant_mlx.cache.packed import PackedKVCache
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
 FORMAT: Final = "veloxquant-prompt-cache-1"
+
+OURS: Final = (PackedKVCache, BatchPackedKVCache)
 
 CACHE_CLASSES: Final[dict[str, Any]] = {
     **{
@@ -29,8 +32,7 @@ CACHE_CLASSES: Final[dict[str, Any]] = {
             mlx_lm_cache.RotatingKVCache,
         )
     },
-    "PackedKVCache": PackedKVCache,
-    "BatchPackedKVCache": BatchPackedKVCache,
+    **{cls.__name__: cls for cls in OURS},
 }
 """What a file may name; anything else is refused."""
 
@@ -78,7 +80,7 @@ def _rebuilt(entry: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> Any:
 def save_prompt_cache(file_name: str | Path, cache: Sequence[Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write a prompt cache, ours or mlx-lm's layers mixed, to a ``.safetensors`` file.
 
-    Observers are not saved.
+    Observers are not saved; the norms beside which an outlier observer judges the next token are.
 
     Args:
         file_name: where to.
@@ -94,18 +96,41 @@ def save_prompt_cache(file_name: str | Path, cache: Sequence[Any], metadata: Map
     mx.save_safetensors(str(file_name), arrays, header)
 
 
-def load_prompt_cache(file_name: str | Path, return_metadata: bool = False) -> Any:
+def _leaves(caches: Sequence[Any]) -> Iterator[Any]:
+    for cache in caches:
+        if isinstance(cache, mlx_lm_cache.CacheList):
+            yield from _leaves(cache.caches)
+        else:
+            yield cache
+
+
+def load_prompt_cache(
+    file_name: str | Path, return_metadata: bool = False, *, outlier_observer: KeyNormObserver | None = None
+) -> Any:
     """Read what :func:`save_prompt_cache` wrote.
+
+    Args:
+        file_name: the file.
+        return_metadata: whether to return the metadata too.
+        outlier_observer: flags the tokens to come in every layer that keeps outliers, beside the norms of the tokens
+            before them, which were saved; its report counts from here on. Without it such a cache can be read, but
+            an update raises RuntimeError. A distortion observer is not reattached.
 
     Returns:
         The caches, or the caches and the metadata where asked.
 
     Raises:
-        ValueError: another file format, or a class that is not on the list.
+        ValueError: another file format, a class that is not on the list, or an observer for a file without outliers.
     """
     loaded: Any = mx.load(str(file_name), return_metadata=True)
     arrays, header = loaded
     if header.get("format") != FORMAT:
         raise ValueError(f"{file_name} is no prompt cache of this format ({FORMAT})")
     cache = [_rebuilt(entry, arrays) for entry in json.loads(header["layers"])]
+    if outlier_observer is not None:
+        routed = [c for c in _leaves(cache) if isinstance(c, OURS) and c.spec.outlier_keys is not None]
+        if not routed:
+            raise ValueError(f"outlier_observer was given, but no layer of {file_name} keeps outlier tokens")
+        for layer in routed:
+            layer.attach_outlier_observer(outlier_observer)
     return (cache, json.loads(header["metadata"])) if return_metadata else cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -63,20 +64,33 @@ class _Totals:
 
 @dataclass(eq=False)
 class KeyNormTracker:
-    """Rolling statistics of one sequence in one layer; made by :meth:`KeyNormObserver.tracker`."""
+    """Rolling statistics of one sequence (or lockstep batch) in one layer.
 
-    observer: KeyNormObserver
+    Made by :meth:`KeyNormObserver.tracker`, or without an observer by a cache that was loaded.
+    """
+
+    observer: KeyNormObserver | None
     layer: int
     _windows: list[_Window] = field(default_factory=list)
 
     def flag(self, keys: mx.array) -> NDArray[np.bool_]:
-        """Flag the unusual tokens of ``[B, H, T, D]``, in order of arrival: ``[B, T]``."""
+        """Flag the unusual tokens of ``[B, H, T, D]``, in order of arrival: ``[B, T]``.
+
+        Raises:
+            RuntimeError: there is no observer.
+        """
+        observer = self.observer
+        if observer is None:
+            raise RuntimeError(
+                f"layer {self.layer} keeps outlier tokens, and no outlier_observer flags them: give one to "
+                f"load_prompt_cache, or to the cache's attach_outlier_observer"
+            )
         norms = mx.sqrt(mx.sum(mx.square(keys.astype(mx.float32)), axis=(1, 3)))
         rows: list[list[float]] = np.array(norms).astype(float).tolist()
         while len(self._windows) < len(rows):
-            self._windows.append(_Window(self.observer.window_size))
+            self._windows.append(_Window(observer.window_size))
         flags = [
-            [self.observer.flag_norm(norm, window, self.layer) for norm in row]
+            [observer.flag_norm(norm, window, self.layer) for norm in row]
             for row, window in zip(rows, self._windows, strict=True)
         ]
         return np.array(flags, dtype=np.bool_).reshape(norms.shape)
@@ -85,31 +99,50 @@ class KeyNormTracker:
         """Keep only some sequences of the batch."""
         self._windows = self._windows[index]
 
+    def attach(self, observer: KeyNormObserver) -> None:
+        """Judge the tokens to come by ``observer``, beside the last ``window_size`` norms that are known."""
+        self.observer = observer
+        self._refill([list(window.entries) for window in self._windows])
+
+    def norms(self) -> mx.array | None:
+        """The norms in the windows, ``[B, n]`` fp32, for a saved cache; None before the first token."""
+        return mx.array([list(window.entries) for window in self._windows]) if self._windows else None
+
+    def load_norms(self, norms: mx.array | None) -> None:
+        """Take what :meth:`norms` gave."""
+        self._refill([] if norms is None else np.array(norms).astype(float).tolist())
+
+    def _refill(self, rows: list[list[float]]) -> None:
+        sizes = [len(row) if self.observer is None else self.observer.window_size for row in rows]
+        self._windows = [_Window(size, row) for size, row in zip(sizes, rows, strict=True)]
+
 
 class _Window:
     """Mean and deviation of the last ``size`` entries, by running sums."""
 
-    def __init__(self, size: int) -> None:
-        self._entries: deque[float] = deque()
+    def __init__(self, size: int, entries: Sequence[float] = ()) -> None:
+        self.entries: deque[float] = deque()
         self._size = size
         self._sum = 0.0
         self._squares = 0.0
+        for entry in entries:
+            self.add(entry)
 
     def add(self, value: float) -> None:
-        self._entries.append(value)
+        self.entries.append(value)
         self._sum += value
         self._squares += value * value
-        if len(self._entries) > self._size:
-            oldest = self._entries.popleft()
+        if len(self.entries) > self._size:
+            oldest = self.entries.popleft()
             self._sum -= oldest
             self._squares -= oldest * oldest
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def moments(self) -> tuple[float, float]:
-        mean = self._sum / len(self._entries)
-        return mean, math.sqrt(max(0.0, self._squares / len(self._entries) - mean * mean))
+        mean = self._sum / len(self.entries)
+        return mean, math.sqrt(max(0.0, self._squares / len(self.entries) - mean * mean))
 
 
 @dataclass(eq=False)
