@@ -23,6 +23,7 @@ from veloxquant_mlx.cache.base import (
     load_prompt_cache,
     save_prompt_cache,
 )
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
 from veloxquant_mlx.quantizers.base import Arrays, Quantizer
 
 N_HEADS, HEAD_DIM = 2, 16
@@ -32,20 +33,25 @@ FLIPPED = 0.02
 """Share of tokens that may differ in a code: fp32 rounding of a product depends on how many rows it has."""
 
 
-class PlainSide:
-    """Keys or values as three lists of tokens ``[1, H, 1, D]``: sinks, coded (as decoded), tail."""
+Token = tuple[mx.array, mx.array | None]
+"""A token ``[1, H, 1, D]``, and what it decodes to at the outliers' width if it is flagged."""
 
-    def __init__(self, quantizer: Quantizer, sinks: int, window: int) -> None:
-        self.quantizer, self.sinks, self.window = quantizer, sinks, window
-        self.sink: list[mx.array] = []
-        self.coded: list[mx.array] = []
-        self.tail: list[mx.array] = []
+
+class PlainSide:
+    """Keys or values as three lists of tokens: sinks, coded (as decoded), tail."""
+
+    def __init__(self, quantizer: Quantizer, outliers: Quantizer | None, sinks: int, window: int) -> None:
+        self.quantizer, self.outliers, self.sinks, self.window = quantizer, outliers, sinks, window
+        self.sink: list[Token] = []
+        self.coded: list[Token] = []
+        self.tail: list[Token] = []
         self.static: Arrays | None = None
 
-    def append(self, tokens: list[mx.array]) -> None:
-        for token in tokens:
+    def append(self, tokens: list[mx.array], flags: list[bool]) -> None:
+        for token, flag in zip(tokens, flags, strict=True):
             early = len(self.sink) < self.sinks and not self.coded and not self.tail
-            (self.sink if early else self.tail).append(token)
+            kept = self.outliers.decode(self.outliers.encode(token), mx.float32) if flag and self.outliers else None
+            (self.sink if early else self.tail).append((token, kept))
         block = self.quantizer.block_tokens
         ready = max(0, len(self.tail) - self.window) // block * block
         if not self.coded:
@@ -53,12 +59,13 @@ class PlainSide:
                 return
             self.static = None
         while ready >= block:
-            chunk = mx.concatenate(self.tail[:block], axis=2)
+            chunk = joined(self.tail[:block])
             if self.static is None:
                 first = self.quantizer.calibration_tokens
-                self.static = self.quantizer.calibrate(mx.concatenate(self.tail[:first], axis=2) if first else chunk)
+                self.static = self.quantizer.calibrate(joined(self.tail[:first]) if first else chunk)
             decoded = self.quantizer.decode(self.quantizer.encode(chunk, self.static), mx.float32)
-            self.coded += mx.split(decoded, block, axis=2) if block > 1 else [decoded]
+            for x, (_, kept) in zip(mx.split(decoded, block, axis=2), self.tail[:block], strict=True):
+                self.coded.append((x if kept is None else kept, kept))
             self.tail, ready = self.tail[block:], ready - block
 
     def trim(self, n: int) -> None:
@@ -72,25 +79,32 @@ class PlainSide:
         if cut:
             rest = len(self.coded) % self.quantizer.block_tokens
             if rest:
-                self.tail = [token.astype(mx.float16) for token in self.coded[-rest:]]
+                self.tail = [(token.astype(mx.float16), kept) for token, kept in self.coded[-rest:]]
                 self.coded = self.coded[:-rest]
         if n:
             self.sink = self.sink[:-n]
 
     def tokens(self) -> list[mx.array]:
-        return self.sink + self.coded + self.tail
+        return [token for token, _ in self.sink + self.coded + self.tail]
+
+
+def joined(tokens: list[Token]) -> mx.array:
+    return mx.concatenate([token for token, _ in tokens], axis=2)
 
 
 class PlainCache:
     """Both sides of one sequence."""
 
-    def __init__(self, spec: LayerSpec) -> None:
-        self.sides = [PlainSide(q, spec.sinks, spec.window) for q in (spec.keys, spec.values)]
+    def __init__(self, spec: LayerSpec, observer: KeyNormObserver | None) -> None:
+        quantizers = ((spec.keys, spec.outlier_keys), (spec.values, spec.outlier_values))
+        self.sides = [PlainSide(*pair, spec.sinks, spec.window) for pair in quantizers]
+        self.tracker = None if observer is None else observer.tracker(0)
         self.length = 0
 
     def append(self, keys: mx.array, values: mx.array) -> None:
+        flags = [False] * keys.shape[2] if self.tracker is None else self.tracker.flag(keys)[0].tolist()
         for side, x in zip(self.sides, (keys, values), strict=True):
-            side.append(mx.split(x, x.shape[2], axis=2))
+            side.append(mx.split(x, x.shape[2], axis=2), flags)
         self.length += keys.shape[2]
 
     def trim(self, n: int) -> None:
@@ -110,16 +124,18 @@ def assert_same(got: mx.array, plain: PlainSide) -> None:
     assert (difference > 1e-4).sum() <= max(1, FLIPPED * n)
 
 
-def walk(method: str) -> type[RuleBasedStateMachine]:
-    """The state machine of one method."""
+def walk(method: str, outliers: bool) -> type[RuleBasedStateMachine]:
+    """The state machine of one method, with an observer that flags every sixth token or without."""
 
     class Walk(RuleBasedStateMachine):
         @initialize(sinks=st.sampled_from([0, 3]), window=st.sampled_from([0, 5]), max_size=st.sampled_from([None, 24]))
         def begin(self, sinks: int, window: int, max_size: int | None) -> None:
             fields = {**ALL_METHODS[method], "sinks": sinks, "window": window}
-            config = KVCacheConfig(method=method, **fields)
+            self.observer = KeyNormObserver(outlier_threshold=1.0) if outliers else None
+            config = KVCacheConfig(method=method, outlier_observer=self.observer, **fields)
             self.spec = config.layer_spec(0, *config.layer_widths([True] * 3)[0], max_size)
-            self.sequences = [(PackedKVCache(self.spec), PlainCache(self.spec))]
+            cache = PackedKVCache(self.spec, outlier_observer=self.observer)
+            self.sequences = [(cache, PlainCache(self.spec, self.observer))]
             self.seed = 0
 
         def fresh(self, n: int, n_batch: int = 1) -> tuple[mx.array, mx.array]:
@@ -166,7 +182,7 @@ def walk(method: str) -> type[RuleBasedStateMachine]:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "cache.safetensors"
                 save_prompt_cache(path, [self.sequences[i][0]])
-                (loaded,) = load_prompt_cache(path)
+                (loaded,) = load_prompt_cache(path, outlier_observer=self.observer)
                 mx.eval([h.array for h in loaded.held_arrays()])
             self.sequences[i] = (loaded, self.sequences[i][1])
             self.check(*self.sequences[i])
@@ -212,6 +228,8 @@ def walk(method: str) -> type[RuleBasedStateMachine]:
                 other.filter(mx.array(list(range(cut, len(plains)))))
                 batch.extend(other)
             batch = BatchPackedKVCache.from_state(batch.state)
+            if self.observer is not None:
+                batch.attach_outlier_observer(self.observer)
             keys, values = self.fresh(1, len(plains))
             fetched = batch.update_and_fetch(keys, values)
             for i, plain in enumerate(plains):
@@ -228,11 +246,11 @@ def walk(method: str) -> type[RuleBasedStateMachine]:
     return Walk
 
 
-@pytest.mark.parametrize("method", ALL_METHODS)
-def test_two_hundred_steps_agree_with_a_plain_model(method: str) -> None:
+@pytest.mark.parametrize(("method", "outliers"), [*((method, False) for method in ALL_METHODS), ("kivi", True)])
+def test_two_hundred_steps_agree_with_a_plain_model(method: str, outliers: bool) -> None:
     """update, trim, save, load, copy, batch split and merge in any order keep to the plain model, bytes included."""
     run_state_machine_as_test(
-        walk(method),
+        walk(method, outliers),
         settings=settings(
             max_examples=4,
             stateful_step_count=200,

@@ -228,6 +228,20 @@ def test_an_observer_for_a_file_without_outliers_is_refused(tmp_path: Path, llam
         load_prompt_cache(tmp_path / "c.safetensors", outlier_observer=strict())
 
 
+@pytest.mark.parametrize("method", ["kivi", "turboquant_prod_adaptive"])
+def test_outliers_of_a_block_that_a_trim_cuts_keep_their_width(llama_model: Any, method: str) -> None:
+    """Taken back to the fp16 tail, a flagged token decodes as before to fp16 rounding, and so it does coded again."""
+    cache = KVCacheBuilder.build(llama_model, outlier_config(method, strict(), window=0))[0]
+    keys = keys_with_outliers()
+    before, _ = cache.update_and_fetch(keys, keys)
+    cache.trim(200 - 132)  # into the block of tokens 128 to 135
+    assert cache._keys.coded.tokens == 128
+    after, _ = cache.fetch(132, mx.float32)
+    np.testing.assert_allclose(np.array(after), np.array(before)[:, :, :132], rtol=2**-11, atol=2**-24)
+    again, _ = cache.update_and_fetch(keys[:, :, 132:], keys[:, :, 132:])
+    np.testing.assert_array_equal(np.array(again)[:, :, OUTLIERS], np.array(before)[:, :, OUTLIERS])
+
+
 def test_sliding_layers_forget_old_outliers(gemma_model: Any) -> None:
     """On a sliding-window layer, outliers that left the window are dropped, those inside are still exact to 8 bits."""
     cache = KVCacheBuilder.build(gemma_model, outlier_config("turboquant_mse", strict(), code_bits=1))[0]

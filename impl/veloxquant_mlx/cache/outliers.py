@@ -8,15 +8,15 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxquant_mlx.cache.storage import CodedBlocks, HeldArray, Side, State, appended
+from veloxquant_mlx.cache.storage import CodedBlocks, HeldArray, State, appended
 from veloxquant_mlx.quantizers.base import Quantizer
 
 
 class OutlierTokens:
     """Flagged tokens of one layer: position, keys and values, in order of arrival.
 
-    A flagged token also lies among the others at their width; what it decodes to there is replaced on fetch. Both
-    copies are counted. Tokens in the fp16 sinks or window stay as they are.
+    A flagged token also lies among the others at their width; what it decodes to there is replaced, on fetch and where
+    a trim returns it to the fp16 tail. Both copies are counted. Tokens in the fp16 sinks or window stay as they are.
 
     Args:
         keys: per-token quantizer of flagged keys.
@@ -57,26 +57,25 @@ class OutlierTokens:
             flat = x.transpose(1, 0, 2, 3).reshape(x.shape[1], -1, x.shape[3])
             side.append(mx.take(flat, rows * x.shape[2] + tokens, axis=1)[None])
 
-    def overlay(self, fetched: mx.array, kept: CodedBlocks, side: Side, first: int, skip: int) -> mx.array:
-        """Replace flagged tokens in what a side fetched.
+    def overlay(self, decoded: mx.array, kept: CodedBlocks, first: int, start: int, stop: int) -> mx.array:
+        """Replace flagged tokens in what a side decoded.
 
         Args:
-            fetched: ``[B, H, T, D]``, the side's tokens behind its first ``skip``.
+            decoded: ``[B, H, T, D]``.
             kept: the flagged tokens of that side.
-            side: the side.
-            first: position of the side's first held token.
-            skip: tokens left out of ``fetched``.
+            first: position of the first token of ``decoded``.
+            start: index of the first one that was coded.
+            stop: index of the first one behind it that was not.
         """
         positions = self._held_positions()
         local = positions[:, 1] - first
-        start, stop = side.coded_range
-        hit = np.flatnonzero((local >= max(start, skip)) & (local < stop))
+        hit = np.flatnonzero((local >= max(start, 0)) & (local < stop))
         if not len(hit):
-            return fetched
-        decoded = mx.take(kept.decode(fetched.dtype)[0], mx.array(hit), axis=1)
-        rows, tokens = mx.array(positions[hit, 0]), mx.array((local[hit] - skip).astype(np.int32))
-        fetched[rows, :, tokens] = decoded.transpose(1, 0, 2)
-        return fetched
+            return decoded
+        flagged = mx.take(kept.decode(decoded.dtype)[0], mx.array(hit), axis=1)
+        rows, tokens = mx.array(positions[hit, 0]), mx.array(local[hit].astype(np.int32))
+        decoded[rows, :, tokens] = flagged.transpose(1, 0, 2)
+        return decoded
 
     def truncate(self, offset: int) -> None:
         """Forget tokens at ``offset`` and behind."""

@@ -218,7 +218,8 @@ class PackedKVCache:
             skip = side.tokens - tokens
             x = side.fetch(dtype, skip)
             if self._outliers is not None and kept is not None:
-                x = self._outliers.overlay(x, kept, side, self.offset - side.tokens, skip)
+                start, stop = side.coded_range
+                x = self._outliers.overlay(x, kept, self.offset - tokens, start - skip, stop - skip)
             fetched.append(x)
         return fetched[0], fetched[1]
 
@@ -285,8 +286,10 @@ class PackedKVCache:
         """Forget the last ``n`` tokens; returns how many were forgotten."""
         n = min(self.offset, n)
         self.offset -= n
-        for side, _ in self._sides():
-            side.trim(n)
+        for side, kept in self._sides():
+            cut = side.trim(n)
+            if cut and side.tail is not None and self._outliers is not None and kept is not None:
+                side.tail = self._outliers.overlay(side.tail, kept, self.offset - cut, 0, cut)
         if self._outliers is not None:
             self._outliers.truncate(self.offset)
         return n

@@ -342,13 +342,18 @@ class Side:
             return mx.zeros((n_batch, n_heads, 0, head_dim), dtype=dtype)
         return _joined(parts)
 
-    def trim(self, n: int) -> None:
-        """Forget the last ``n`` tokens. What is left of a block that is cut returns to the tail as decoded."""
+    def trim(self, n: int) -> int:
+        """Forget the last ``n`` tokens; what is left of a block that is cut returns to the tail as decoded.
+
+        Returns:
+            How many tokens returned.
+        """
         from_tail = min(n, _tokens(self.tail))
         if from_tail:
             self.tail = _first(self.tail, -from_tail)
         n -= from_tail
         from_coded = min(n, self.coded.tokens)
+        rest = 0
         if from_coded:
             whole, rest = divmod(self.coded.tokens - from_coded, self.quantizer.block_tokens)
             if rest:
@@ -357,6 +362,7 @@ class Side:
         n -= from_coded
         if n:
             self.sink = _first(self.sink, -n)
+        return rest
 
     def drop_front(self, live: int) -> int:
         """Free tokens older than the last ``live`` once they fill a step; returns how many went."""
