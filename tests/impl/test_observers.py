@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +298,37 @@ def test_distortion_is_reported_per_layer_beside_theory(llama_model: Any) -> Non
         assert row.cosine == pytest.approx(np.sqrt(1 - expected), rel=0.01)
         assert row.inner_product_mse == pytest.approx(expected, rel=0.15)  # 8 queries
     assert observer.report().table().count("\n") == 7
+
+
+def test_distortion_of_outlier_codes_is_reported(llama_model: Any) -> None:
+    """Of 200 tokens the three flagged ones appear again at 8 bits, with the error of 8 bits."""
+    observer = DistortionObserver()
+    config = outlier_config("turboquant_mse", strict(), code_bits=2, distortion_observer=observer)
+    cache = KVCacheBuilder.build(llama_model, config)[0]
+    keys = keys_with_outliers()
+    cache.update_and_fetch(keys[:, :, :100], keys[:, :, :100])
+    copy.deepcopy(cache).update_and_fetch(keys[:, :, 100:], keys[:, :, 100:])
+    rows = {row.role: row for row in observer.report().rows}
+    assert {role: (row.layer, row.code_bits, row.n_vectors) for role, row in rows.items()} == {
+        "keys": (0, 2, 400), "outlier_keys": (0, 8, 6), "outlier_values": (0, 8, 6), "values": (0, 2, 400)
+    }  # fmt: skip
+    assert rows["outlier_keys"].relative_mse < 4e-4  # as in test_flagged_tokens_are_kept_at_outlier_bits
+    assert rows["keys"].relative_mse > 0.1  # D(2) = .117
+
+
+def test_a_copy_does_not_keep_the_original_alive(llama_model: Any) -> None:
+    """With a distortion observer too, a cache that was copied and dropped is freed."""
+    config = outlier_config("turboquant_mse", strict(), distortion_observer=DistortionObserver())
+    cache = PackedKVCache(
+        config.layer_spec(0, 2, 2, None),
+        outlier_observer=config.outlier_observer,
+        distortion_observer=config.distortion_observer,
+    )
+    twin, original = copy.deepcopy(cache), weakref.ref(cache)
+    del cache
+    gc.collect()
+    assert original() is None
+    assert twin.empty()
 
 
 def test_an_observer_changes_nothing(llama_model: Any) -> None:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxquant_mlx.cache.storage import CodedBlocks, HeldArray, State, appended
+from veloxquant_mlx.cache.storage import CodedBlocks, HeldArray, OnEncoded, State, appended
 from veloxquant_mlx.quantizers.base import Quantizer
 
 
@@ -21,11 +21,18 @@ class OutlierTokens:
     Args:
         keys: per-token quantizer of flagged keys.
         values: likewise of values.
+        on_encoded: are told of every token that is kept, of its key and of its value.
     """
 
-    def __init__(self, keys: Quantizer, values: Quantizer) -> None:
+    def __init__(
+        self,
+        keys: Quantizer,
+        values: Quantizer,
+        on_encoded: tuple[OnEncoded | None, OnEncoded | None] = (None, None),
+    ) -> None:
         self.keys = CodedBlocks(keys)
         self.values = CodedBlocks(values)
+        self.on_encoded = on_encoded
         self.positions: mx.array | None = None
 
     @property
@@ -53,9 +60,9 @@ class OutlierTokens:
         rows, tokens = mx.array(found[:, 0]), mx.array(found[:, 1])
         positions = found + np.array([0, offset], dtype=np.int32)
         self.positions = appended(self.positions, mx.array(positions)[None, None], self.count, self.keys.step)
-        for side, x in ((self.keys, keys), (self.values, values)):
+        for side, x, on_encoded in zip((self.keys, self.values), (keys, values), self.on_encoded, strict=True):
             flat = x.transpose(1, 0, 2, 3).reshape(x.shape[1], -1, x.shape[3])
-            side.append(mx.take(flat, rows * x.shape[2] + tokens, axis=1)[None])
+            side.append(mx.take(flat, rows * x.shape[2] + tokens, axis=1)[None], on_encoded)
 
     def overlay(self, decoded: mx.array, kept: CodedBlocks, first: int, start: int, stop: int) -> mx.array:
         """Replace flagged tokens in what a side decoded.

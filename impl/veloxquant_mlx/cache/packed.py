@@ -141,13 +141,16 @@ class PackedKVCache:
         self.outlier_observer = outlier_observer
         self.distortion_observer = distortion_observer
         self.dtype_name = "float16"
-        self._keys = self._side(spec.keys, "keys")
-        self._values = self._side(spec.values, "values")
+        self._keys, self._values = (
+            Side(quantizer, sinks=spec.sinks, window=spec.window, on_encoded=self._reporter(role))
+            for quantizer, role in ((spec.keys, "keys"), (spec.values, "values"))
+        )
         self._tracker: KeyNormTracker | None = None
         self._outliers: OutlierTokens | None = None
         if spec.outlier_keys is not None and spec.outlier_values is not None:
             self._tracker = KeyNormTracker(outlier_observer, spec.layer)
-            self._outliers = OutlierTokens(spec.outlier_keys, spec.outlier_values)
+            reporters = self._reporter("outlier_keys"), self._reporter("outlier_values")
+            self._outliers = OutlierTokens(spec.outlier_keys, spec.outlier_values, reporters)
 
     @property
     def max_size(self) -> int | None:
@@ -159,15 +162,15 @@ class PackedKVCache:
         """How attention reads the cache: ``plain`` decodes every token of every step, with the reason if known."""
         return "plain" if self.not_fused is None else f"plain ({self.not_fused})"
 
-    def _side(self, quantizer: Quantizer, role: str) -> Side:
-        observer = self.distortion_observer
-        on_encoded: OnEncoded | None = None
-        if observer is not None:
+    def _reporter(self, role: str) -> OnEncoded | None:
+        observer, layer = self.distortion_observer, self.spec.layer  # a copy shares the function: it must not hold self
+        if observer is None:
+            return None
 
-            def on_encoded(x: mx.array, decoded: mx.array, used: Quantizer) -> None:
-                observer.observe(x, decoded, quantizer=used, layer=self.spec.layer, role=role)
+        def on_encoded(x: mx.array, decoded: mx.array, used: Quantizer) -> None:
+            observer.observe(x, decoded, quantizer=used, layer=layer, role=role)
 
-        return Side(quantizer, sinks=self.spec.sinks, window=self.spec.window, on_encoded=on_encoded)
+        return on_encoded
 
     def attach_outlier_observer(self, observer: KeyNormObserver) -> None:
         """Let ``observer`` flag the tokens to come, as in a cache restored from its state.

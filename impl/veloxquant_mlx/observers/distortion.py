@@ -29,7 +29,8 @@ class DistortionRow:
 
     Attributes:
         layer: index of the layer, None where the caller named none.
-        role: "keys" or "values", None likewise.
+        role: "keys" or "values" for what every token is coded as, "outlier_keys" or "outlier_values" for the second
+            code of flagged tokens, None likewise.
         quantizer: its name.
         code_bits: its width, None where it has none.
         n_vectors: vectors observed (tokens x heads).
@@ -81,8 +82,9 @@ class _Sums:
 class DistortionObserver:
     """Collects the error of every vector that caches (or an adaptive quantizer) encode.
 
-    One observer may serve all layers: sums are kept per layer, side and width. Observing decodes what was just encoded
-    and waits for the result, so it costs time; without an observer nothing is computed.
+    One observer may serve all layers: sums are kept per layer, side and width. A flagged token counts among the others
+    and once more among its layer's outliers. Observing decodes what was just encoded and waits for the result, so it
+    costs time; without an observer nothing is computed.
     """
 
     _sums: dict[tuple[int | None, str | None, str, int | None], _Sums] = field(default_factory=dict, repr=False)
