@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -169,17 +170,24 @@ def engagement(
 
 
 def code_bits(inner: Any) -> tuple[float | None, float | None]:
-    """Code widths of keys and values: a quantized cache's own where it has one, or those of the dtype it stores."""
+    """Code widths of keys and values: a quantized cache's own where it has one, or those of the dtype it stores.
+
+    Where every KV head has a quantizer of its own, the width is their mean.
+    """
     if hasattr(inner, "spec"):
-        widths = (getattr(quantizer, "code_bits", None) for quantizer in (inner.spec.keys, inner.spec.values))
-        key_bits, value_bits = (None if width is None else float(width) for width in widths)
-        return key_bits, value_bits
+        return _code_bits(inner.spec.keys), _code_bits(inner.spec.values)
     if hasattr(inner, "bits"):
         return float(inner.bits), float(inner.bits)
     keys = getattr(inner, "keys", None)
     if isinstance(keys, mx.array):
         return keys.dtype.size * 8.0, inner.values.dtype.size * 8.0
     return None, None
+
+
+def _code_bits(quantizer: Any) -> float | None:
+    parts = getattr(quantizer, "quantizers", (quantizer,))
+    widths = [part.code_bits for part in parts if hasattr(part, "code_bits")]
+    return statistics.fmean(widths) if len(widths) == len(parts) else None
 
 
 def bits_per_value(layers: Sequence[LayerEngagement]) -> float:

@@ -102,8 +102,8 @@ class LayerEngagement(_Frozen):
     cache_class: str
     claimed: bool = Field(description="the method says that it quantizes this layer")
     engaged: bool = Field(description="the layer really holds the method's storage")
-    key_bits: float | None = None
-    value_bits: float | None = None
+    key_bits: float | None = Field(default=None, description="code width of keys; the mean where KV heads differ")
+    value_bits: float | None = Field(default=None, description="code width of values; the mean where KV heads differ")
     stored_dtypes: list[str]
     tokens: int
     n_values: int = Field(description="cached K and V values of the stored tokens")

@@ -13,6 +13,10 @@ from veloxbench import adapter
 from veloxbench.adapter import CacheUnderTest
 from veloxbench.errors import EngagementError
 from veloxbench.protocol import Chunked, feed
+from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache
+from veloxquant_mlx.quantizers.per_head import PerHead
+from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
+from veloxquant_mlx.quantizers.turboquant_prod import TurboQuantProdAdaptive
 
 
 def _filled(inner, tokens: int, head_dim: int = 64) -> CacheUnderTest:
@@ -36,6 +40,16 @@ def test_affine_costs_its_scales_and_biases():
     assert adapter.bits_per_value([layer]) == 4.5
     assert (layer.key_bits, layer.value_bits) == (4.0, 4.0)
     assert layer.stored_dtypes == ["float16", "uint32"]
+
+
+def test_heads_of_different_widths_report_their_mean():
+    """Keys at 2, 4 and 3 bits and values at 1, 1 and 2 engage at 3 and 4/3 bits; a width per block has no figure."""
+    heads = [tuple(TurboQuantMSE(bits) for bits in widths) for widths in ((2, 4, 3), (1, 1, 2))]
+    cache = PackedKVCache(LayerSpec(PerHead(heads[0]), PerHead(heads[1])))
+    [layer] = adapter.engagement([_filled(cache, 10)], [True], PackedKVCache)
+    assert (layer.key_bits, layer.value_bits) == (3.0, 4 / 3)
+    adaptive = PackedKVCache(LayerSpec(TurboQuantProdAdaptive(), TurboQuantMSE(2)))
+    assert adapter.code_bits(adaptive) == (None, 2.0)
 
 
 def test_a_rotating_cache_counts_what_it_still_holds():
