@@ -160,7 +160,8 @@ class KeyNormObserver:
     Args:
         outlier_threshold: deviations, above 0.
         window_size: tokens in the rolling window, at least 16.
-        tail: "high" (the default), "low" (attention sinks have small keys: arXiv 2406.11430) or "both".
+        tail: "high" (the default), "low" (small keys draw attention: arXiv 2406.11430) or "both". No tail finds the
+            attention sink at the start, which falls into the warm-up: ``KVCacheConfig(sinks=1)`` keeps it.
 
     Raises:
         ValueError: an argument outside its range, naming it.
