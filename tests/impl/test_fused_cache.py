@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_lm.models import gpt_oss
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from veloxquant_kernels import emulator
+from veloxquant_mlx.cache import persistence
 from veloxquant_mlx.cache.base import (
     KVCacheBuilder,
     KVCacheConfig,
@@ -257,6 +259,35 @@ def test_a_fused_cache_saves_as_a_packed_one(llama_model: Any, tmp_path: Any) ->
     np.testing.assert_array_equal(
         np.array(llama_model(following, cache=loaded)), np.array(llama_model(following, cache=plain))
     )
+
+
+def test_a_loaded_cache_is_fused_with_its_model(
+    llama_model: Any, gemma_model: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """load_prompt_cache decides as the builder does where it is given the model, and says that it was not given one."""
+    monkeypatch.setattr(persistence, "fuse", functools.partial(fuse, backend="reference"))
+    path, tokens, following = tmp_path / "cache.safetensors", prompt(40), mx.array([[5]])
+    plain = KVCacheBuilder.build(llama_model, CONFIGS["4 bits"])
+    llama_model(tokens, cache=plain)
+    save_prompt_cache(path, plain)
+    assert {cache.attention for cache in load_prompt_cache(path)} == {"plain (loaded without its model)"}
+    loaded = load_prompt_cache(path, model=llama_model)
+    expected, got = (np.array(llama_model(following, cache=caches)) for caches in (plain, loaded))
+    assert {cache.attention for cache in loaded} == {"fused 1"}
+    np.testing.assert_allclose(got, expected, atol=1e-4 * float(np.std(expected)))  # as in the first test above
+    sliding = KVCacheBuilder.build(gemma_model, CONFIGS["4 bits"])
+    gemma_model(tokens, cache=sliding)
+    save_prompt_cache(path, sliding)
+    said = [cache.attention for cache in load_prompt_cache(path, model=gemma_model)]
+    assert said == ["plain (a sliding window)"] * 2 + ["fused, not used yet", "plain (a sliding window)"]
+
+
+@without_metal
+def test_a_loaded_cache_says_that_there_is_no_metal(llama_model: Any, tmp_path: Any) -> None:
+    """With the model the reason is the machine's."""
+    save_prompt_cache(tmp_path / "c.safetensors", KVCacheBuilder.build(llama_model, CONFIGS["4 bits"]))
+    loaded = load_prompt_cache(tmp_path / "c.safetensors", model=llama_model)
+    assert {cache.attention for cache in loaded} == {"plain (no Metal device)"}
 
 
 def test_without_the_route_a_fused_cache_fails_loudly(llama_model: Any) -> None:

@@ -185,7 +185,7 @@ def fuse(
     Args:
         model: the mlx-lm model; a probe of three tokens through throwaway caches shows whether its attention
             takes mlx-lm's quantized route (families with attention sinks, or with attention of their own, do not).
-        caches: one per layer, as ``KVCacheBuilder.build`` gives them, nothing stored yet.
+        caches: one per layer, as ``KVCacheBuilder.build`` or ``load_prompt_cache`` gives them.
         mode: ``auto`` fuses where Metal can run or a ``backend`` is named, and leaves alone what it cannot
             fuse; ``on`` is an error where nothing can be fused; ``off`` leaves the caches as they are. A kernel that
             fails raises in every mode.

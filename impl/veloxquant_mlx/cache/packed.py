@@ -124,7 +124,7 @@ class PackedKVCache:
         distortion_observer: is told of everything that is encoded.
 
     Attributes:
-        not_fused: why attention does not read the packed arrays directly, where a builder has said so.
+        not_fused: why attention does not read the packed arrays directly, where a builder or a loader has said so.
     """
 
     not_fused: str | None = None

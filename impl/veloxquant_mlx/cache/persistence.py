@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from veloxquant_mlx.cache.batch import BatchPackedKVCache
+from veloxquant_mlx.cache.fused import fuse
 from veloxquant_mlx.cache.packed import PackedKVCache
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
@@ -105,7 +106,11 @@ def _leaves(caches: Sequence[Any]) -> Iterator[Any]:
 
 
 def load_prompt_cache(
-    file_name: str | Path, return_metadata: bool = False, *, outlier_observer: KeyNormObserver | None = None
+    file_name: str | Path,
+    return_metadata: bool = False,
+    *,
+    outlier_observer: KeyNormObserver | None = None,
+    model: Any = None,
 ) -> Any:
     """Read what :func:`save_prompt_cache` wrote.
 
@@ -115,6 +120,9 @@ def load_prompt_cache(
         outlier_observer: flags the tokens to come in every layer that keeps outliers, beside the norms of the tokens
             before them, which were saved; its report counts from here on. Without it such a cache can be read, but
             an update raises RuntimeError. A distortion observer is not reattached.
+        model: what the caches are for: its layers are fused as ``KVCacheBuilder.build`` fuses them by default. Without
+            it every cache stays on the plain path, and says so; :func:`veloxquant_mlx.cache.fused.fuse` takes other
+            modes.
 
     Returns:
         The caches, or the caches and the metadata where asked.
@@ -133,4 +141,10 @@ def load_prompt_cache(
             raise ValueError(f"outlier_observer was given, but no layer of {file_name} keeps outlier tokens")
         for layer in routed:
             layer.attach_outlier_observer(outlier_observer)
+    if model is not None:
+        cache, _ = fuse(model, cache)
+    else:
+        for packed in _leaves(cache):
+            if isinstance(packed, PackedKVCache):
+                packed.not_fused = "loaded without its model"
     return (cache, json.loads(header["metadata"])) if return_metadata else cache
