@@ -1,7 +1,8 @@
 """The stored-baseline gate: the exact and the quality tier judge a run's records.
 
 *exact*: bytes, codes, allocations are equal or they changed. *quality*: paired differences per sequence against
-the baseline's own sequences, one-sided, against a margin that is stated. The gate fails closed: whatever a
+the baseline's own sequences, against a margin that is stated. An arm may not lose more than it; a gain beyond it is
+no pass until somebody approves it, and the fp16 reference may move neither way. The gate fails closed: whatever a
 baseline holds must have been produced by the run, and whatever the run produced must have a baseline.
 """
 
@@ -20,6 +21,7 @@ from pydantic import JsonValue
 from scipy import optimize, stats
 
 from veloxbench.baselines import (
+    REFERENCE_SAMPLES,
     BaselineFile,
     Baselines,
     Entry,
@@ -105,7 +107,7 @@ DRIFT_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Paired:
-    """A one-sided test of paired differences against a margin, in both directions.
+    """A test of paired differences against a margin: of being above it, and of being below.
 
     Attributes:
         p_regress: of "the mean change is at most the margin"; small where it regressed.
@@ -229,6 +231,8 @@ class _Pending:
 
     finding: Finding
     test: Paired
+    fall: Paired
+    """Of the opposite change."""
     drift: Paired
     baseline: tuple[float, ...]
     redraw: float
@@ -452,10 +456,11 @@ def _quality(name: str, head: Snapshot, entry: Entry, positions: int) -> list[Fi
         else:
             released = np.asarray(entry.at_release.samples.get(metric, base))
             total = DRIFT_FACTOR * BUDGETS[metric].margin(float(released.mean()))
-            test = paired_test(np.asarray(values) - np.asarray(base), margin)
+            difference = np.asarray(values) - np.asarray(base)
+            test, fall = paired_test(difference, margin), paired_test(-difference, margin)
             drift = paired_test(np.asarray(values) - released, total)
             redraw = BUDGETS[metric].redraw * abs(mean) * math.sqrt(REDRAW_POSITIONS / positions)
-            found.append(_Pending(blank, test, drift, tuple(base), redraw))
+            found.append(_Pending(blank, test, fall, drift, tuple(base), redraw))
     missing = [metric for metric in head.samples if metric not in entry.approved.samples]
     found += [
         Finding("quality", name, metric, Verdict.NO_BASELINE, "the baseline does not have it") for metric in missing
@@ -466,14 +471,24 @@ def _quality(name: str, head: Snapshot, entry: Entry, positions: int) -> list[Fi
 
 
 def _decided(pending: Sequence[_Pending]) -> list[Finding]:
-    """Verdicts of the quality tier: Holm over all its tests of regression and of drift together."""
+    """Verdicts of the quality tier: Holm over all its tests of regression and of drift together.
+
+    The reference's fall is a regression and one of these tests; gains of arms are a family of their own.
+    """
+    falls = {i for i, item in enumerate(pending) if item.finding.metric in REFERENCE_SAMPLES}
     tests = [test for item in pending for test in (item.test, item.drift)]
-    levels = holm_levels([test.p_regress for test in tests])
-    return [_decide(item, levels[2 * i], levels[2 * i + 1], len(tests)) for i, item in enumerate(pending)]
+    levels = holm_levels([test.p_regress for test in [*tests, *(pending[i].fall for i in sorted(falls))]])
+    fall_levels = dict(zip(sorted(falls), levels[len(tests) :], strict=True))
+    gains = [i for i in range(len(pending)) if i not in falls]
+    fall_levels |= zip(gains, holm_levels([pending[i].fall.p_regress for i in gains]), strict=True)
+    return [
+        _decide(item, levels[2 * i], levels[2 * i + 1], fall_levels[i], len(levels)) for i, item in enumerate(pending)
+    ]
 
 
-def _decide(item: _Pending, level: float, drift_level: float, n_tests: int) -> Finding:
-    test, drift = item.test, item.drift
+def _decide(item: _Pending, level: float, drift_level: float, fall_level: float, n_tests: int) -> Finding:
+    test, fall, drift = item.test, item.fall, item.drift
+    two_sided = item.finding.metric in REFERENCE_SAMPLES
     low = test.bound(level or ALPHA / n_tests, -1)
     high = test.bound(FALSE_PASS, +1)
     spread = max(test.standard_error * math.sqrt(test.n), item.redraw)
@@ -485,19 +500,33 @@ def _decide(item: _Pending, level: float, drift_level: float, n_tests: int) -> F
         detectable=smallest_detectable(item.baseline, test.margin, n_tests, spread),
     )
     regressed = test.p_regress <= level and low > test.margin
+    fell = fall.p_regress <= fall_level and fall.mean > fall.margin
     drifted = drift.p_regress <= drift_level and drift.mean > drift.margin
     passes = test.p_pass <= FALSE_PASS and high <= test.margin
+    if two_sided:
+        passes = passes and fall.p_pass <= FALSE_PASS and fall.bound(FALSE_PASS, +1) <= fall.margin
     within = drift.p_pass <= FALSE_PASS and drift.bound(FALSE_PASS, +1) <= drift.margin
+    if two_sided and (regressed or fell):
+        reason = (
+            f"the fp16 reference itself moved by {test.mean:+.3g}, more than {test.margin:.3g} either way: mask, "
+            "scorer, model or text, and every figure is measured against it"
+        )
+        return replace(finding, verdict=Verdict.REGRESS, reason=reason)
     if regressed:
         reason = f"grew by {test.mean:.3g} [{low:.3g}, {high:.3g}], more than {test.margin:.3g}"
         return replace(finding, verdict=Verdict.REGRESS, reason=reason)
     if drifted:
         reason = f"{drift.mean:.3g} above the last release, whose total budget is {drift.margin:.3g}"
         return replace(finding, verdict=Verdict.REGRESS, reason=reason)
+    if fell:
+        reason = (
+            f"better by {fall.mean:.3g}, more than {test.margin:.3g}: a gain of that size is a better method or a "
+            "broken measurement; find out which, then approve it"
+        )
+        return replace(finding, verdict=Verdict.INCONCLUSIVE, reason=reason)
     if passes and within:
-        better = " (better: approve it to keep it so)" if high < -test.margin else ""
         same = "no sequence changed" if test.mean == 0 and test.standard_error == 0 else f"changed by {test.mean:.3g}"
-        return replace(finding, verdict=Verdict.PASS, reason=f"{same}, limit {test.margin:.3g}{better}")
+        return replace(finding, verdict=Verdict.PASS, reason=f"{same}, limit {test.margin:.3g}")
     what = (
         f"changed by {test.mean:.3g} [{low:.3g}, {high:.3g}]: {test.n} sequences cannot tell whether that is within "
         f"{test.margin:.3g}"

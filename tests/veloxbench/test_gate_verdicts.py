@@ -74,12 +74,37 @@ def test_twice_the_smallest_detectable_change_regresses():
     assert exit_code(findings) is ExitCode.REGRESSION
 
 
-def test_an_improvement_passes_and_says_so():
-    """Half the damage passes; the reader is told to keep it."""
+def test_an_improvement_is_looked_at_before_it_passes():
+    """Half the damage is a better method or a broken scorer: exit 2 until it is approved."""
     base, head = quality_record(), quality_record(kld=damage(0.029), delta_nll=damage(0.032, 1))
     findings = judge([head], from_records([base], "base"))
-    assert overall(findings) is Verdict.PASS
-    assert "better" in verdict_of(findings, "kld_mean").reason
+    assert exit_code(findings) is ExitCode.INCONCLUSIVE
+    assert "approve it" in verdict_of(findings, "kld_mean").reason
+    assert exit_code(judge([head], from_records([head], "approved"))) is ExitCode.PASS
+
+
+def test_a_loss_below_the_references_is_no_pass():
+    """No divergence from fp16 at all, and two nats less than it: both figures are named, exit 2."""
+    head = quality_record(kld=np.zeros(N), delta_nll=damage(0.064, 1) - 2)
+    findings = judge([head], from_records([quality_record()], "base"))
+    assert {f.metric for f in findings if f.verdict is Verdict.INCONCLUSIVE} == {"kld_mean", "delta_nll"}
+
+
+@pytest.mark.parametrize("shift", [-2.9, -0.002, 0.002])
+def test_the_reference_may_move_neither_way(shift):
+    """A mask that leaks the next token lowers fp16's own loss: exit 1, as for one that grew by 0.2% of perplexity."""
+    base = quality_record("fp16", None, delta_nll=np.zeros(N))
+    head = quality_record("fp16", None, delta_nll=np.full(N, shift) + 1e-6 * damage(1.0))
+    findings = judge([head], from_records([base], "base"))
+    assert exit_code(findings) is ExitCode.REGRESSION
+    assert "the fp16 reference itself moved" in verdict_of(findings, "nll").reason
+
+
+def test_the_reference_may_round_differently():
+    """0.00008 nats per sequence is what another path of one BLAS moves it by: a pass."""
+    base = quality_record("fp16", None, delta_nll=np.zeros(N))
+    head = quality_record("fp16", None, delta_nll=8e-5 * np.random.default_rng(4).standard_normal(N))
+    assert overall(judge([head], from_records([base], "base"))) is Verdict.PASS
 
 
 def test_a_change_that_the_sequences_cannot_decide_is_inconclusive():
