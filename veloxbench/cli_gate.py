@@ -69,6 +69,13 @@ def gate(
     tier: Annotated[
         str | None, typer.Option(help="Judge **exact** or **quality** alone; exact holds on every machine.")
     ] = None,
+    unknown: Annotated[
+        str,
+        typer.Option(
+            "--unknown-machine",
+            help="Where every quality baseline is of another machine: **fail** (exit 3), or judge by **exact** alone.",
+        ),
+    ] = "fail",
 ) -> None:
     """Judge a run by the baselines: exact facts are equal, quality lost no more than its limit.
 
@@ -82,7 +89,7 @@ def gate(
     from veloxbench.verdicts import exit_code, sentence, unjudged
 
     try:
-        findings = _judged(records, baseline, profile, tier)
+        findings = _judged(records, baseline, profile, tier, unknown)
     except Exception as error:
         if isinstance(error, VeloxError):
             code, reason = error.exit_code, str(error)
@@ -100,14 +107,22 @@ def gate(
     raise typer.Exit(int(code))
 
 
-def _judged(records: Path, baseline: Path, profile: str, tier: str | None) -> list[Finding]:
+def _judged(records: Path, baseline: Path, profile: str, tier: str | None, unknown: str) -> list[Finding]:
     from veloxbench.baselines import StoredTier, read_baselines
-    from veloxbench.gate import judge
+    from veloxbench.gate import judge, unknown_machine
 
     stored = read_baselines(baseline)
     if tier is not None and tier not in get_args(StoredTier):
         raise unknown_name("tier", tier, get_args(StoredTier))
-    return judge(read_run(records, profile), stored if tier is None else stored.of_tiers([tier]), profile=profile)
+    if unknown not in ("fail", "exact"):
+        raise unknown_name("--unknown-machine", unknown, ("fail", "exact"))
+    run = read_run(records, profile)
+    machine = unknown_machine(run, stored, profile) if unknown == "exact" and tier is None else None
+    if machine is not None:
+        tier = "exact"
+        print(f"veloxbench gate: {baseline} has no quality baseline of this machine ({machine}):", file=sys.stderr)
+        print("veloxbench gate: held to the exact tier, quality was not judged", file=sys.stderr)
+    return judge(run, stored if tier is None else stored.of_tiers([tier]), profile=profile)
 
 
 def _write(findings: Sequence[Finding], code: ExitCode, as_json: bool, junit_file: Path | None) -> None:

@@ -21,6 +21,7 @@ from pydantic import JsonValue
 from scipy import optimize, stats
 
 from veloxbench.baselines import (
+    MACHINE_FIELDS,
     REFERENCE_SAMPLES,
     BaselineFile,
     Baselines,
@@ -273,6 +274,23 @@ def judge(
                 (pending if isinstance(item, _Pending) else findings).append(item)  # type: ignore[arg-type]
     findings += _not_run(groups, machines, baselines, profile)
     return [*findings, *_decided(pending)]
+
+
+def unknown_machine(records: Iterable[Record], baselines: Baselines, profile: str | None = None) -> str | None:
+    """What makes the run's machine one for which nobody approved a quality baseline; None where that is not all.
+
+    Every quality baseline of the profile must be of another machine, and nothing but the machine may differ: an
+    expired baseline, or one of other weights or another text, is no unknown machine.
+    """
+    groups = [group for group in grouped(records) if group.tier == "quality"]
+    files = [file for file in baselines.of_profile(profile) if file.tier == "quality"]
+    if not groups or not files:
+        return None
+    machine = {name: groups[0].fingerprint[name] for name in MACHINE_FIELDS}
+    elsewhere = [{**file.fingerprint, **machine} for file in files]
+    if any(file.holds_on(machine) for file in files) or any(group.fingerprint not in elsewhere for group in groups):
+        return None
+    return _listed(machine)
 
 
 def _not_run(

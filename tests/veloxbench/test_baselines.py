@@ -4,10 +4,11 @@ import json
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from gate_records import MODEL, damage, quality_record, run_records
+from gate_records import HARDWARE, MODEL, damage, quality_record, run_records
 
 from veloxbench.baselines import BaselineFile, chip_family, fingerprint, fingerprint_id, read_baselines
 from veloxbench.cli import _run as veloxbench
@@ -157,6 +158,49 @@ def test_another_model_is_exit_3(project, capsys):
     assert "weights_sha256" in capsys.readouterr().err
 
 
+ELSEWHERE = {**HARDWARE, "rounding": "s"}
+
+
+def test_another_machine_is_exit_3(project, capsys):
+    """Records of another order of sums, through the command line: the field that differs is named."""
+    write_records(project / "results", run_records(hardware=ELSEWHERE))
+    assert command_of(project, "gate") == 3
+    assert "rounding is s here and r there" in capsys.readouterr().err
+
+
+def test_an_unknown_machine_can_be_held_to_the_exact_tier(project, capsys):
+    """``--unknown-machine exact``: exit 0, and a sentence that quality was not judged; what is gone is exit 1."""
+    write_records(project / "results", run_records(hardware=ELSEWHERE))
+    assert command_of(project, "gate", "--unknown-machine", "exact") == 0
+    error = capsys.readouterr().err
+    assert "rounding s" in error
+    assert "quality was not judged" in error
+    write_records(project / "results", run_records(hardware=ELSEWHERE)[:-1])
+    assert command_of(project, "gate", "--unknown-machine", "exact") == 1
+
+
+@pytest.mark.parametrize("wrong", ["expired", "edited", "missing", "no quality file", "another model", "lost quality"])
+def test_what_is_wrong_with_a_baseline_is_no_unknown_machine(project, monkeypatch, wrong):
+    """An expired, edited or missing baseline stays exit 3 under ``--unknown-machine exact``, and a loss exit 1."""
+    (path,) = [path for path in files_of(project) if '"quality"' in path.read_text()]
+    match wrong:
+        case "expired":
+            monkeypatch.setattr("veloxbench.baselines.QUALITY_LIFE", timedelta(days=-1))
+            path.unlink()
+            assert command_of(project, "baseline", "approve", "--reason", "long ago") == 0
+        case "edited":
+            path.write_text(path.read_text().replace("first run", "second run"))
+        case "missing":
+            (project / "baselines").rename(project / "elsewhere")
+        case "no quality file":
+            path.unlink()
+        case "another model":
+            write_records(project / "results", run_records(model=MODEL.model_copy(update={"tokenizer_sha256": "v"})))
+        case "lost quality":
+            write_records(project / "results", run_records(kld=damage(0.5)))
+    assert command_of(project, "gate", "--unknown-machine", "exact") == (1 if wrong == "lost quality" else 3)
+
+
 def test_an_unknown_profile_is_exit_4(project, capsys):
     """A misspelt profile lists near matches."""
     assert command_of(project, "gate", "--profile", "gat") == 4
@@ -291,6 +335,14 @@ def test_committed_baselines_hold_the_whole_gate_profile():
             if cell.suite in suites:
                 model = "no model" if cell.suite == "exact" else "smollm2-135m"
                 assert f"{model} {cell.protocol} {cell.arm.label}" in held
+
+
+def test_committed_quality_baselines_are_of_these_machines():
+    """MKL's compatible and its AVX2 path, each whole: a deleted file does not pass for a machine that nobody knows."""
+    files = read_baselines(Path(__file__).parents[2] / "baselines").of_profile("gate")
+    roundings = {file.machine["rounding"]: len(file.entries) for file in files if file.tier == "quality"}
+    n_arms = len([cell for cell in cells(load_grid("gate")) if cell.suite == "perplexity"])
+    assert roundings == {"390104a18103a34c": n_arms, "2970b9127cb94b01": n_arms}
 
 
 @pytest.mark.parametrize(
