@@ -263,7 +263,8 @@ def of_newest_code(records: Iterable[Record]) -> list[Record]:
     """Records of the code that was measured last, oldest first.
 
     A folder of results may hold an earlier commit's records; one of those must not stand in for a benchmark
-    that crashed in this one.
+    that crashed in this one. Where a run left its keys (:func:`veloxbench.store.read_last_run`) they say more, for a
+    return to earlier code measures nothing anew; this serves records without them.
     """
     ordered = sorted(records, key=lambda record: record.provenance.started)
     newest = {_package(record): record.subject.method.implementation for record in ordered}

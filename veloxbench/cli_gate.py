@@ -40,16 +40,16 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def read_run(path: Path, profile: str) -> list[Record]:
-    """The records of a profile's run.
+    """The records of a profile's last run.
 
     Raises:
         UsageError: no such profile, or no record of it: zero benchmarks is no pass.
     """
     from veloxbench.plan import load_grid, of_grid
-    from veloxbench.store import read_records
+    from veloxbench.store import read_last_run
 
     grid = load_grid(profile)
-    records = read_records(path)
+    records = read_last_run(path)
     found = of_grid(grid, records)
     if not found:
         other = f" ({len(records)} of other profiles)" if records else ""

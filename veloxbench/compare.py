@@ -17,7 +17,7 @@ from veloxbench.errors import UsageError
 from veloxbench.gate import judge
 from veloxbench.records import Record
 from veloxbench.revisions import Revision
-from veloxbench.store import read_records
+from veloxbench.store import read_last_run, read_records
 from veloxbench.timing_gate import TimingSpec, findings, run_gate
 from veloxbench.timing_pairs import Slot, live_blocks
 from veloxbench.verdicts import Finding
@@ -30,7 +30,7 @@ def compare_records(base: Path, head: Path) -> list[Finding]:
     Raises:
         UsageError: a side has no records.
     """
-    sides = {path: read_records(path) for path in (base, head)}
+    sides = {path: read_last_run(path) for path in (base, head)}
     for path, records in sides.items():
         if not records:
             raise UsageError(f"there are no records at {path}: nothing can be compared")

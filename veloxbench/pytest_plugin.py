@@ -95,6 +95,7 @@ class SuiteRun:
         handle = resolve_model(model, reporter=default_reporter())
         if model not in self.plans:
             self.plans[model] = plan_model(self.grid, handle, default_reporter())
+            self.store.begin([item.subject.key for plan in self.plans.values() for item in plan])
         item = self.plans[model][index]
         found = self.store.get(item.subject.key) or self._measured(handle, item)
         self.produced[found.key] = found

@@ -96,17 +96,17 @@ def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, acc
         accept_licence: download models whose licence must be accepted first.
     """
     measured = resumed = 0
-    keys: list[str] = []
     failures: list[Failure] = []
     # every model and text is there, and every window fits, before the first minute is spent
     plans: list[tuple[ModelHandle | None, list[Measurement]]] = [(None, measurements_without_model(grid))]
     if needs_model(grid):
         handles = [resolve_model(name, reporter=reporter, accept_licence=accept_licence) for name in grid.models]
         plans = [(handle, plan_model(grid, handle, reporter)) for handle in handles]
+    keys = tuple(item.subject.key for _, plan in plans for item in plan)
+    store.begin(keys)
     for handle, plan in plans:
         name = NO_MODEL.name if handle is None else handle.name
         pending = [item for item in plan if store.get(item.subject.key) is None]
-        keys += [item.subject.key for item in plan]
         resumed += len(plan) - len(pending)
         if not pending:
             progress.plan(name, len(plan), len(plan), 0.0, "all of it is recorded already")
@@ -136,7 +136,7 @@ def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, acc
             progress.recorded(record)
         if session is not None:
             session.close()
-    return Outcome(tuple(keys), measured, resumed, tuple(failures))
+    return Outcome(keys, measured, resumed, tuple(failures))
 
 
 def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Measurement]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +11,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
-from veloxbench.durable import append_line, cut_torn_tail, whole_lines
+from veloxbench.durable import append_line, cut_torn_tail, whole_lines, write_text
 from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
 from veloxbench.records import FailedMeasurement, Record
 
@@ -19,6 +20,8 @@ Line = TypeVar("Line", bound=BaseModel)
 JOURNAL = "records.jsonl"
 FAILURES = "failures.ndjson"
 """What crashed, one line each, beside the records; not ``.jsonl``, which are records. A later record supersedes it."""
+LAST_RUN = "last-run.json"
+"""Keys of the records that the last run into the folder was to make, measured by it or before."""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -59,6 +62,23 @@ def _lines(file: Path, kind: type[Line], name: str) -> Iterator[tuple[int, Line]
             raise IntegrityError(f"{file}:{number} is not a valid {name}: {reason}") from error
 
 
+def read_last_run(path: Path) -> list[Record]:
+    """The records of the last run into a folder (or of its journal); all of them where no run left its keys there.
+
+    Raises:
+        IntegrityError: a damaged journal, or a damaged list of keys.
+    """
+    records = read_records(path)
+    plan = (path if path.is_dir() else path.parent) / LAST_RUN
+    if not (path.is_dir() or path.name == JOURNAL) or not plan.exists():
+        return records
+    try:
+        keys = set(json.loads(plan.read_text(encoding="utf-8"))["keys"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
+    return [record for record in records if record.key in keys]
+
+
 def validation_reason(error: ValidationError) -> str:
     """The first thing wrong, with the field where it is."""
     first = error.errors()[0]
@@ -90,6 +110,10 @@ class Store:
     def records(self) -> list[Record]:
         """All records, in the order in which they were measured."""
         return list(self._records.values())
+
+    def begin(self, keys: Sequence[str]) -> None:
+        """Note beside the records what a run is to make: these, and no others of the folder, are judged."""
+        write_text(self.path.with_name(LAST_RUN), json.dumps({"keys": list(keys)}, indent=1) + "\n")
 
     def append(self, record: Record) -> None:
         """Add a record durably: one write, then fsync.

@@ -88,15 +88,15 @@ def quality_record(
     )
 
 
-def run_records(**changes: Any) -> list[Record]:
+def run_records(*, started: datetime = NOW, implementation: str = "veloxquant_mlx 1", **changes: Any) -> list[Record]:
     """What a run of a small profile makes: fp16 and three arms, one second apart."""
-    reference = quality_record("fp16", None, bits=16.0, implementation="mlx-lm 0.32.2", **changes)
+    reference = quality_record("fp16", None, bits=16.0, implementation="mlx-lm 0.32.2", started=started, **changes)
     arms = [
         quality_record(
             method,
             target,
-            implementation="mlx-lm 0.32.2" if method == "mlx-affine" else "veloxquant_mlx 1",
-            started=NOW + timedelta(seconds=1 + i),
+            implementation="mlx-lm 0.32.2" if method == "mlx-affine" else implementation,
+            started=started + timedelta(seconds=1 + i),
             **changes,
         )
         for i, (method, target) in enumerate(ARMS)

@@ -8,13 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from gate_records import HARDWARE, MODEL, damage, quality_record, run_records
+from gate_records import HARDWARE, MODEL, NOW, damage, quality_record, run_records
 
 from veloxbench.baselines import BaselineFile, chip_family, fingerprint, fingerprint_id, read_baselines
 from veloxbench.cli import _run as veloxbench
 from veloxbench.errors import BaselineError
 from veloxbench.plan import cells, load_grid
-from veloxbench.store import JOURNAL
+from veloxbench.store import JOURNAL, LAST_RUN
 
 
 def write_records(folder: Path, records) -> Path:
@@ -149,6 +149,24 @@ def test_a_crashed_benchmark_points_to_the_log(project, capsys):
     (project / "results" / "errors.log").write_text("ValueError: boom\n")
     assert command_of(project, "gate") == 1
     assert "errors.log says what crashed" in capsys.readouterr().err
+
+
+def test_a_return_to_earlier_code_is_judged_by_its_own_records(project, capsys):
+    """Bad code was measured, then good code, then the bad code again, which measures nothing anew: exit 1."""
+    shared, good = run_records()[:2], run_records(started=NOW + timedelta(hours=1))[2:]
+    bad = [*shared, *run_records(kld=damage(0.5), implementation="veloxquant_mlx bad")[2:]]
+    write_records(project / "results", [*bad, *good])
+    assert command_of(project, "gate") == 0  # without the keys of a run, the code that was measured last
+    (project / "results" / LAST_RUN).write_text(json.dumps({"keys": [record.key for record in bad]}))
+    assert command_of(project, "gate") == 1
+    assert "kld_mean" in capsys.readouterr().err
+
+
+def test_damaged_keys_of_the_last_run_are_exit_5(project, capsys):
+    """They are never read around."""
+    (project / "results" / LAST_RUN).write_text('{"keys": [')
+    assert command_of(project, "gate") == 5
+    assert LAST_RUN in capsys.readouterr().err
 
 
 def test_another_model_is_exit_3(project, capsys):
