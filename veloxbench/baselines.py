@@ -110,6 +110,7 @@ class BaselineFile(_Frozen):
     profiles: tuple[str, ...]
     """A run of one of these profiles must produce every entry."""
     expires: date | None
+    """The earliest last day of its entries (:meth:`expired`); None: they do not age."""
     approvals: tuple[Approval, ...]
     entries: tuple[Entry, ...]
     content_sha256: str
@@ -142,6 +143,13 @@ class BaselineFile(_Frozen):
         """Entries by the name of what was measured."""
         return {entry.subject: entry for entry in self.entries}
 
+    def expired(self, day: date) -> dict[str, date]:
+        """Entries that are too old on a day, with their last day: each counts from its own measurement."""
+        if self.expires is None:
+            return {}
+        last = {entry.subject: _last_day(entry) for entry in self.entries}
+        return {subject: of_entry for subject, of_entry in last.items() if of_entry < day}
+
     @property
     def machine(self) -> dict[str, JsonValue]:
         """The part of the fingerprint that says where it holds; empty: everywhere."""
@@ -155,6 +163,10 @@ class BaselineFile(_Frozen):
         """The file's text, a list of samples on one line so that a diff can be read."""
         text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True)
         return re.sub(r"\[[-+\d.eE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
+
+
+def _last_day(entry: Entry) -> date:
+    return entry.approved.measured.date() + QUALITY_LIFE
 
 
 MACHINE_FIELDS = ("chip_family", "device", "mlx", "rounding")
@@ -348,7 +360,8 @@ def from_records(records: Iterable[Record], origin: str, profile: str = "compare
     now = datetime.now(UTC)
     approval = Approval(who="", when=now, why=f"base of a comparison: {origin}", commit=None)
     files = [
-        _merged(None, group, approval, profile=profile, release=None, drop_missing=False) for group in grouped(records)
+        _merged(None, group, approval, profile=profile, release=None, drop_missing=False, ages=False)
+        for group in grouped(records)
     ]
     return Baselines(tuple(files), origin)
 
@@ -361,6 +374,7 @@ def _merged(
     profile: str,
     release: str | None,
     drop_missing: bool,
+    ages: bool = True,
 ) -> BaselineFile:
     known = {} if old is None else old.by_subject
     approvals = (*(() if old is None else old.approvals), approval)
@@ -380,7 +394,7 @@ def _merged(
         suite=group.suite,
         fingerprint=dict(group.fingerprint),
         profiles=tuple(profiles),
-        expires=approval.when.date() + QUALITY_LIFE if group.tier == "quality" else None,
+        expires=min(map(_last_day, entries.values())) if ages and group.tier == "quality" else None,
         approvals=approvals,
         entries=tuple(entries[name] for name in sorted(entries)),
     )

@@ -220,9 +220,11 @@ def verify(baseline: BaselineOption = Path("baselines")) -> None:
     from veloxbench.baselines import read_baselines
 
     files = read_baselines(baseline).files
-    late = [file for file in files if file.expires is not None and file.expires < datetime.now(UTC).date()]
-    if late:
-        raise BaselineError(f"{late[0].place} in {baseline} expired on {late[0].expires}; measure and approve it again")
+    for file in files:
+        for subject, day in file.expired(datetime.now(UTC).date()).items():
+            raise BaselineError(
+                f"{subject} of {file.place} in {baseline} expired on {day}; measure and approve it again"
+            )
     print(f"{len(files)} files with {sum(len(file.entries) for file in files)} entries in {baseline} are as approved")
 
 

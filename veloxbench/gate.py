@@ -267,10 +267,8 @@ def judge(
         file = baselines.find(group)
         if file is None:
             findings.append(_without_baseline(group, baselines))
-        elif file.expires is not None and file.expires < day:
-            findings.append(_expired(file, baselines))
         else:
-            for item in _compare(group, file):
+            for item in _compare(group, file, day):
                 (pending if isinstance(item, _Pending) else findings).append(item)  # type: ignore[arg-type]
     findings += _not_run(groups, machines, baselines, profile)
     return [*findings, *_decided(pending)]
@@ -374,22 +372,16 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:12] + "…"
 
 
-def _expired(file: BaselineFile, baselines: Baselines) -> Finding:
-    return Finding(
-        file.tier,
-        f"{file.suite} of {file.fingerprint['model']}, {file.fingerprint['protocol']}",
-        "all",
-        Verdict.NO_BASELINE,
-        f"{file.place} in {baselines.origin} expired on {file.expires}; measure and approve it again",
-    )
-
-
-def _compare(group: Group, file: BaselineFile) -> list[Finding | _Pending]:
+def _compare(group: Group, file: BaselineFile, day: date) -> list[Finding | _Pending]:
     found: list[Finding | _Pending] = []
+    expired = file.expired(day)
     for name, entry in file.by_subject.items():
         head = group.snapshots.get(name)
         if head is None:
             found.append(_missing(file, entry))
+        elif name in expired:
+            reason = f"its baseline in {file.place} expired on {expired[name]}; measure and approve it again"
+            found.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
         elif head.status != entry.approved.status:
             reason = f"the baseline was {entry.approved.status}, this run's record is {head.status}"
             found.append(Finding(group.tier, name, "all", Verdict.REGRESS, reason))

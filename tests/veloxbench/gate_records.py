@@ -8,7 +8,7 @@ import numpy as np
 from veloxbench.plan import load_grid
 from veloxbench.records import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
 
-NOW = datetime(2026, 1, 2, tzinfo=UTC)
+NOW = datetime.now(UTC) - timedelta(days=1)
 HARDWARE = {"chip": "AMD EPYC", "machine": "x86_64", "physical_cores": 2, "device": "cpu", "rounding": "r"}
 VERSIONS = {"mlx": "0.32.2", "mlx-lm": "0.32.2", "numpy": "2.3.0"}
 MODEL = ModelRef(name="smollm2-135m", weights_sha256="w" * 64, tokenizer_sha256="t" * 64, config_sha256="c" * 64)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from gate_records import HARDWARE, MODEL, NOW, damage, quality_record, run_records
 
-from veloxbench.baselines import BaselineFile, chip_family, fingerprint, fingerprint_id, read_baselines
+from veloxbench.baselines import QUALITY_LIFE, BaselineFile, chip_family, fingerprint, fingerprint_id, read_baselines
 from veloxbench.cli import _run as veloxbench
 from veloxbench.errors import BaselineError
 from veloxbench.plan import cells, load_grid
@@ -317,6 +317,35 @@ def test_a_partial_run_forgets_nothing_unless_told(project):
     assert command_of(project, "baseline", "approve", "--reason", "2 bits is gone", "--drop-missing") == 0
     (file,) = [f for f in read_baselines(project / "baselines").files if f.tier == "quality"]
     assert len(file.entries) == 3
+
+
+def test_an_entry_expires_by_its_own_measurement(project, capsys):
+    """Approving two subjects today gives the two that were measured long ago no new year: they are exit 3, by name."""
+    old, new = NOW - QUALITY_LIFE - timedelta(days=1), run_records()
+    for path in files_of(project):
+        path.unlink()
+    write_records(project / "results", run_records(started=old))
+    assert command_of(project, "baseline", "approve", "--reason", "a year ago") == 0
+    write_records(project / "results", new[:2])
+    assert command_of(project, "baseline", "approve", "--reason", "two of four") == 0
+    (file,) = [f for f in read_baselines(project / "baselines").files if f.tier == "quality"]
+    assert file.expires == (old + QUALITY_LIFE).date()
+    write_records(project / "results", new)
+    capsys.readouterr()
+    assert command_of(project, "gate", "--json") == 3
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    late = {finding["subject"] for finding in findings if "expired on" in finding["reason"]}
+    assert late == {"smollm2-135m chunked turboquant_mse 4", "smollm2-135m chunked turboquant_mse 2"}
+    assert command_of(project, "baseline", "verify") == 3
+    assert "turboquant_mse" in capsys.readouterr().err
+
+
+def test_committed_quality_baselines_last_a_year_from_their_measurement():
+    """Nothing of the repository's own has expired, and the day in each file is the first of its entries'."""
+    for file in read_baselines(Path(__file__).parents[2] / "baselines").files:
+        if file.tier == "quality":
+            first = min(entry.approved.measured for entry in file.entries)
+            assert file.expires == (first + QUALITY_LIFE).date()
 
 
 def test_diff_says_what_would_change_and_writes_nothing(project, capsys):
