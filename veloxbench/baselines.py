@@ -462,6 +462,7 @@ def propose(
     *,
     profile: str,
     drop_missing: bool = False,
+    unknown_checkout: bool = False,
 ) -> Proposal:
     """The files that an approval of these records would write.
 
@@ -471,16 +472,24 @@ def propose(
         approval: who, why, and the release from which drift is counted anew, if it is one.
         profile: runs of this profile must produce the entries from now on.
         drop_missing: forget entries that the records do not have.
+        unknown_checkout: take records of which nobody can tell whether they were measured on committed code.
 
     Raises:
-        UsageError: no gated metric in the records, or records from a changed checkout.
+        UsageError: no gated metric in the records, or records from a changed checkout, or from none.
         BaselineError: a file in the folder is not valid.
     """
-    dirty = [record for record in records if record.provenance.dirty]
+    dirty = [record for record in records if record.provenance.dirty or record.provenance.project_dirty]
     if dirty:
         raise UsageError(
             f"{len(dirty)} records were measured in a changed checkout (first: {subject_name(dirty[0])}); "
             "commit, measure again, then approve"
+        )
+    unknown = [r for r in records if r.provenance.dirty is None and r.provenance.project_dirty is None]
+    if unknown and not unknown_checkout:
+        raise UsageError(
+            f"nobody can tell whether {len(unknown)} records were measured on committed code (first: "
+            f"{subject_name(unknown[0])}): no git checkout was around the measuring code or the working directory; "
+            "measure in the project's checkout, or approve with --unknown-checkout and say in --reason what it was"
         )
     groups = grouped(records)
     if not groups:

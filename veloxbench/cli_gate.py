@@ -238,7 +238,8 @@ def diff(
     from veloxbench.baselines import Approval, propose
 
     approval = Approval(who="", when=datetime.now(UTC), why="diff", commit=None)
-    _print_proposal(propose(read_run(records, profile), baseline, approval, profile=profile))
+    run = read_run(records, profile)
+    _print_proposal(propose(run, baseline, approval, profile=profile, unknown_checkout=True))
 
 
 @baseline_app.command()
@@ -253,10 +254,15 @@ def approve(
     drop_missing: Annotated[
         bool, typer.Option("--drop-missing", help="Forget entries of these files that the run does not have.")
     ] = False,
+    unknown_checkout: Annotated[
+        bool,
+        typer.Option("--unknown-checkout", help="Take records that were measured outside every git checkout."),
+    ] = False,
 ) -> None:
     """Make a run's records the baseline: the only way to change one.
 
-    Refuses a changed checkout, and records that were measured in one. Commit the files that it writes.
+    Refuses a changed checkout, and records that were measured in one or, unless told, outside any. Commit the files
+    that it writes.
 
     **Example:** `veloxbench baseline approve --reason "rotation seed 1: KLD 3% lower, see the table in the change"`
     """
@@ -269,6 +275,7 @@ def approve(
         signed(baseline, reason, release=release),
         profile=profile,
         drop_missing=drop_missing,
+        unknown_checkout=unknown_checkout,
     )
     _print_proposal(proposal)
     for path in write(proposal, baseline):

@@ -171,5 +171,18 @@ def git_state() -> tuple[str | None, bool | None]:
     root = Path(veloxbench.__file__).parent
     if git(root, "ls-files", "--error-unmatch", str(root / "__init__.py")) is None:
         return None, None
+    return _checkout(root)
+
+
+@functools.cache
+def project_state(place: Path) -> tuple[str | None, bool | None]:
+    """Commit and dirtiness of the checkout around a working directory, where that is another than this code's own."""
+    top, root = (git(folder, "rev-parse", "--show-toplevel") for folder in (place, Path(veloxbench.__file__).parent))
+    if top is None or (top == root and git_state() != (None, None)):
+        return None, None
+    return _checkout(Path(top))
+
+
+def _checkout(root: Path) -> tuple[str | None, bool | None]:
     status = git(root, "status", "--porcelain", "--untracked-files=no")
     return git(root, "rev-parse", "HEAD"), None if status is None else bool(status)

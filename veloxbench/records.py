@@ -119,11 +119,18 @@ class Provenance(_Frozen):
     seconds: Finite
     commit: str | None
     dirty: bool | None
+    project_commit: str | None = Field(
+        default=None, description="of the working directory's checkout, where that is not the measuring code's own"
+    )
+    project_dirty: bool | None = None
     versions: dict[str, str]
     hardware: dict[str, JsonValue]
     state: dict[str, JsonValue]
     model_licence: str | None = Field(default=None, description="of the weights, where it is known")
     text_licence: str | None = Field(default=None, description="of the text, where it is known")
+
+
+LATER_PROVENANCE = ("model_licence", "text_licence", "project_commit", "project_dirty")
 
 
 class Record(_Frozen):
@@ -156,7 +163,7 @@ class Record(_Frozen):
         """sha256 of the canonical JSON without ``id``; later fields count only where they are known."""
         content = self.model_dump(mode="json", exclude={"id"})
         later = [(layer, "attention") for layer in content["engagement"]]
-        later += [(content["provenance"], name) for name in ("model_licence", "text_licence")]
+        later += [(content["provenance"], name) for name in LATER_PROVENANCE]
         for fields, name in later:
             if fields[name] is None:  # records from before the field existed keep their id
                 del fields[name]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -235,11 +236,14 @@ def _provenance(
     text_licence: str | None = None,
 ) -> Provenance:
     commit, dirty = environment.git_state()
+    project_commit, project_dirty = environment.project_state(Path.cwd())
     return Provenance(
         started=started,
         seconds=seconds,
         commit=commit,
         dirty=dirty,
+        project_commit=project_commit,
+        project_dirty=project_dirty,
         versions=environment.versions(),
         hardware=environment.hardware(),
         state=state,

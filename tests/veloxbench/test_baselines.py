@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from gate_records import HARDWARE, MODEL, NOW, damage, quality_record, run_records
 
+from veloxbench import environment
 from veloxbench.baselines import QUALITY_LIFE, BaselineFile, chip_family, fingerprint, fingerprint_id, read_baselines
 from veloxbench.cli import _run as veloxbench
 from veloxbench.errors import BaselineError
@@ -274,11 +275,33 @@ def test_approve_refuses_a_changed_checkout(project, capsys):
     assert [path.read_bytes() for path in files_of(project)] == before
 
 
-def test_approve_refuses_records_from_a_changed_checkout(project, capsys):
-    """What was measured on uncommitted code is nobody's baseline."""
-    write_records(project / "results", run_records(dirty=True))
+@pytest.mark.parametrize("where", [{"dirty": True}, {"dirty": None, "project_dirty": True}])
+def test_approve_refuses_records_from_a_changed_checkout(project, capsys, where):
+    """What was measured on uncommitted code, the harness's or the measured project's, is nobody's baseline."""
+    write_records(project / "results", run_records(**where))
     assert command_of(project, "baseline", "approve", "--reason", "quick fix") == 4
     assert "measured in a changed checkout" in capsys.readouterr().err
+
+
+def test_approve_refuses_what_no_checkout_vouches_for(project, capsys):
+    """Records from outside every checkout: exit 4, unless ``--unknown-checkout`` says that somebody knows."""
+    write_records(project / "results", run_records(dirty=None, kld=damage(0.05)))
+    assert command_of(project, "baseline", "approve", "--reason", "measured in a container") == 4
+    assert "--unknown-checkout" in capsys.readouterr().err
+    assert command_of(project, "baseline", "approve", "--reason", "in a container", "--unknown-checkout") == 0
+    write_records(project / "results", run_records(dirty=None, project_dirty=False))
+    assert command_of(project, "baseline", "approve", "--reason", "a clean project of one's own") == 0
+
+
+def test_the_measured_projects_checkout_is_looked_at(project, tmp_path_factory):
+    """A repository around the working directory, clean and then not; none of it where there is no repository."""
+    (project / "cache.py").write_text("a = 1\n")
+    subprocess.run(["git", "-C", str(project), "add", "cache.py"], check=True)
+    commit = subprocess.run(
+        ["git", "-C", str(project), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    )
+    assert environment.project_state(project) == (commit.stdout.strip(), True)
+    assert environment.project_state(tmp_path_factory.mktemp("outside")) == (None, None)
 
 
 def test_approve_needs_a_reason(project, capsys):

@@ -46,7 +46,7 @@ def approved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.toml").write_text(GRID)
     with pytest.MonkeyPatch.context() as patch:
         # the tests' own checkout may have changes; whose it is does not matter here
-        patch.setattr(environment, "git_state", lambda: (None, None))
+        patch.setattr(environment, "git_state", lambda: ("c" * 40, False))
         assert run(folder, "results") == 0
     assert veloxbench(["baseline", "approve", "--reason", "first", *places(folder, "results")]) == 0
     return folder
