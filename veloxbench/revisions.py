@@ -1,8 +1,8 @@
-"""Two revisions of a repository side by side: each one's packages on a path of its own, built once per commit.
+"""Two revisions of a repository side by side, each one's packages on a path of its own.
 
-A revision's tree is exported into the user's cache. The running environment serves as far as it meets the dependencies
-that the revision declares; what it does not meet is installed into an overlay that only this revision sees. Either way
-the harness is the running one: two implementations, one measuring code.
+A revision's tree is exported into the user's cache, once per commit and environment. The running environment serves as
+far as it meets the dependencies that the revision declares; what it does not meet is installed into an overlay that
+only this revision sees. Either way the harness is the running one: two implementations, one measuring code.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 import veloxbench
 from veloxbench.errors import UnfitEnvironmentError, UsageError
+from veloxbench.records import content_hash
 from veloxbench.sources import cache_dir
 
 HARNESS = "veloxbench"
@@ -96,32 +98,44 @@ def _git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[bytes
 
 
 def prepare(name: str, repository: Path) -> Revision:
-    """Export and, where its dependencies ask for it, install a revision; once per commit.
+    """Export and, where its dependencies ask for it, install a revision; once per commit and environment.
+
+    Two processes that ask for one revision build it one after the other: the second finds it built.
 
     Raises:
         UsageError: unknown revision, or a tree without Python packages beside the harness.
         UnfitEnvironmentError: the build failed; names its log.
     """
     commit = resolve(name, repository)
-    folder = cache_dir() / "revisions" / commit
-    if not (folder / _READY).exists():
-        shutil.rmtree(folder, ignore_errors=True)  # a build that was stopped
-        folder.mkdir(parents=True)
-        _export(repository, commit, folder / "tree")
-        project = _project(folder / "tree", name)
-        packages = _packages(folder / "tree", project)
-        if not packages:
-            raise UsageError(
-                f"revision {name} ({commit[:12]}) has no Python package beside {HARNESS}: nothing to compare"
-            )
-        (folder / "site").mkdir()
-        for package in packages:
-            (folder / "site" / package.name).symlink_to(package, target_is_directory=True)
-        unmet = unmet_dependencies(project.get("project", {}).get("dependencies", []), name)
-        if unmet:
-            _overlay(folder, name, unmet)
-        (folder / _READY).touch()
+    folder = cache_dir() / "revisions" / commit / environment_id()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / _READY).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # a build that was stopped
+            _build(name, commit, repository, folder)
     return Revision(name, commit, folder)
+
+
+def environment_id() -> str:
+    """Hash of the Python version and of every installed distribution: another one may meet other dependencies."""
+    installed = {f"{each.name} {each.version}" for each in importlib.metadata.distributions()}
+    return content_hash([sys.version, sys.prefix, sorted(installed)])[:16]
+
+
+def _build(name: str, commit: str, repository: Path, folder: Path) -> None:
+    folder.mkdir()
+    _export(repository, commit, folder / "tree")
+    project = _project(folder / "tree", name)
+    packages = _packages(folder / "tree", project)
+    if not packages:
+        raise UsageError(f"revision {name} ({commit[:12]}) has no Python package beside {HARNESS}: nothing to compare")
+    (folder / "site").mkdir()
+    for package in packages:
+        (folder / "site" / package.name).symlink_to(package, target_is_directory=True)
+    unmet = unmet_dependencies(project.get("project", {}).get("dependencies", []), name)
+    if unmet:
+        _overlay(folder, name, unmet)
+    (folder / _READY).touch()
 
 
 def _export(repository: Path, commit: str, tree: Path) -> None:

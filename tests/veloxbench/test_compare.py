@@ -1,14 +1,17 @@
 """Two revisions of a repository, or two sets of records, judged one by the other."""
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import veloxbench
 from veloxbench.cli import _run
@@ -198,6 +201,32 @@ def test_a_revision_is_built_once(repository):
     marker = first.folder / "tree" / "marker"
     marker.touch()
     assert prepare("base", repository) == first
+    assert marker.exists()
+
+
+def test_another_environment_is_another_build(repository, monkeypatch):
+    """A distribution that came or went since may meet other dependencies: they are looked at again."""
+    first = prepare("base", repository)
+    here = list(importlib.metadata.distributions())
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: here[1:])
+    other = prepare("base", repository)
+    assert other.commit == first.commit
+    assert other.folder != first.folder
+
+
+def test_a_revision_that_is_being_built_is_waited_for(repository):
+    """The build of another process holds a lock; this one waits for it and builds nothing beside it."""
+    built = prepare("base", repository)
+    (built.folder / "ready").unlink()
+    marker = built.folder / "tree" / "marker"
+    marker.touch()
+    with ThreadPoolExecutor(1) as pool, FileLock(built.folder.with_suffix(".lock")):
+        waiting = pool.submit(prepare, "base", repository)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=1.0)
+        (built.folder / "ready").touch()
+    # the lock is free: what the other process finished is used
+    assert waiting.result() == built
     assert marker.exists()
 
 
