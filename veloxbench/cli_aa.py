@@ -161,16 +161,27 @@ def compare(
     model: Annotated[str, typer.Option(help="The model of the timings.")] = "smollm2-135m",
     tiers: Annotated[str, typer.Option(help="**all**, **records** (exact and quality) or **timing**.")] = "all",
     minutes: Annotated[float, typer.Option(help="Budget of the timings.")] = 10.0,
-    threads: Annotated[int | None, typer.Option(help="BLAS threads of each side.")] = None,
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="BLAS threads of each side where timings are taken; 0 leaves them as they are. The published error "
+            "rates are those of one thread on one core (`--core`).",
+        ),
+    ] = 1,
     core: Annotated[int | None, typer.Option(help="Keep both sides on this core (Linux).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Order of the timed blocks; drawn anew, and printed, unless given.")
+    ] = None,
 ) -> None:
     """Judge HEAD by BASE: exact facts, quality and timing of two revisions, or the records of two runs.
 
     Each revision is exported once and kept in the user's cache; where its dependencies are not those of this
-    environment, it gets its own. Both are measured by this veloxbench, and timed in turns on this machine.
+    environment, it gets its own. Both are measured by this veloxbench, and timed in turns on this machine. What is not
+    committed is not compared.
 
-    Exit codes: 0 pass, 1 regression (or a side that crashed), 2 inconclusive, 3 nothing to compare with, 4 usage,
-    5 environment (a build that failed).
+    Exit codes: 0 pass, 1 regression (or a crash of HEAD, or a side that died), 2 inconclusive, 3 nothing to compare
+    with (BASE crashed there), 4 usage, 5 environment (a build that failed).
 
     **Examples**
 
@@ -181,6 +192,7 @@ def compare(
     `veloxbench compare results-before results-after`
     """
     import os
+    import secrets
     import sys
 
     from veloxbench.cli_gate import print_findings
@@ -201,20 +213,26 @@ def compare(
     else:
         from veloxbench.aa.record import to_stderr
         from veloxbench.compare import Plan, compare_revisions
+        from veloxbench.environment import git
         from veloxbench.revisions import prepare, resolve
         from veloxbench.timing_gate import TimingSpec
         from veloxbench.timing_pairs import pin_to_core
 
+        decodes = {} if tiers == "records" or timed == "none" else _timed(timed, model)
         plan = Plan(
             profile=None if tiers == "timing" else profile,
-            timed={} if tiers == "records" or timed == "none" else _timed(timed, model),
+            timed=decodes,
             spec=TimingSpec(max_seconds=60 * minutes),
-            threads=threads,
+            threads=threads if decodes else 0,
+            seed=secrets.randbits(32) if seed is None else seed,
         )
         if core is not None:
             pin_to_core(core)
         for name in (base, head):  # a typing error costs no build
             resolve(name, repository)
+        changed = (git(repository, "status", "--porcelain", "--untracked-files=no") or "").splitlines()
+        if changed:
+            to_stderr(f"warning: {len(changed)} changed files are not compared: a revision is what is committed")
         sides = [prepare(name, repository) for name in (base, head)]
         found = compare_revisions(sides[0], sides[1], plan, to_stderr)
     print_findings(found)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from veloxbench.baselines import from_records
+from veloxbench.baselines import WHOLLY_EXACT, from_records
 from veloxbench.decode_timing import DecodeSpec, default_clock
 from veloxbench.errors import UsageError
 from veloxbench.gate import judge
@@ -20,8 +20,8 @@ from veloxbench.revisions import Revision
 from veloxbench.store import read_last_run, read_records
 from veloxbench.timing_gate import TimingSpec, findings, run_gate
 from veloxbench.timing_pairs import Slot, live_blocks
-from veloxbench.verdicts import Finding
-from veloxbench.worker import WORK_TIMEOUT_S, Worker, WorkerError, steady_environment
+from veloxbench.verdicts import Finding, Tier, Verdict
+from veloxbench.worker import WORK_TIMEOUT_S, Worker, WorkFailed, steady_environment
 
 
 def compare_records(base: Path, head: Path) -> list[Finding]:
@@ -49,21 +49,24 @@ class Plan:
     Attributes:
         profile: grid of the records (a name or a TOML file); None compares timings only.
         timed: decode benchmarks by metric; none compares records only.
-        threads: BLAS threads of each side; None leaves them as they are.
+        threads: BLAS threads of each side; 0 leaves them as they are.
+        seed: of the order in which the timed blocks are taken.
     """
 
     profile: str | None
     timed: dict[str, DecodeSpec]
     spec: TimingSpec
-    threads: int | None = None
-    seed: int = 0
+    threads: int
+    seed: int
 
 
 def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Callable[[str], None]) -> list[Finding]:
     """Measure both revisions and judge head by base.
 
+    What crashes is a finding, and the rest is judged: a regression of head, and nothing to compare with where base did.
+
     Raises:
-        WorkerError: a side died, or a measurement of it crashed.
+        WorkerError: a side died.
         UsageError: a side imports another implementation than its own.
     """
     found: list[Finding] = []
@@ -82,15 +85,20 @@ def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Calla
             records = {}
             for name, revision in (("base", base), ("head", head)):
                 message(f"{name}: measuring the profile {plan.profile}")
-                records[name] = _records(workers[name], revision, plan.profile)
-            found += judge_records(records["base"], records["head"], f"revision {base.name}")
+                records[name], failures = _records(workers[name], revision, plan.profile)
+                found += [_crash(name, *failure) for failure in failures]
+            if records["base"]:
+                found += judge_records(records["base"], records["head"], f"revision {base.name}")
         if plan.timed:
-            message(f"timing {', '.join(plan.timed)} in interleaved blocks")
+            message(
+                f"timing {', '.join(plan.timed)} in interleaved blocks, in the order of --seed {plan.seed}, which "
+                "repeats it"
+            )
             found += _timings(workers, plan)
     return found
 
 
-def start(side: str, revision: Revision, threads: int | None) -> Worker:
+def start(side: str, revision: Revision, threads: int) -> Worker:
     """A side's process, in its revision's environment."""
     environment = revision.environment() | steady_environment(threads)
     return Worker(
@@ -100,22 +108,41 @@ def start(side: str, revision: Revision, threads: int | None) -> Worker:
     )
 
 
-def _records(worker: Worker, revision: Revision, profile: str) -> list[Record]:
+def _records(worker: Worker, revision: Revision, profile: str) -> tuple[list[Record], list[tuple[str, str]]]:
+    """What a side measured, and what crashed there with the reason."""
     folder = revision.folder / "records"
-    outcome = worker.ask("run", timeout=WORK_TIMEOUT_S, profile=profile, out=str(folder))
-    if outcome["failures"]:
-        raise WorkerError(f"{worker.name}: {'; '.join(outcome['failures'])} (log: {folder / 'errors.log'})")
+    try:
+        outcome = worker.ask("run", timeout=WORK_TIMEOUT_S, profile=profile, out=str(folder))
+    except WorkFailed as error:
+        return [], [(f"profile {profile}", str(error))]
+    failures = [
+        (label, f"{worker.name}: {reason} (log: {folder / 'errors.log'})") for label, reason in outcome["failures"]
+    ]
     keys = set(outcome["keys"])
-    return [record for record in read_records(folder) if record.key in keys]
+    return [record for record in read_records(folder) if record.key in keys], failures
+
+
+def _crash(side: str, subject: str, reason: str, tier: Tier | None = None, metric: str = "all") -> Finding:
+    """A crash of head is a regression; where base crashed there is nothing to compare head with."""
+    verdict = Verdict.NO_BASELINE if side == "base" else Verdict.REGRESS
+    of_suite: Tier = "exact" if subject.startswith(WHOLLY_EXACT) else "quality"
+    return Finding(tier or of_suite, subject, metric, verdict, f"it crashed: {reason}")
 
 
 def _timings(workers: dict[str, Worker], plan: Plan) -> list[Finding]:
-    for worker in workers.values():
+    found, timed = [], dict(plan.timed)
+    for side, worker in workers.items():
         for metric, decode in plan.timed.items():
-            worker.ask("open_decode", timeout=WORK_TIMEOUT_S, name=metric, spec=decode.model_dump(mode="json"))
-    groups = [{f"{side} {metric}": Slot(side, metric) for side in ("base", "head")} for metric in plan.timed]
-    metrics = {metric: (f"base {metric}", f"head {metric}") for metric in plan.timed}
+            try:
+                worker.ask("open_decode", timeout=WORK_TIMEOUT_S, name=metric, spec=decode.model_dump(mode="json"))
+            except WorkFailed as error:
+                found.append(_crash(side, f"{decode.model} decode", str(error), "timing", metric))
+                timed.pop(metric, None)
+    if not timed:
+        return found
+    groups = [{f"{side} {metric}": Slot(side, metric) for side in ("base", "head")} for metric in timed]
+    metrics = {metric: (f"base {metric}", f"head {metric}") for metric in timed}
     clock = default_clock()
     result = run_gate(live_blocks(workers, groups, metrics, clock, plan.seed), plan.spec)
-    subject = f"{', '.join(sorted({decode.model for decode in plan.timed.values()}))} decode ({clock} time)"
-    return findings(result, plan.spec, subject)
+    subject = f"{', '.join(sorted({decode.model for decode in timed.values()}))} decode ({clock} time)"
+    return [*found, *findings(result, plan.spec, subject)]

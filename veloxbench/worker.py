@@ -31,6 +31,10 @@ class WorkerError(VeloxError):
     exit_code = ExitCode.REGRESSION
 
 
+class WorkFailed(WorkerError):
+    """What a side was asked for raised there; the side itself lives on."""
+
+
 def steady_environment(threads: int | None) -> dict[str, str]:
     """Environment variables under which two processes of the same code take the same time.
 
@@ -83,7 +87,8 @@ class Worker:
         """Send a command and wait for its answer.
 
         Raises:
-            WorkerError: the process died, raised, or did not answer in time; says which and where its log is.
+            WorkFailed: what it was asked for raised.
+            WorkerError: the process died or did not answer in time; says which and where its log is.
         """
         assert self._process.stdin is not None
         request = json.dumps({"do": do, **arguments}) + "\n"
@@ -102,7 +107,7 @@ class Worker:
             raise WorkerError(f"{self.name} died in {do!r} with exit status {status} (log: {self.log})")
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(f"{self.name} failed in {do!r}: {answer['error']} (log: {self.log})")
+            raise WorkFailed(f"{self.name} failed in {do!r}: {answer['error']} (log: {self.log})")
         return answer["answer"]
 
     def close(self) -> None:
@@ -164,7 +169,7 @@ class _Side:
             outcome = run(load_grid(profile), store, default_reporter(), default_progress())
         return {
             "keys": outcome.keys,
-            "failures": [f"{failure.label}: {failure.reason}" for failure in outcome.failures],
+            "failures": [(failure.label, failure.reason) for failure in outcome.failures],
         }
 
 

@@ -137,6 +137,52 @@ def test_a_revision_that_crashes_is_one_sentence(repository, grid, capsys):
     assert "on purpose" in error
 
 
+def test_what_base_cannot_measure_has_nothing_to_compare_with(repository, grid, cut_model, capsys):
+    """An arm that only head can build, measured and timed: exit 3, named; fp16 is judged all the same."""
+    more = ("--tiers", "all", "--model", str(cut_model), "--minutes", "0.05")
+    assert compare(repository, grid, "crashing", "base", *more) == ExitCode.BASELINE
+    shown = capsys.readouterr()
+    assert "base (crashing)" in shown.err.splitlines()[-1]
+    assert "on purpose" in shown.err.splitlines()[-1]
+    assert "no-baseline: " + str(cut_model) + " decode, decode of turboquant_mse 4: it crashed" in shown.out
+    (fp16,) = [line for line in shown.out.splitlines() if "fp16" in line and " nll " in line]
+    assert fp16.rstrip().endswith("pass")
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """What ``compare`` would do, without doing it."""
+    kept = []
+    monkeypatch.setattr(
+        "veloxbench.compare.compare_revisions", lambda base, head, plan, message: kept.append(plan) or []
+    )
+    monkeypatch.setattr("veloxbench.revisions.prepare", lambda name, repository: None)
+    return kept
+
+
+def test_every_comparison_draws_its_own_order(repository, grid, plans):
+    """Another seed each time, and the one that was asked for; one BLAS thread, as in the published error rates."""
+    for more in ((), (), ("--seed", "7")):
+        compare(repository, grid, "base", "renamed", *more)
+    assert len({plan.seed for plan in plans}) == 3
+    assert plans[2].seed == 7
+    assert {plan.threads for plan in plans} == {1}
+
+
+def test_uncommitted_changes_are_warned_of(repository, grid, plans, capsys):
+    """A revision is what is committed; a file that is not is named as left out."""
+    compare(repository, grid, "base", "renamed")
+    assert "not compared" not in capsys.readouterr().err
+    file = repository / CENTROIDS
+    text = file.read_text()
+    try:
+        file.write_text(text + "\n")
+        compare(repository, grid, "base", "renamed")
+    finally:
+        file.write_text(text)
+    assert "1 changed files are not compared" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_live_revisions_are_timed_in_turns(repository, grid, cut_model, capsys):
     """Whatever the clock says of two layers in three seconds, it is a verdict of the timing tier, not a crash."""
