@@ -152,6 +152,15 @@ def test_a_crashed_benchmark_points_to_the_log(project, capsys):
     assert "errors.log says what crashed" in capsys.readouterr().err
 
 
+def test_a_benchmark_that_produced_nothing_is_exit_1(project, capsys):
+    """Its record is there, its gated metrics are not: the first of them is named."""
+    nothing = quality_record("turboquant_mse", 2.0, drop=("kld_mean", "delta_nll"))
+    write_records(project / "results", [*run_records()[:-1], nothing])
+    assert command_of(project, "gate") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "regress: quality, smollm2-135m chunked turboquant_mse 2, delta_nll: the run did not produce it" in error
+
+
 def test_a_return_to_earlier_code_is_judged_by_its_own_records(project, capsys):
     """Bad code was measured, then good code, then the bad code again, which measures nothing anew: exit 1."""
     shared, good = run_records()[:2], run_records(started=NOW + timedelta(hours=1))[2:]

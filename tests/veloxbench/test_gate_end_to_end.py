@@ -10,6 +10,7 @@ import pytest
 
 from veloxbench import environment
 from veloxbench.cli import _run as veloxbench
+from veloxbench.store import LAST_RUN, read_records
 from veloxquant_mlx.quantizers import turboquant_mse
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,29 @@ def test_centroids_five_percent_off_are_a_regression_of_quality(approved, monkey
     findings = json.loads(capsys.readouterr().out)["findings"]
     regressed = {(finding["tier"], finding["metric"]) for finding in findings if finding["verdict"] == "regress"}
     assert ("quality", "kld_mean") in regressed
+
+
+def test_a_measurement_that_raises_is_a_regression(approved, monkeypatch, capsys):
+    """The decoder raises in the middle of a run: no record, exit 1 of the run and of the gate, and one sentence."""
+
+    def raising(*_):
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(turboquant_mse, "decode_words", raising)
+    assert run(approved, "crashed") == 1
+    capsys.readouterr()
+    assert veloxbench(["gate", *places(approved, "crashed")]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "turboquant_mse 4" in error
+    assert "did not produce it" in error
+    # what the run was to make, beside what it made
+    keys = json.loads((approved / "crashed" / LAST_RUN).read_text())["keys"]
+    (made,) = read_records(approved / "crashed")
+    assert len(keys) == 2
+    assert made.key in keys
+    log = approved / "crashed" / "errors.log"
+    assert f"{log} says what crashed" in error
+    assert "broken on purpose" in log.read_text()
 
 
 def pytest_gate(folder: Path, *modules: str, baseline: str = "baselines") -> tuple[int, str, list[ET.Element]]:
