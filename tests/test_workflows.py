@@ -136,3 +136,10 @@ def test_an_expression_never_reaches_a_shell():
         for job in yaml.safe_load(text)["jobs"].values():
             for step in job.get("steps", []):
                 assert "${{" not in step.get("run", ""), name
+
+
+def test_hosted_linux_adds_in_the_order_that_has_a_baseline():
+    """MKL's compatible path unless a caller says otherwise: mixed chips of a fleet then share one quality baseline."""
+    gate = yaml.safe_load(TEXTS["gate.yml"])
+    assert gate[True]["workflow_call"]["inputs"]["mkl"]["default"] == "COMPATIBLE"  # YAML 1.1 reads "on" as true
+    assert gate["jobs"]["gate"]["env"]["MKL_CBWR"] == "${{ inputs.mkl }}"
