@@ -8,7 +8,6 @@ its share when the machine's speed changes.
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import statistics
 import time
@@ -19,7 +18,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from veloxbench.adapter import arrays_of
@@ -29,8 +28,6 @@ from veloxbench.measure.throughput import prefill
 from veloxbench.methods import BuildContext, build, make_arm
 from veloxbench.models import load_model, resolve_model
 from veloxbench.sources import cache_dir
-
-_C = ctypes.CDLL(None)
 
 CANARY_REPEATS = 15
 CANARY_WARM = 4
@@ -103,9 +100,6 @@ class _Clocks:
 class DecodeBenchmark:
     """A loaded model with a prefix in its caches, ready to be sampled.
 
-    On a processor every sample first moves the weights to other memory (:meth:`relocate`): where they lie decides how
-    fast a step is.
-
     Raises:
         UsageError: an unknown name, or a text too short.
     """
@@ -122,58 +116,25 @@ class DecodeBenchmark:
         tokens = token_block(load_text(spec.corpus, "evaluation"), tokenizer, n_sequences=1, length=length).tokens[0]
         self._saved = prefill(self.model, caches, tokens[: spec.depth]).caches
         self._fed = [mx.array([[int(token)]]) for token in tokens[spec.depth :]]
-        self._weights = self._largest_matrix()
+        self._weights = _largest_matrix(self.model)
         self._vector = mx.ones((1, self._weights.shape[1]), dtype=self._weights.dtype)
-        self._moves = mx.default_device() == mx.cpu
         mx.eval(self._fed, self._vector)
         # what is loaded by now stays: without this every collection between samples walks through all of it (0.2 s)
         gc.collect()
         gc.freeze()
-        self._rng = np.random.default_rng()  # entropy: two processes must not move in step
 
     @property
     def extra_rows_at_once(self) -> int:
         """Rows of the matrix that the extra work streams; more rows take further passes."""
         return int(self._weights.shape[0])
 
-    def _largest_matrix(self) -> mx.array:
-        leaves: Any = tree_flatten(self.model.parameters())
-        matrices = [a for _, a in leaves if a.ndim == 2 and mx.issubdtype(a.dtype, mx.floating)]
-        largest: mx.array = max(matrices, key=lambda matrix: int(matrix.size))
-        return largest
-
     def _extra(self, rows: int) -> list[mx.array]:
         passes, rest = divmod(rows, self.extra_rows_at_once)
         matrices = [self._weights] * passes + ([self._weights[:rest]] if rest else [])
         return [self._vector @ matrix.T for matrix in matrices]
 
-    def relocate(self, rng: np.random.Generator) -> None:
-        """Copy the weights, in a random order, and free the old ones: values stay, their place is drawn anew.
-
-        Two processes of the same code differ by 3% (standard deviation over starts) for as long as they live, because
-        the pages of one are nearer, or lie better, than those of the other. That is no property of the code. With a
-        draw for each sample it becomes noise, which more blocks average away. Costs 0.1 s for 135M fp32 weights, and
-        for a moment their memory twice.
-        """
-        leaves: Any = tree_flatten(self.model.parameters())
-        ballast = mx.zeros((int(rng.integers(1, 64)), 2**18))  # up to 64 MiB that shift what comes after it
-        mx.eval(ballast)
-        moved = {}
-        for index in rng.permutation(len(leaves)):
-            name, array = leaves[index]
-            moved[name] = array * mx.ones((), dtype=array.dtype)
-            mx.eval(moved[name])
-        self.model.update(tree_unflatten(list(moved.items())))
-        self._weights = self._largest_matrix()
-        del leaves, array, moved, ballast
-        gc.collect()
-        if hasattr(_C, "malloc_trim"):  # glibc: give the freed pages back, or the next copy gets the same ones
-            _C.malloc_trim(0)
-
     def sample(self, extra_rows: int = 0) -> StepTimes:
         """Time the steps once, each with ``extra_rows`` rows of extra work; the saved prefix stays as it was."""
-        if self._moves:
-            self.relocate(self._rng)
         caches: Sequence[Any] = copy.deepcopy(self._saved)
         clocks = _Clocks([], [])
 
@@ -192,6 +153,12 @@ class DecodeBenchmark:
         finally:
             gc.enable()
         return clocks.times()
+
+
+def _largest_matrix(model: Any) -> mx.array:
+    leaves: Any = tree_flatten(model.parameters())
+    arrays: list[mx.array] = [array for _, array in leaves]
+    return max((a for a in arrays if a.ndim == 2 and mx.issubdtype(a.dtype, mx.floating)), key=lambda a: int(a.size))
 
 
 class Canary:
