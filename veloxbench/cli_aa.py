@@ -41,7 +41,8 @@ def record(
     """Record a live A/A series of decode samples, with slowdowns of 2, 3, 5 and 10% made by real extra work.
 
     Two processes of the same code take turns; each block times both, and the second also with extra work, in a
-    random mirrored order with a canary before and after. Stop it at any time and type the same command again.
+    random mirrored order with a canary before and after. After eight blocks of each slowdown both are started anew.
+    Stop it at any time and type the same command again.
 
     **Example:** `veloxbench aa record --hours 2 --out aa.jsonl --core 1`
     """
@@ -70,7 +71,7 @@ def live(
         int | None, typer.Option(help="Keep both sides on this core (Linux). Default: the series' own.")
     ] = None,
 ) -> None:
-    """Run whole gates live, each with two fresh processes: the same code, and head slowed down.
+    """Run whole gates live: the same code on both sides, and head slowed down.
 
     **Example:** `veloxbench aa live aa.jsonl --gates 20 --slowdown 0,5 --out live.jsonl`
     """
@@ -160,7 +161,7 @@ def compare(
     ] = "turboquant_mse@4",
     model: Annotated[str, typer.Option(help="The model of the timings.")] = "smollm2-135m",
     tiers: Annotated[str, typer.Option(help="**all**, **records** (exact and quality) or **timing**.")] = "all",
-    minutes: Annotated[float, typer.Option(help="Budget of the timings.")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="Budget of the timings.")] = 20.0,
     threads: Annotated[
         int,
         typer.Option(

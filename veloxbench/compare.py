@@ -19,7 +19,7 @@ from veloxbench.records import Record
 from veloxbench.revisions import Revision
 from veloxbench.store import read_last_run, read_records
 from veloxbench.timing_gate import TimingSpec, findings, run_gate
-from veloxbench.timing_pairs import Slot, live_blocks
+from veloxbench.timing_pairs import Slot, live_starts
 from veloxbench.verdicts import Finding, Tier, Verdict
 from veloxbench.worker import WORK_TIMEOUT_S, Worker, WorkFailed, steady_environment
 
@@ -89,12 +89,14 @@ def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Calla
                 found += [_crash(name, *failure) for failure in failures]
             if records["base"]:
                 found += judge_records(records["base"], records["head"], f"revision {base.name}")
-        if plan.timed:
-            message(
-                f"timing {', '.join(plan.timed)} in interleaved blocks, in the order of --seed {plan.seed}, which "
-                "repeats it"
-            )
-            found += _timings(workers, plan)
+        crashed, timed = _what_can_be_timed(workers, plan.timed)
+        found += crashed
+    if timed:
+        message(
+            f"timing {', '.join(timed)} in interleaved blocks, both sides started anew after every "
+            f"{plan.spec.blocks_per_start}, in the order of --seed {plan.seed}, which repeats it"
+        )
+        found += _timings({"base": base, "head": head}, timed, plan)
     return found
 
 
@@ -129,20 +131,38 @@ def _crash(side: str, subject: str, reason: str, tier: Tier | None = None, metri
     return Finding(tier or of_suite, subject, metric, verdict, f"it crashed: {reason}")
 
 
-def _timings(workers: dict[str, Worker], plan: Plan) -> list[Finding]:
-    found, timed = [], dict(plan.timed)
+def _what_can_be_timed(
+    workers: dict[str, Worker], asked: dict[str, DecodeSpec]
+) -> tuple[list[Finding], dict[str, DecodeSpec]]:
+    """Findings of the benchmarks that a side cannot open, and those that both can."""
+    found, timed = [], dict(asked)
     for side, worker in workers.items():
-        for metric, decode in plan.timed.items():
+        for metric, decode in asked.items():
             try:
-                worker.ask("open_decode", timeout=WORK_TIMEOUT_S, name=metric, spec=decode.model_dump(mode="json"))
+                _open(worker, metric, decode)
             except WorkFailed as error:
                 found.append(_crash(side, f"{decode.model} decode", str(error), "timing", metric))
                 timed.pop(metric, None)
-    if not timed:
-        return found
+    return found, timed
+
+
+def _open(worker: Worker, metric: str, decode: DecodeSpec) -> None:
+    worker.ask("open_decode", timeout=WORK_TIMEOUT_S, name=metric, spec=decode.model_dump(mode="json"))
+
+
+def _timings(revisions: dict[str, Revision], timed: dict[str, DecodeSpec], plan: Plan) -> list[Finding]:
+    def launch(stack: ExitStack, order: Sequence[str]) -> dict[str, Worker]:
+        workers = {}
+        for side in order:
+            workers[side] = stack.enter_context(start(side, revisions[side], plan.threads))
+            for metric, decode in timed.items():
+                _open(workers[side], metric, decode)
+        return workers
+
     groups = [{f"{side} {metric}": Slot(side, metric) for side in ("base", "head")} for metric in timed]
     metrics = {metric: (f"base {metric}", f"head {metric}") for metric in timed}
     clock = default_clock()
-    result = run_gate(live_blocks(workers, groups, metrics, clock, plan.seed), plan.spec)
+    starts = live_starts(launch, groups, metrics, clock, plan.spec.blocks_per_start, plan.seed)
+    result = run_gate(starts, plan.spec)
     subject = f"{', '.join(sorted({decode.model for decode in timed.values()}))} decode ({clock} time)"
-    return [*found, *findings(result, plan.spec, subject)]
+    return findings(result, plan.spec, subject)

@@ -1,17 +1,20 @@
-"""The timing gate: base against head in randomised ABBA blocks, tested group by group until it is decided.
+"""The timing gate: base against head in freshly started processes and randomised ABBA blocks, until it is decided.
 
-Protocol. A block times base and head in a mirrored random order (base head head base, or head base base head),
-so that a machine that drifts moves both alike. A canary, the same fixed work each time, is timed before and after;
-a block whose canary moved by more than ``canary_drift`` is void and run again: whether a block counts never depends
-on the times of base and head. Each block gives one number, the log ratio ``ln(head / base)``.
+Protocol. Both sides are started anew again and again. The same code, started again, is faster or slower by a few
+percent for as long as it lives (docs/timing.md), so that the start, not the sample, is what must be repeated (Kalibera
+& Jones 2013). In each start some blocks time base and head in a mirrored random order (base head head base, or head
+base base head), so that a machine that drifts moves both alike. A canary, the same fixed work each time, is timed
+before and after; a block whose canary moved by more than ``canary_drift`` is void: whether a block counts never
+depends on the times of base and head. Each start gives one number, the mean of ``ln(head / base)`` over its blocks.
 
-Test. At every look (a planned number of blocks) two signed-rank tests (Wilcoxon 1945; `scipy.stats.wilcoxon`) ask
+Test. At every look (a planned number of starts) two signed-rank tests (Wilcoxon 1945; `scipy.stats.wilcoxon`) ask
 whether the slowdown lies above ``margin`` and whether it lies below ``detect``. Signs of log ratios under no change
-are fair coins because the order is drawn, whatever the machine does and however its noise is correlated; ranks keep
-one hiccup from weighing more than its place. The error rates are spent over the looks: look k may use the share
-``shares[k]`` of ``alpha`` and of ``beta``, and the shares add up to one, so that by the union bound no more than
-``alpha`` of the gates with a slowdown of at most ``margin`` report a regression, and no more than ``beta`` of the
-gates with a slowdown of at least ``detect`` pass, without any assumption on how the looks depend on each other.
+are fair coins because orders are drawn, of the samples and of who is started first, whatever the machine does and
+however its noise is correlated; ranks keep one hiccup from weighing more than its place. The error rates are spent
+over the looks: look k may use the share ``shares[k]`` of ``alpha`` and of ``beta``, and the shares add up to one, so
+that by the union bound no more than ``alpha`` of the gates with a slowdown of at most ``margin`` report a regression,
+and no more than ``beta`` of the gates with a slowdown of at least ``detect`` pass, without any assumption on how the
+looks depend on each other.
 
 Hence the smallest p / share over the looks is itself a valid p-value, and Holm (1979) across a tier's metrics acts
 on those. Passing needs every metric below ``detect``, each at the full ``beta`` (intersection-union).
@@ -49,25 +52,28 @@ class TimingSpec:
         alpha: rate of false alarms, all looks and all metrics together.
         beta: rate of misses, all looks of a metric together; 2% leaves room for inconclusive gates within the 5% of
             slowdowns that may go uncaught.
-        looks: blocks at which the tests are made; the last is the budget.
+        looks: starts at which the tests are made; the last is the budget.
+        blocks_per_start: blocks in each start. A start costs some ten times what a block does and starts scatter
+            nearly as much as blocks: 4 to 10 blocks make the most of the time (Kalibera & Jones 2013, eq. 7).
         spending: look k has used ``(looks[k] / looks[-1]) ** spending`` of alpha and beta (Kim & DeMets 1987).
         canary_drift: relative change of the canary within a block that voids it. The order's randomisation keeps the
             error rates whatever this is; it ends a gate on a machine that is not itself (throttled, taken by another
             job). On an idle shared virtual machine the canary moved by 3% in the median, 6% in the 90% quantile; on a
             machine of one's own, 2% is the figure to choose.
-        max_voids: void blocks after which the machine is too restless to decide.
-        max_seconds: budget of time; the block in which it ends is the last.
+        max_voids: void starts, those of which most blocks are void, after which the machine is too restless to decide.
+        max_seconds: budget of time; the start in which it ends is the last.
     """
 
     margin: float = 0.03
     detect: float = 0.05
     alpha: float = 0.01
     beta: float = 0.02
-    looks: tuple[int, ...] = (12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+    looks: tuple[int, ...] = (10, 12, 16, 20, 24, 28, 32, 40, 48, 64)
+    blocks_per_start: int = 8
     spending: float = 1.0
     canary_drift: float = 0.10
-    max_voids: int = 64
-    max_seconds: float = 600.0
+    max_voids: int = 8
+    max_seconds: float = 1200.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.margin < self.detect:
@@ -76,7 +82,9 @@ class TimingSpec:
             if not 0 < getattr(self, name) < 0.5:
                 raise UsageError(f"timing gate: {name} {getattr(self, name)} must lie between 0 and 0.5")
         if not self.looks or self.looks[0] < 1 or any(a >= b for a, b in zip(self.looks, self.looks[1:], strict=False)):
-            raise UsageError(f"timing gate: looks {self.looks} must be increasing numbers of blocks")
+            raise UsageError(f"timing gate: looks {self.looks} must be increasing numbers of starts")
+        if self.blocks_per_start < 1:
+            raise UsageError(f"timing gate: blocks_per_start {self.blocks_per_start} must be at least 1")
         for name in ("spending", "canary_drift", "max_seconds"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"timing gate: {name} {getattr(self, name)} must be above zero")
@@ -87,9 +95,9 @@ class TimingSpec:
         spent = (np.array(self.looks) / self.looks[-1]) ** self.spending
         return np.diff(spent, prepend=0.0)
 
-    def looks_made(self, blocks: int) -> int:
-        """How many looks that many blocks allow."""
-        return sum(look <= blocks for look in self.looks)
+    def looks_made(self, starts: int) -> int:
+        """How many looks that many starts allow."""
+        return sum(look <= starts for look in self.looks)
 
 
 def mirrored_order(names: Sequence[Name], rng: np.random.Generator) -> list[Name]:
@@ -132,11 +140,39 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Both sides freshly started, and the blocks that they were timed in.
+
+    Attributes:
+        launch_seconds: wall time until the first block.
+    """
+
+    blocks: Sequence[Block]
+    launch_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Wall time in all."""
+        return self.launch_seconds + sum(block.seconds for block in self.blocks)
+
+    def log_ratios(self, canary_drift: float) -> dict[str, float] | None:
+        """Mean ``ln(head / base)`` of each metric over the blocks that are not void; None where most of them are.
+
+        Raises:
+            ValueError: a time that is not positive and finite.
+        """
+        usable = [block for block in self.blocks if block.canary_drift <= canary_drift]
+        if 2 * len(usable) < len(self.blocks) or not usable:
+            return None
+        return {metric: float(np.mean([b.log_ratio(metric) for b in usable])) for metric in usable[0].sides}
+
+
+@dataclass(frozen=True)
 class MetricResult:
     """Where a metric stands when its gate ends; ``verdict`` is None if it is undecided.
 
     Attributes:
-        log_ratios: of the blocks up to the decision, ``ln(head / base)``.
+        log_ratios: of the starts up to the decision, ``ln(head / base)``.
         regress_p, pass_p: sequential p-values, see :func:`p_values`.
     """
 
@@ -157,7 +193,7 @@ class GateResult:
     """The end of a gate: every metric's result and what it took."""
 
     metrics: tuple[MetricResult, ...]
-    blocks: int
+    starts: int
     voids: int
     seconds: float
     stopped: str | None = None
@@ -215,7 +251,7 @@ def slowdown_bounds(log_ratios: Sequence[float], low_level: float, high_level: f
         low_level: the lower bound is above the truth at most this often.
         high_level: the upper bound is below the truth at most this often.
     Returns:
-        ``(estimate, low, high)``; a bound that no number of blocks like this can give is infinite (-1 below).
+        ``(estimate, low, high)``; a bound that no number of starts like this can give is infinite (-1 below).
     """
     values = np.asarray(log_ratios, dtype=np.float64)
     if not len(values):
@@ -258,19 +294,19 @@ class _Tally:
             self.log_ratios.setdefault(metric, [])
             self.p.setdefault(metric, (1.0, 1.0))
 
-    def add(self, block: Block) -> None:
-        for metric in block.sides:
-            self.log_ratios[metric].append(block.log_ratio(metric))
+    def add(self, log_ratios: Mapping[str, float]) -> None:
+        for metric, value in log_ratios.items():
+            self.log_ratios[metric].append(value)
 
     def look(self) -> bool:
-        """Judge if the number of blocks is a look; whether every metric is decided."""
+        """Judge if the number of starts is a look; whether every metric is decided."""
         counts = {len(values) for values in self.log_ratios.values()}
         if len(counts) != 1:
-            raise ValueError(f"the blocks do not all time the same metrics: {sorted(self.log_ratios)}")
-        (blocks,) = counts
-        if blocks not in self.spec.looks:
+            raise ValueError(f"the starts do not all time the same metrics: {sorted(self.log_ratios)}")
+        (starts,) = counts
+        if starts not in self.spec.looks:
             return False
-        share = float(self.spec.shares[self.spec.looks.index(blocks)])
+        share = float(self.spec.shares[self.spec.looks.index(starts)])
         open_metrics = self.log_ratios.keys() - self.decided.keys()
         for metric in open_metrics:
             now = look_p_values(self.log_ratios[metric], share, self.spec)
@@ -279,48 +315,50 @@ class _Tally:
         adjusted = dict(zip(self.p, holm([regress for regress, _ in self.p.values()]), strict=True))
         for metric in open_metrics:
             if adjusted[metric] <= self.spec.alpha:
-                self.decided[metric] = Verdict.REGRESS, blocks
+                self.decided[metric] = Verdict.REGRESS, starts
             elif self.p[metric][1] <= self.spec.beta:
-                self.decided[metric] = Verdict.PASS, blocks
+                self.decided[metric] = Verdict.PASS, starts
         return len(self.decided) == len(self.log_ratios)
 
     def results(self) -> tuple[MetricResult, ...]:
         found = []
         for metric, values in self.log_ratios.items():
-            verdict, blocks = self.decided.get(metric, (None, len(values)))
-            found.append(MetricResult(metric, verdict, tuple(values[:blocks]), *self.p[metric]))
+            verdict, starts = self.decided.get(metric, (None, len(values)))
+            found.append(MetricResult(metric, verdict, tuple(values[:starts]), *self.p[metric]))
         return tuple(found)
 
 
-def run_gate(blocks: Iterable[Block], spec: TimingSpec) -> GateResult:
-    """Take blocks, live or recorded, until every metric is decided or the budget has ended.
+def run_gate(starts: Iterable[Start], spec: TimingSpec) -> GateResult:
+    """Take starts, live or recorded, until every metric is decided or the budget has ended.
 
     Args:
-        blocks: pulled one at a time; none is measured after the decision.
+        starts: pulled one at a time; none is made after the decision.
     Raises:
         ValueError: a time that is not positive and finite; nothing is decided on it.
     """
     tally = _Tally(spec)
     used = voids = 0
     seconds = 0.0
-    stopped = "no block was timed"
-    for block in blocks:
-        seconds += block.seconds
-        tally.expect(block.sides)
-        if block.canary_drift > spec.canary_drift:
+    stopped = "nothing was timed"
+    for start in starts:
+        seconds += start.seconds
+        tally.expect(metric for block in start.blocks for metric in block.sides)
+        log_ratios = start.log_ratios(spec.canary_drift)
+        if log_ratios is None:
             voids += 1
         else:
             used += 1
-            tally.add(block)
+            tally.add(log_ratios)
             if tally.look():
                 return GateResult(tally.results(), used, voids, seconds)
-        stopped = f"undecided when the blocks ended after {used}"
+        stopped = f"undecided when the starts ended after {used}"
         if used >= spec.looks[-1]:
-            stopped = f"undecided after the budget of {used} blocks"
+            stopped = f"undecided after the budget of {used} starts"
             break
         if voids > spec.max_voids:
-            stopped = f"the machine is too restless: {voids} blocks were void, their canary moved by more than " + (
-                f"{spec.canary_drift:.0%}"
+            stopped = (
+                f"the machine is too restless: in {voids} starts most blocks were void, their canary moved by "
+                + (f"more than {spec.canary_drift:.0%}")
             )
             break
         if seconds > spec.max_seconds:
@@ -333,7 +371,7 @@ def findings(result: GateResult, spec: TimingSpec, subject: str) -> list[Finding
     """What a gate's result says, one finding per metric (a ratio head / base); undecided metrics are inconclusive.
 
     Raises:
-        ValueError: no block was taken at all, so that not even the metrics are known.
+        ValueError: nothing was timed at all, so that not even the metrics are known.
     """
     if not result.metrics:
         raise ValueError(f"{subject}: {result.stopped}")
@@ -350,7 +388,7 @@ def findings(result: GateResult, spec: TimingSpec, subject: str) -> list[Finding
             found.append(Finding("timing", subject, metric.metric, verdict, why, limit=limit))
             continue
         ratios = tuple(1 + slowdown for slowdown in metric.bounds(spec))
-        span = f"x{ratios[0]:.3f} ({ratios[1]:.3f} to {ratios[2]:.3f}, {len(metric.log_ratios)} blocks)"
+        span = f"x{ratios[0]:.3f} ({ratios[1]:.3f} to {ratios[2]:.3f}, {len(metric.log_ratios)} starts)"
         change, low, high = (ratio if math.isfinite(ratio) else None for ratio in ratios)
         found.append(
             Finding("timing", subject, metric.metric, verdict, f"{span}: {why}", None, None, change, low, high, limit)

@@ -1,11 +1,12 @@
-"""Live blocks: two workers, told in turn to take a sample, with the canary before and after."""
+"""Live starts and their blocks: two workers, told in turn to take a sample, with the canary before and after."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from veloxbench.decode_timing import Canary, Clock, StepTimes
 from veloxbench.errors import UsageError
-from veloxbench.timing_gate import Block, mirrored_order
+from veloxbench.timing_gate import Block, Start, mirrored_order
 from veloxbench.worker import Worker
 
 
@@ -105,22 +106,38 @@ def take_block(
     )
 
 
-def live_blocks(
-    workers: Mapping[str, Worker],
+Launch = Callable[[ExitStack, Sequence[str]], Mapping[str, Worker]]
+"""Starts the sides in the given order, their benchmarks open; they end with the stack."""
+
+
+def live_starts(
+    launch: Launch,
     groups: Sequence[Mapping[str, Slot]],
     metrics: Mapping[str, tuple[str, str]],
     clock: Clock,
+    blocks_per_start: int,
     seed: int,
-) -> Iterator[Block]:
-    """Blocks as the gate wants them, taken when it asks for the next one; an untimed one first warms both sides.
+) -> Iterator[Start]:
+    """Starts as the gate wants them, made when it asks for the next one; an untimed block first warms both sides.
 
     Args:
+        launch: called for each start, with the sides in a random order.
         metrics: metric -> (base's slot, head's slot).
     """
     canary, rng = Canary(), np.random.default_rng(seed)
-    take_block(workers, groups, canary, rng)
     while True:
-        yield take_block(workers, groups, canary, rng).compared(metrics, clock)
+        began = time.perf_counter()
+        with ExitStack() as stack:
+            workers = launch(stack, side_order(rng))
+            take_block(workers, groups, canary, rng)
+            launch_seconds = time.perf_counter() - began
+            timed = [take_block(workers, groups, canary, rng) for _ in range(blocks_per_start)]
+        yield Start([block.compared(metrics, clock) for block in timed], launch_seconds)
+
+
+def side_order(rng: np.random.Generator) -> list[str]:
+    """Who is started first, drawn: the first one's memory is not the second one's."""
+    return list(rng.permutation(["base", "head"]))
 
 
 def extra_rows_for(

@@ -17,19 +17,19 @@ from veloxbench.aa.page import plot, render
 from veloxbench.aa.resample import (
     ErrorRates,
     Rate,
-    blocks_of,
     disjoint_gates,
     error_rates,
     outcomes,
+    places,
     read_error_rates,
     resampled_gates,
-    starts,
+    starts_of,
 )
 from veloxbench.aa.series import BASE, Segment, SeriesHeader, append_line, open_journal, read_series, slot_name
 from veloxbench.cli import _run
 from veloxbench.decode_timing import DecodeSpec
 from veloxbench.errors import ExitCode, IntegrityError, UnfitEnvironmentError, UsageError
-from veloxbench.timing_gate import Block, TimingSpec, mirrored_order, run_gate
+from veloxbench.timing_gate import Block, Start, TimingSpec, mirrored_order, run_gate
 from veloxbench.timing_pairs import TimedBlock
 from veloxbench.verdicts import Verdict
 
@@ -52,9 +52,9 @@ def header(**changes):
     return SeriesHeader(**{**fields, **changes})
 
 
-def timed_block(rng, started, slowdown=0.0, noise=0.01, drift=0.0):
+def timed_block(rng, started, slowdown=0.0, noise=0.01, drift=0.0, luck=0.0):
     """A block as a machine with that much noise per sample would give it: 20 ms steps, 5 ms canary."""
-    factors = {BASE: 1.0, slot_name(slowdown): 1 + slowdown}
+    factors = {BASE: 1.0, slot_name(slowdown): (1 + slowdown) * math.exp(luck)}
     order = mirrored_order(list(factors), rng)
     steps = tuple((round(20_000 * factors[name] * math.exp(rng.normal(0, noise))),) * 3 for name in order)
     canary = ((5000,) * 15, (round(5000 * (1 + drift)),) * 15)
@@ -70,13 +70,23 @@ def timed_block(rng, started, slowdown=0.0, noise=0.01, drift=0.0):
     )
 
 
-def write_series(path, rounds=290, segments=2, **how):
+LAUNCH_S = 10.0
+
+
+def write_series(path, starts=80, runs=2, start_noise=0.01, **how):
+    """Runs with an hour between them; each start is faster or slower as a whole."""
     rng = np.random.default_rng(0)
-    append_line(path, header())
-    for segment in range(segments):
-        append_line(path, Segment(started=10_000.0 * segment, seed=0, state={}))
-        for index, slowdown in enumerate(SLOWDOWNS * rounds):
-            append_line(path, timed_block(rng, 10_000.0 * segment + 2 * index, slowdown, **how))
+    lines, now = [header()], 0.0
+    for _ in range(runs):
+        for _ in range(starts):
+            lines.append(Segment(started=now, seed=0, state={}))
+            luck = rng.normal(0, start_noise)
+            for slowdown in SLOWDOWNS * SPEC.blocks_per_start:
+                lines.append(timed_block(rng, now, slowdown, luck=luck, **how))
+                now += 2
+            now += LAUNCH_S
+        now += 3600
+    path.write_text("".join(line.model_dump_json() + "\n" for line in lines))
     return path
 
 
@@ -88,6 +98,10 @@ def series_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rates(series_file):
     return error_rates(series_file, SPEC, "wall", gates=100, live=[live_gate()])
+
+
+def n_blocks(series):
+    return sum(len(start.blocks) for start in series.starts)
 
 
 def live_gate(slowdown=0.05, verdict=Verdict.REGRESS):
@@ -105,15 +119,21 @@ def live_gate(slowdown=0.05, verdict=Verdict.REGRESS):
     )
 
 
-def test_a_series_is_read_back_in_runs_that_no_restart_or_pause_crosses(tmp_path):
-    """Two segments, and a pause of a minute inside the second: three runs."""
+def test_a_series_is_read_back_in_runs_of_starts_that_no_stop_crosses(tmp_path):
+    """Three starts: the second follows the first by 30 s, its launch; the third comes after an hour."""
     path, rng = tmp_path / "aa.jsonl", np.random.default_rng(0)
     append_line(path, header())
-    for starts_at in ([0, 2, 4], [100, 102, 162, 164]):
+    for starts_at in ([0, 2], [34, 36, 98], [3700]):
         append_line(path, Segment(started=0.0, seed=0, state={}))
         for started in starts_at:
             append_line(path, timed_block(rng, float(started)))
-    assert [[block.started for block in run] for run in read_series(path).runs] == [[0, 2, 4], [100, 102], [162, 164]]
+    series = read_series(path)
+    assert [[[block.started for block in start.blocks] for start in run] for run in series.runs] == [
+        [[0, 2], [34, 36, 98]],
+        [[3700]],
+    ]
+    assert [start.launch_seconds for start in series.starts] == [30, 30, 30]  # the unknown ones as the known one
+    assert series.seconds == 3 * 30 + 6 * 2
 
 
 def test_a_compressed_series_is_the_same_series(series_file, tmp_path):
@@ -127,11 +147,11 @@ def test_a_torn_last_line_is_taken_away_and_recording_goes_on(series_file, tmp_p
     """A killed recorder leaves half a line: the blocks before it stay, the next one is whole."""
     path = tmp_path / "aa.jsonl"
     path.write_bytes(series_file.read_bytes()[:-50])
-    whole = read_series(path).blocks
+    whole = n_blocks(read_series(path))
     with open_journal(path) as journal:
         assert journal.series is not None
         journal.append(timed_block(np.random.default_rng(0), 1e6))
-    assert read_series(path).blocks == whole + 1 == read_series(series_file).blocks
+    assert n_blocks(read_series(path)) == whole + 1 == n_blocks(read_series(series_file))
 
 
 def test_two_recorders_cannot_write_one_file(tmp_path):
@@ -161,39 +181,50 @@ def test_a_damaged_series_is_an_error_that_names_the_line(series_file, tmp_path,
         read_series(path)
 
 
-def test_a_gate_drawn_from_the_series_is_the_gate_run_on_its_blocks(series_file):
+def test_a_gate_drawn_from_the_series_is_the_gate_run_on_its_starts(series_file):
     """From place (run, first): the same result as the gate on that slice, and never beyond the run."""
-    runs = blocks_of(read_series(series_file), 0.0, "wall")
-    for index, first in starts(runs, SPEC):
-        assert len(runs[index]) - first >= SPEC.looks[-1]
+    runs = starts_of(read_series(series_file), 0.0, "wall", SPEC.blocks_per_start)
+    found = places(runs, SPEC)
+    for index, first in found:
+        left = runs[index][first:]
+        assert len(left) >= SPEC.looks[-1] or sum(start.seconds for start in left) > SPEC.max_seconds
     (gate,) = resampled_gates(runs, SPEC, 1, np.random.default_rng(3))
-    places = starts(runs, SPEC)
-    index, first = places[np.random.default_rng(3).integers(len(places), size=1)[0]]
+    index, first = found[np.random.default_rng(3).integers(len(found), size=1)[0]]
     assert gate == run_gate(iter(runs[index][first:]), SPEC)
 
 
-def test_gates_that_do_not_overlap_use_every_block_once(series_file):
+def test_gates_that_do_not_overlap_use_every_start_once(series_file):
     """Laid end to end they fit into the runs."""
-    runs = blocks_of(read_series(series_file), 0.0, "wall")
-    used = [gate.blocks + gate.voids for gate in disjoint_gates(runs, SPEC)]
+    runs = starts_of(read_series(series_file), 0.0, "wall", SPEC.blocks_per_start)
+    used = [gate.starts + gate.voids for gate in disjoint_gates(runs, SPEC)]
     assert len(used) >= 4
     assert sum(used) <= sum(map(len, runs))
 
 
-def test_no_gate_starts_where_its_budget_would_cross_a_gap():
-    """A run as long as a gate's budget has one place; one more for each further block; none if a run is shorter."""
-    block = Block({"decode": ((1.0,), (1.0,))}, (1.0, 1.0), 1.0)
+def test_no_gate_begins_where_its_budget_would_cross_a_gap():
+    """A run as long as a gate's budget has one place; one more for each further start; none if a run is shorter."""
+    start = Start([Block({"decode": ((1.0,), (1.0,))}, (1.0, 1.0), 1.0)], 1.0)
     budget = SPEC.looks[-1]
-    assert starts([[block] * (budget - 1), [block] * (budget + 2)], SPEC) == [(1, 0), (1, 1), (1, 2)]
+    assert places([[start] * (budget - 1), [start] * (budget + 2)], SPEC) == [(1, 0), (1, 1), (1, 2)]
     with pytest.raises(UsageError, match="record longer"):
-        resampled_gates([[block] * (budget - 1)], SPEC, 1, np.random.default_rng(0))
+        resampled_gates([[start] * (budget - 1)], SPEC, 1, np.random.default_rng(0))
 
 
-def test_a_gate_costs_the_time_of_its_own_blocks(series_file):
-    """Two seconds a block, whatever lay between two blocks of the same slowdown."""
-    runs = blocks_of(read_series(series_file), 0.05, "wall")
+def test_a_start_that_was_cut_off_ends_its_run(tmp_path):
+    """A recorder stopped in the middle of a start: nothing is drawn across it, the rest is used."""
+    path = write_series(tmp_path / "aa.jsonl", starts=5, runs=1)
+    lines = path.read_text().splitlines(keepends=True)
+    per_start = 1 + len(SLOWDOWNS) * SPEC.blocks_per_start
+    path.write_text("".join(lines[: 1 + 3 * per_start - 5] + lines[1 + 3 * per_start :]))
+    runs = starts_of(read_series(path), 0.0, "wall", SPEC.blocks_per_start)
+    assert [len(run) for run in runs] == [2, 2]
+
+
+def test_a_gate_costs_the_time_of_its_starts_and_its_own_blocks(series_file):
+    """Ten seconds a start and two a block, whatever lay between two blocks of the same slowdown."""
+    runs = starts_of(read_series(series_file), 0.05, "wall", SPEC.blocks_per_start)
     for gate in disjoint_gates(runs, SPEC):
-        assert gate.seconds == 2 * gate.blocks
+        assert gate.seconds == pytest.approx((LAUNCH_S + 2 * SPEC.blocks_per_start) * gate.starts)
 
 
 def test_clopper_pearson_of_no_alarm_in_a_thousand():
@@ -210,6 +241,9 @@ def test_error_rates_of_a_calm_machine(rates):
     for slowdown, effect in effects.items():
         assert effect.measured[0] == pytest.approx(slowdown, abs=0.005)
         assert effect.measured[1] < slowdown < effect.measured[2]
+        # 1% a sample, two of each side in a block; 1% a start, known to 6% from 160 starts
+        assert effect.block_sd == pytest.approx(0.01, rel=0.1)
+        assert effect.start_sd == pytest.approx(0.01, rel=0.25)
         assert (
             effect.resampled.regress.count + effect.resampled.passed.count + effect.resampled.inconclusive.count == 100
         )
@@ -217,18 +251,18 @@ def test_error_rates_of_a_calm_machine(rates):
 
 def test_void_blocks_are_counted_and_never_used(tmp_path):
     """With every canary moved by 30% nothing can be decided, and the series says why."""
-    path = write_series(tmp_path / "aa.jsonl", rounds=70, segments=1, drift=0.3)
+    path = write_series(tmp_path / "aa.jsonl", starts=70, runs=1, drift=0.3)
     found = error_rates(path, SPEC, "wall", gates=5)
     assert found.series.void_share == 1.0
     assert all(effect.resampled.inconclusive.count == 5 for effect in found.effects)
 
 
 def test_live_gates_are_counted_by_slowdown(rates):
-    """One live gate at 5% regressed after 12 blocks and a void one."""
+    """One live gate at 5% regressed after 12 starts and a void one."""
     live = {effect.slowdown: effect.live for effect in rates.effects}
     assert [slowdown for slowdown, found in live.items() if found] == [0.05]
     assert live[0.05] == outcomes([live_gate().result()])
-    assert live[0.05].cost.blocks == (13, 13)
+    assert live[0.05].cost.starts == (13, 13)
 
 
 def test_a_live_journal_is_read_back_and_damage_is_named(tmp_path):
@@ -313,10 +347,9 @@ def test_a_live_series_is_stopped_and_goes_on(cut_model, tmp_path):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130, errors
     before = read_series(out)
-    assert before.blocks >= 2
+    assert n_blocks(before) >= 2
     hours = (before.seconds + 0.5) / 3600
     assert subprocess.run(record_command(cut_model, out, hours), check=False).returncode == 0
     after = read_series(out)
-    assert after.blocks > before.blocks
-    assert len(after.runs) == len(before.runs) + 1
+    assert len(after.starts) == len(before.starts) + 1
     assert after.header == before.header

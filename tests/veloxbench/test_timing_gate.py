@@ -9,6 +9,7 @@ from scipy import stats
 from veloxbench.errors import ExitCode, UsageError
 from veloxbench.timing_gate import (
     Block,
+    Start,
     TimingSpec,
     findings,
     holm,
@@ -26,8 +27,12 @@ def block(log_ratio, canary=(1.0, 1.0), metric="decode_s"):
     return Block({metric: ((1.0, 1.0), (math.exp(log_ratio),) * 2)}, canary, seconds=1.0)
 
 
+def start(*blocks):
+    return Start(blocks, launch_seconds=4.0)
+
+
 def gate(log_ratios, spec=SPEC):
-    return run_gate(map(block, log_ratios), spec)
+    return run_gate((start(block(value)) for value in log_ratios), spec)
 
 
 def verdicts(slowdown, noise, rng, gates=300, spec=SPEC):
@@ -40,7 +45,7 @@ def normal(rng, shape):
 
 
 def hiccups(rng, shape):
-    """Student t with 2 degrees of freedom (infinite variance), and bursts that last for several blocks."""
+    """Student t with 2 degrees of freedom (infinite variance), and bursts that last for several starts."""
     bursts = np.repeat(rng.random((shape[0], -(-shape[1] // 8))) < 0.1, 8, axis=1)[:, : shape[1]]
     return stats.t(2).rvs(shape, random_state=rng) * np.where(bursts, 0.1, 0.01)
 
@@ -77,7 +82,7 @@ def test_a_slowdown_of_detect_passes_at_most_beta_of_the_time(noise):
 
 
 def test_power_is_close_to_that_of_the_fixed_test():
-    """At 3% noise per block the fixed z-test of 3% against 5% has a power above 99.9%; the sequential one keeps 90%."""
+    """At 3% noise per start the fixed z-test of 3% against 5% has a power above 99%; the sequential one keeps 90%."""
     shift = math.log(1.05 / 1.03)
     fixed = stats.norm.sf(stats.norm.isf(SPEC.alpha) - shift / 0.03 * math.sqrt(SPEC.looks[-1]))
     assert fixed > 0.99
@@ -90,18 +95,18 @@ def test_no_change_passes_early_on_a_calm_machine():
     drawn = np.random.default_rng(4).normal(0, 0.01, (100, SPEC.looks[-1]))
     results = [gate(row.tolist()) for row in drawn]
     assert all(result.metrics[0].verdict is Verdict.PASS for result in results)
-    assert np.median([result.blocks for result in results]) == SPEC.looks[0]
+    assert np.median([result.starts for result in results]) == SPEC.looks[0]
 
 
 def test_noise_beyond_the_budget_is_inconclusive_and_exits_2():
     """Undecided is not a pass."""
     result = gate([0.04 + sign * (0.5 + 0.1 * size) for size in range(SPEC.looks[-1] // 2) for sign in (1, -1)])
     assert not result.decided
-    assert result.blocks == SPEC.looks[-1]
+    assert result.starts == SPEC.looks[-1]
     assert exit_code(findings(result, SPEC, "s")) == ExitCode.INCONCLUSIVE
 
 
-def test_too_few_blocks_are_inconclusive():
+def test_too_few_starts_are_inconclusive():
     """A stream that ends before the first look decides nothing, however clear it looks."""
     result = gate([1.0] * (SPEC.looks[0] - 1))
     assert [finding.verdict for finding in findings(result, SPEC, "s")] == [Verdict.INCONCLUSIVE]
@@ -143,61 +148,78 @@ def test_bounds_are_the_order_statistics_of_the_walsh_averages():
     assert (estimate, low, high) == pytest.approx(tuple(np.expm1([np.median(walsh), walsh[8], walsh[-9]])))
 
 
-def test_bounds_are_infinite_where_so_few_blocks_cannot_give_any():
-    """Three blocks cannot reach p = 1%: their smallest p is 1/8."""
+def test_bounds_are_infinite_where_so_few_starts_cannot_give_any():
+    """Three starts cannot reach p = 1%: their smallest p is 1/8."""
     assert slowdown_bounds([0.1, 0.2, 0.3], 0.01, 0.01)[1:] == (-1.0, math.inf)
 
 
-def test_void_blocks_do_not_count_but_cost_time_and_have_a_cap():
-    """A canary that moved by 3% voids the block whatever it measured; after max_voids the machine is restless."""
+def test_void_blocks_do_not_count_and_a_start_of_mostly_void_blocks_is_void():
+    """A canary that moved by 3% voids the block whatever it measured: here x100."""
+    calm, restless = block(0.01), block(5.0, canary=(1.0, 1.03))
+    assert start(calm, restless, calm).log_ratios(0.02) == {"decode_s": pytest.approx(0.01)}
+    assert start(calm, restless, restless).log_ratios(0.02) is None
+    assert start(calm, restless).log_ratios(0.02) == {"decode_s": pytest.approx(0.01)}
+
+
+def test_a_start_gives_the_mean_of_its_blocks():
+    """Blocks of one start are no independent witnesses: eight of them are one number."""
+    result = run_gate([start(block(0.0), block(0.2))] * (SPEC.looks[0] + 1), SPEC)
+    assert result.metrics[0].log_ratios == (pytest.approx(0.1),) * SPEC.looks[0]
+    assert result.metrics[0].verdict is Verdict.REGRESS
+
+
+def test_void_starts_cost_time_and_have_a_cap():
+    """After max_voids the machine is too restless to decide."""
     spec = TimingSpec(max_voids=5, canary_drift=0.02)
-    calm, restless = block(0.0), block(5.0, canary=(1.0, 1.03))
+    calm, restless = start(block(0.0)), start(block(5.0, canary=(1.0, 1.03)))
     result = run_gate([restless, calm] * 5 + [calm] * 20, spec)
-    assert (result.metrics[0].verdict, result.blocks, result.voids, result.seconds) == (Verdict.PASS, 12, 5, 17.0)
+    n = SPEC.looks[0]
+    assert (result.metrics[0].verdict, result.starts, result.voids) == (Verdict.PASS, n, 5)
+    assert result.seconds == 5 * (n + 5)
     stopped = run_gate([restless] * 100, spec)
     assert stopped.voids == 6
     assert stopped.stopped is not None
     assert "restless" in stopped.stopped
 
 
-def test_a_gate_without_any_usable_block_is_an_inconclusive_finding():
+def test_a_gate_without_any_usable_start_is_an_inconclusive_finding():
     """No metric was measured: that is not an empty list of findings, which would hide it."""
-    found = findings(run_gate([block(0.0, canary=(1.0, 2.0))] * 100, SPEC), SPEC, "s")
+    found = findings(run_gate([start(block(0.0, canary=(1.0, 2.0)))] * 100, SPEC), SPEC, "s")
     assert exit_code(found) == ExitCode.INCONCLUSIVE
 
 
 def test_time_is_a_budget_too():
-    """At one second a block, 30 seconds end an undecided gate."""
+    """At five seconds a start, 150 seconds end an undecided gate."""
     noisy = np.random.default_rng(8).normal(0.04, 0.1, 96).tolist()
-    result = gate(noisy, TimingSpec(max_seconds=30))
-    assert (result.blocks, result.decided) == (31, False)
+    result = gate(noisy, TimingSpec(max_seconds=150))
+    assert (result.starts, result.decided) == (31, False)
 
 
 @pytest.mark.parametrize("time", [math.nan, math.inf, 0.0, -1.0])
 def test_a_time_that_is_none_is_an_error_not_a_verdict(time):
     """NaN, infinite, zero and negative times."""
     with pytest.raises(ValueError, match="decode_s"):
-        run_gate([Block({"decode_s": ((1.0, 1.0), (1.0, time))}, (1, 1), 1.0)] * 12, SPEC)
+        run_gate([start(Block({"decode_s": ((1.0, 1.0), (1.0, time))}, (1, 1), 1.0))] * 12, SPEC)
 
 
 def test_one_metric_that_regresses_among_two_fails_the_gate():
     """The other one's pass does not hide it."""
-    blocks = (
-        Block({"a": ((1.0, 1.0), (math.exp(x),) * 2), "b": ((1.0, 1.0), (math.exp(0.2 + x),) * 2)}, (1, 1), 1.0)
+    starts = (
+        start(Block({"a": ((1.0, 1.0), (math.exp(x),) * 2), "b": ((1.0, 1.0), (math.exp(0.2 + x),) * 2)}, (1, 1), 1.0))
         for x in np.random.default_rng(9).normal(0, 0.01, 96)
     )
-    found = {finding.metric: finding.verdict for finding in findings(run_gate(blocks, SPEC), SPEC, "s")}
+    found = {finding.metric: finding.verdict for finding in findings(run_gate(starts, SPEC), SPEC, "s")}
     assert found == {"a": Verdict.PASS, "b": Verdict.REGRESS}
 
 
 def test_nothing_is_measured_after_the_decision():
-    """Blocks are pulled one at a time."""
+    """Starts are pulled one at a time."""
     pulled = []
 
     def live():
         for value in np.random.default_rng(10).normal(0, 0.005, 96):
             pulled.append(value)
-            yield block(float(value))
+            yield start(block(float(value)))
 
     assert run_gate(live(), SPEC).decided
     assert len(pulled) == SPEC.looks[0]
@@ -209,6 +231,7 @@ def test_nothing_is_measured_after_the_decision():
         ({"margin": 0.06}, "margin"),
         ({"alpha": 0.0}, "alpha"),
         ({"looks": (10, 10)}, "looks"),
+        ({"blocks_per_start": 0}, "blocks_per_start"),
         ({"canary_drift": 0.0}, "canary_drift"),
     ],
 )

@@ -11,19 +11,19 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from veloxbench.aa.record import BENCHMARK, check_same, circumstances, slots, start_pair
+from veloxbench.aa.record import BENCHMARK, check_same, circumstances, launcher, slots
 from veloxbench.aa.series import BASE, append_line, read_series, slot_name, sole_writer
 from veloxbench.decode_timing import Clock
 from veloxbench.durable import whole_lines
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.store import validation_reason
 from veloxbench.timing_gate import GateResult, MetricResult, TimingSpec, run_gate
-from veloxbench.timing_pairs import live_blocks, pin_to_core
+from veloxbench.timing_pairs import live_starts, pin_to_core
 from veloxbench.verdicts import Verdict
 
 
 class LiveGate(BaseModel):
-    """One gate that was run live, with the log ratios of its usable blocks.
+    """One gate that was run live, with the log ratio of each of its usable starts.
 
     Attributes:
         core: both sides were kept on it; None where they were not.
@@ -77,7 +77,7 @@ def run_live(
     message: Callable[[str], None],
     core: int | None = None,
 ) -> list[LiveGate]:
-    """Run gates until ``out`` holds so many of each slowdown, taking turns; each starts two fresh processes.
+    """Run gates until ``out`` holds so many of each slowdown, taking turns.
 
     Args:
         series: whose benchmark, threads and calibrated extra work are used.
@@ -94,20 +94,21 @@ def run_live(
     core = header.core if core is None else core
     if core is not None:
         pin_to_core(core)
+    launch = launcher(header.decode, header.threads, out.with_suffix(".log"))
     with sole_writer(out):
+        with ExitStack() as stack:
+            now = circumstances(launch(stack, ["base", "head"]), header.decode, header.threads, header.core)
+            check_same(header, now, series)
         done = read_live(out)
         while True:
             counts = {slowdown: sum(gate.slowdown == slowdown for gate in done) for slowdown in slowdowns}
             slowdown = min(counts, key=counts.__getitem__)
             if counts[slowdown] >= gates:
                 return done
-            with ExitStack() as stack:
-                workers = start_pair(stack, header.decode, header.threads, out.with_suffix(".log"))
-                check_same(header, circumstances(workers, header.decode, header.threads, header.core), series)
-                metrics = {BENCHMARK: (BASE, slot_name(slowdown))}
-                started = time.time()
-                blocks = live_blocks(workers, [slots(header, slowdown)], metrics, clock, seed=len(done))
-                result = run_gate(blocks, spec)
+            metrics = {BENCHMARK: (BASE, slot_name(slowdown))}
+            started, seed = time.time(), time.time_ns()
+            starts = live_starts(launch, [slots(header, slowdown)], metrics, clock, spec.blocks_per_start, seed)
+            result = run_gate(starts, spec)
             metric = result.metrics[0]
             gate = LiveGate(
                 started=round(started, 2),
@@ -127,5 +128,5 @@ def run_live(
             span = f"{estimate:+.1%} ({low:+.1%} to {high:+.1%})"
             message(
                 f"[{len(done)} of {gates * len(slowdowns)}] {slot_name(slowdown)}: {gate.verdict} after "
-                f"{result.blocks} blocks, {result.voids} void, {result.seconds:.0f} s; {span}"
+                f"{result.starts} starts, {result.voids} void, {result.seconds:.0f} s; {span}"
             )

@@ -1,13 +1,14 @@
 """Records a live A/A series: base and head are two processes of the same code, head also with extra work.
 
-A round holds one block of every slowdown, in random order; each block is one as a live gate takes it.
+A round holds one block of every slowdown, in random order; each block is one as a live gate takes it. After as many
+rounds as a gate takes blocks in a start, both sides are started anew.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from veloxbench import environment
 from veloxbench.aa.series import BASE, Journal, Segment, Series, SeriesHeader, open_journal, slot_name
 from veloxbench.decode_timing import Canary, DecodeSpec, default_clock
 from veloxbench.errors import UsageError
-from veloxbench.timing_pairs import Slot, TimedBlock, extra_rows_for, pin_to_core, take_block
+from veloxbench.timing_gate import TimingSpec
+from veloxbench.timing_pairs import Launch, Slot, TimedBlock, extra_rows_for, pin_to_core, side_order, take_block
 from veloxbench.worker import WORK_TIMEOUT_S, Worker, steady_environment
 
 BENCHMARK = "decode"
@@ -29,14 +31,13 @@ SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.10)
 
 @dataclass(frozen=True)
 class RecordSpec:
-    """What to record. ``relaunch_rounds``: both processes are started anew after so many rounds, so that the series
-    samples what a start decides (where memory lies)."""
+    """What to record."""
 
     decode: DecodeSpec
     hours: float
     threads: int = 1
     core: int | None = None
-    relaunch_rounds: int = 400
+    rounds_per_start: int = TimingSpec().blocks_per_start
 
     def __post_init__(self) -> None:
         if not self.hours > 0:
@@ -59,21 +60,23 @@ def record(spec: RecordSpec, path: Path, message: Callable[[str], None]) -> None
             check_same(journal.series.header, asked, path)  # before anything is loaded
             recorded = journal.series.seconds
         progress = _Progress(spec.hours * 3600, recorded, message)
+        launch = launcher(spec.decode, spec.threads, path.with_suffix(".log"))
         while not progress.finished:
-            with ExitStack() as stack:
-                workers = start_pair(stack, spec.decode, spec.threads, path.with_suffix(".log"))
-                header = _header(journal, spec, workers, message)
-                _record_segment(journal, header, workers, progress, spec.relaunch_rounds)
+            _record_start(journal, spec, launch, progress, message)
     message(f"{path}: {progress.recorded / 3600:.2f} hours are recorded")
 
 
-def start_pair(stack: ExitStack, decode: DecodeSpec, threads: int, log: Path) -> dict[str, Worker]:
-    """Two processes of this code, each with the benchmark open."""
-    environment = steady_environment(threads)
-    workers = {side: stack.enter_context(Worker(side, log=log, environment=environment)) for side in ("base", "head")}
-    for worker in workers.values():
-        worker.ask("open_decode", timeout=WORK_TIMEOUT_S, name=BENCHMARK, spec=decode.model_dump(mode="json"))
-    return workers
+def launcher(decode: DecodeSpec, threads: int, log: Path) -> Launch:
+    """Starts two processes of this code, each with the benchmark open."""
+
+    def launch(stack: ExitStack, order: Sequence[str]) -> dict[str, Worker]:
+        workers = {}
+        for side in order:
+            worker = workers[side] = stack.enter_context(Worker(side, log=log, environment=steady_environment(threads)))
+            worker.ask("open_decode", timeout=WORK_TIMEOUT_S, name=BENCHMARK, spec=decode.model_dump(mode="json"))
+        return workers
+
+    return launch
 
 
 def slots(header: SeriesHeader, slowdown: float) -> dict[str, Slot]:
@@ -82,7 +85,7 @@ def slots(header: SeriesHeader, slowdown: float) -> dict[str, Slot]:
     return {BASE: Slot("base", BENCHMARK), slot_name(slowdown): Slot("head", BENCHMARK, rows)}
 
 
-def circumstances(workers: dict[str, Worker], decode: DecodeSpec, threads: int, core: int | None) -> dict[str, Any]:
+def circumstances(workers: Mapping[str, Worker], decode: DecodeSpec, threads: int, core: int | None) -> dict[str, Any]:
     """The fields of a header that must stay as they are while a series grows.
 
     Raises:
@@ -114,7 +117,7 @@ def check_same(header: SeriesHeader, now: dict[str, Any], path: Path) -> None:
 
 
 def _header(
-    journal: Journal, spec: RecordSpec, workers: dict[str, Worker], message: Callable[[str], None]
+    journal: Journal, spec: RecordSpec, workers: Mapping[str, Worker], message: Callable[[str], None]
 ) -> SeriesHeader:
     now = circumstances(workers, spec.decode, spec.threads, spec.core)
     if journal.series is not None:
@@ -129,21 +132,25 @@ def _header(
     return header
 
 
-def _record_segment(
-    journal: Journal, header: SeriesHeader, workers: dict[str, Worker], progress: _Progress, rounds: int
+def _record_start(
+    journal: Journal, spec: RecordSpec, launch: Launch, progress: _Progress, message: Callable[[str], None]
 ) -> None:
     seed = time.time_ns()
-    rng, canary = np.random.default_rng(seed), Canary()
-    groups = [slots(header, slowdown) for slowdown in header.slowdowns]
-    take_block(workers, groups, canary, rng)  # warms both sides
-    journal.append(Segment(started=round(time.time(), 2), seed=seed, state=environment.machine_state()))
-    for _ in range(rounds):
-        for index in rng.permutation(len(groups)):
-            if progress.finished:
-                return
-            block = take_block(workers, [groups[index]], canary, rng)
-            journal.append(block)
-            progress.add(block)
+    rng, canary, began = np.random.default_rng(seed), Canary(), time.perf_counter()
+    with ExitStack() as stack:
+        order = side_order(rng)
+        workers = launch(stack, order)
+        header = _header(journal, spec, workers, message)
+        groups = [slots(header, slowdown) for slowdown in header.slowdowns]
+        take_block(workers, groups, canary, rng)  # warms both sides
+        started = round(time.time(), 2)
+        journal.append(Segment(started=started, seed=seed, first=order[0], state=environment.machine_state()))
+        progress.launched(time.perf_counter() - began)
+        for _ in range(spec.rounds_per_start):
+            for index in rng.permutation(len(groups)):
+                block = take_block(workers, [groups[index]], canary, rng)
+                journal.append(block)
+                progress.add(block)
 
 
 class _Progress:
@@ -158,7 +165,12 @@ class _Progress:
     def finished(self) -> bool:
         return self.recorded >= self.target
 
+    def launched(self, seconds: float) -> None:
+        """A start counts as a gate's does."""
+        self.recorded += seconds
+
     def add(self, block: TimedBlock) -> None:
+        """A block more; tells the user from time to time."""
         self.recorded += block.seconds
         self._recent.append(block)
         if time.monotonic() - self._told >= 60 or self.finished:

@@ -1,9 +1,9 @@
 """Thousands of gates drawn from a recorded series: the error rates and the power of the timing gate, with intervals.
 
-A gate is drawn by choosing a block at random and letting the gate run from there through the blocks of the same
-slowdown as they were recorded, so that whatever the machine did over minutes is in it. Resampled gates overlap; the
-gates that do not (each begins where the one before it ended) are counted beside them, and theirs are the intervals
-that an independent experiment of this length deserves.
+A gate is drawn by choosing a start of the series at random and letting the gate run from there through the starts as
+they were recorded, of each the blocks of one slowdown, so that whatever the machine did over minutes is in it.
+Resampled gates overlap; the gates that do not (each begins where the one before it ended) are counted beside them, and
+theirs are the intervals that an independent experiment of this length deserves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from veloxbench.aa.series import BASE, Series, SeriesHeader, read_series, series
 from veloxbench.decode_timing import Clock
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.store import validation_reason
-from veloxbench.timing_gate import Block, GateResult, TimingSpec, run_gate, slowdown_bounds
+from veloxbench.timing_gate import GateResult, Start, TimingSpec, run_gate, slowdown_bounds
 from veloxbench.verdicts import Verdict
 
 CONFIDENCE = 0.95
@@ -57,7 +57,7 @@ class Rate(_Frozen):
 class Cost(_Frozen):
     """What gates took to end: median and 95% quantile."""
 
-    blocks: tuple[float, float]
+    starts: tuple[float, float]
     seconds: tuple[float, float]
 
 
@@ -74,8 +74,9 @@ class Effect(_Frozen):
     """One slowdown: what was asked for, what the series measured, and how gates ended.
 
     Attributes:
-        measured: slowdown over all blocks, with its 95% bounds.
-        block_sd: robust standard deviation of a block's log ratio (1.4826 MAD).
+        measured: slowdown over all starts, with its 95% bounds.
+        block_sd: standard deviation of a block's log ratio within its start (robust: 1.4826 MAD).
+        start_sd: standard deviation of the starts' log ratios, that of the blocks within them taken off.
         resampled: gates from random starts; they overlap.
         disjoint: gates one after the other; None where the series is too short.
         live: gates run live with this slowdown, if any.
@@ -84,6 +85,7 @@ class Effect(_Frozen):
     slowdown: float
     measured: tuple[float, float, float]
     block_sd: float
+    start_sd: float
     resampled: Outcomes
     disjoint: Outcomes | None
     live: Outcomes | None = None
@@ -96,12 +98,15 @@ class SeriesSummary(_Frozen):
     header: SeriesHeader
     hours: float
     blocks: int
+    starts: int
     runs: int
     void_share: float
     load: tuple[float, float]
     """Median and 95% quantile of the machine's load while it was recorded."""
     block_seconds: float
     """Mean time of a block."""
+    launch_seconds: float
+    """Mean time of starting both sides."""
 
 
 class LiveSummary(_Frozen):
@@ -123,19 +128,31 @@ class ErrorRates(_Frozen):
     live: LiveSummary | None = None
 
 
-def blocks_of(series: Series, slowdown: float, clock: Clock) -> list[list[Block]]:
-    """The blocks of one slowdown as the gate sees them, in the series' runs."""
+def starts_of(series: Series, slowdown: float, clock: Clock, blocks_per_start: int) -> list[list[Start]]:
+    """The starts as a gate sees them, in the series' runs: of each the first blocks of one slowdown.
+
+    A start with fewer of them (the recorder was stopped) ends its run.
+    """
     slot = slot_name(slowdown)
     metrics = {BENCHMARK: (BASE, slot)}
-    return [[block.compared(metrics, clock) for block in run if slot in block.order] for run in series.runs]
+    runs: list[list[Start]] = []
+    for run in series.runs:
+        runs.append([])
+        for started in run:
+            of_slot = [block for block in started.blocks if slot in block.order][:blocks_per_start]
+            if len(of_slot) == blocks_per_start:
+                runs[-1].append(Start([b.compared(metrics, clock) for b in of_slot], started.launch_seconds))
+            else:
+                runs.append([])
+    return [run for run in runs if run]
 
 
-def starts(runs: Sequence[Sequence[Block]], spec: TimingSpec) -> list[tuple[int, int]]:
-    """Places from which a gate ends by its own rules before its run of blocks does: ``(run, first block)``."""
+def places(runs: Sequence[Sequence[Start]], spec: TimingSpec) -> list[tuple[int, int]]:
+    """Where a gate that begins there ends by its own rules before its run does: ``(run, first start)``."""
     found = []
     for index, run in enumerate(runs):
-        void = np.cumsum([0] + [block.canary_drift > spec.canary_drift for block in run])
-        seconds = np.cumsum([0.0] + [block.seconds for block in run])
+        void = np.cumsum([0] + [start.log_ratios(spec.canary_drift) is None for start in run])
+        seconds = np.cumsum([0.0] + [start.seconds for start in run])
         for first in range(len(run)):
             voids = int(void[-1] - void[first])
             usable = len(run) - first - voids
@@ -163,40 +180,40 @@ def outcomes(results: Sequence[GateResult]) -> Outcomes:
         passed=Rate.of(verdicts.count(Verdict.PASS), len(results)),
         inconclusive=Rate.of(verdicts.count(None), len(results)),
         cost=Cost(
-            blocks=quantiles([result.blocks + result.voids for result in results]),
+            starts=quantiles([result.starts + result.voids for result in results]),
             seconds=quantiles([result.seconds for result in results]),
         ),
     )
 
 
 def resampled_gates(
-    runs: Sequence[Sequence[Block]], spec: TimingSpec, gates: int, rng: np.random.Generator
+    runs: Sequence[Sequence[Start]], spec: TimingSpec, gates: int, rng: np.random.Generator
 ) -> list[GateResult]:
     """Gates from random places of the series.
 
     Raises:
         UsageError: no run of the series is as long as a gate's budget.
     """
-    places = starts(runs, spec)
-    if not places:
+    found = places(runs, spec)
+    if not found:
         longest = max((len(run) for run in runs), default=0)
         raise UsageError(
-            f"the series' longest run without a gap has {longest} blocks; a gate may need {spec.looks[-1]} "
-            "that are not void: record longer"
+            f"the series' longest run without a gap has {longest} starts; a gate may need {spec.looks[-1]} that are "
+            f"not void, or {spec.max_seconds:g} s: record longer"
         )
-    chosen = (places[index] for index in rng.integers(len(places), size=gates))
-    return [run_gate(iter(runs[index][first:]), spec) for index, first in chosen]
+    results = {place: run_gate(iter(runs[place[0]][place[1] :]), spec) for place in found}  # as many as can differ
+    return [results[found[index]] for index in rng.integers(len(found), size=gates)]
 
 
-def disjoint_gates(runs: Sequence[Sequence[Block]], spec: TimingSpec) -> list[GateResult]:
+def disjoint_gates(runs: Sequence[Sequence[Start]], spec: TimingSpec) -> list[GateResult]:
     """Gates one after the other, each from where the one before it ended; a gate that a gap cuts off is left out."""
     found = []
-    allowed = set(starts(runs, spec))
+    allowed = set(places(runs, spec))
     for index, run in enumerate(runs):
         first = 0
         while (index, first) in allowed:
             found.append(run_gate(iter(run[first:]), spec))
-            first += found[-1].blocks + found[-1].voids
+            first += found[-1].starts + found[-1].voids
     return found
 
 
@@ -219,16 +236,18 @@ def error_rates(
     rng = np.random.default_rng(seed)
     effects = []
     for slowdown in series.header.slowdowns:
-        runs = blocks_of(series, slowdown, clock)
-        ratios = [block.log_ratio(BENCHMARK) for run in runs for block in run]
+        runs = starts_of(series, slowdown, clock, spec.blocks_per_start)
+        ratios = [found[BENCHMARK] for run in runs for start in run if (found := start.log_ratios(spec.canary_drift))]
+        block_sd, start_sd = _scatter([start for run in runs for start in run], ratios)
         disjoint = disjoint_gates(runs, spec)
         lived = [gate.result() for gate in live if gate.slowdown == slowdown]
         tail = (1 - CONFIDENCE) / 2
         effects.append(
             Effect(
                 slowdown=slowdown,
-                measured=slowdown_bounds(ratios[:: max(len(ratios) // 1000, 1)], tail, tail),
-                block_sd=float(stats.median_abs_deviation(ratios, scale="normal")),
+                measured=slowdown_bounds(ratios, tail, tail),
+                block_sd=block_sd,
+                start_sd=start_sd,
                 resampled=outcomes(resampled_gates(runs, spec, gates, rng)),
                 disjoint=outcomes(disjoint) if disjoint else None,
                 live=outcomes(lived) if lived else None,
@@ -250,19 +269,34 @@ def _live_summary(gates: Sequence[LiveGate]) -> LiveSummary:
     return LiveSummary(cores=tuple(cores), load=float(np.median([gate.load for gate in gates])))
 
 
+def _scatter(starts: Sequence[Start], ratios: Sequence[float]) -> tuple[float, float]:
+    """Standard deviations of a block within its start, and of what a start adds to that."""
+    within = [
+        np.array([block.log_ratio(BENCHMARK) for block in start.blocks]) for start in starts if len(start.blocks) > 1
+    ]
+    n = min((len(blocks) for blocks in within), default=1)
+    # n blocks around their own mean scatter by (n - 1) / n of their variance
+    around = np.concatenate([blocks - blocks.mean() for blocks in within]) if within else np.zeros(1)
+    block_sd = float(stats.median_abs_deviation(around, scale="normal") * np.sqrt(n / max(n - 1, 1)))
+    between = float(np.var(ratios, ddof=1)) - block_sd**2 / n if len(ratios) > 1 else 0.0
+    return block_sd, float(np.sqrt(max(between, 0.0)))
+
+
 def _summary(series: Series, digest: str, clock: Clock, spec: TimingSpec) -> SeriesSummary:
-    blocks = [block for run in series.runs for block in run]
-    runs = [run for slowdown in series.header.slowdowns for run in blocks_of(series, slowdown, clock)]
+    blocks = [block for start in series.starts for block in start.blocks]
+    void = [max(canary) / min(canary) - 1 > spec.canary_drift for canary in (block.canary(clock) for block in blocks)]
     loads = [block.load for block in blocks]
     return SeriesSummary(
         sha256=digest,
         header=series.header,
         hours=series.seconds / 3600,
         blocks=len(blocks),
+        starts=len(series.starts),
         runs=len(series.runs),
-        void_share=float(np.mean([block.canary_drift > spec.canary_drift for run in runs for block in run])),
+        void_share=float(np.mean(void)),
         load=(float(np.median(loads)), float(np.quantile(loads, 0.95))),
         block_seconds=float(np.mean([block.seconds for block in blocks])),
+        launch_seconds=float(np.mean([start.launch_seconds for start in series.starts])),
     )
 
 

@@ -1,12 +1,12 @@
 """A recorded A/A series: one journal of blocks in which base and head are the same code, plain and slowed down.
 
 The file holds JSON lines, each written whole and synced: a header, a ``segment`` line at every start of the two
-processes, then blocks. Blocks of different segments are never neighbours: what happened in between is unknown.
-A ``.xz`` file (for committing) is read like the plain one.
+processes, then the blocks of that start. A ``.xz`` file (for committing) is read like the plain one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import lzma
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ from veloxbench.timing_pairs import TimedBlock
 BASE = "base"
 """The slot of the base side; every other slot is the head side's, named by :func:`slot_name`."""
 
-MAX_GAP_S = 3.0
-"""A longer pause between two blocks (a stopped process, a sleeping machine) separates them as a restart does."""
+MAX_LAUNCH_S = 60.0
+"""A longer time between two starts is a recorder that was stopped: no gate is drawn across it."""
 
 
 def slot_name(slowdown: float) -> str:
@@ -66,13 +66,14 @@ class SeriesHeader(BaseModel):
 
 
 class Segment(BaseModel):
-    """Both processes were started anew; ``seed`` drew the orders from here on."""
+    """Both processes were started anew; ``seed`` drew the orders from here on, ``first`` is the side started first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["segment"] = "segment"
     started: float
     seed: int
+    first: str = BASE
     state: dict[str, JsonValue]
 
 
@@ -81,21 +82,34 @@ _LINE: TypeAdapter[SeriesHeader | Segment | TimedBlock] = TypeAdapter(Line)
 
 
 @dataclass(frozen=True)
-class Series:
-    """A whole series in memory: runs of neighbouring blocks."""
+class Started:
+    """One start of a series: its blocks, and the wall time that it took until the first of them."""
 
-    header: SeriesHeader
-    runs: tuple[tuple[TimedBlock, ...], ...]
+    blocks: tuple[TimedBlock, ...]
+    launch_seconds: float
 
     @property
-    def blocks(self) -> int:
-        """Blocks in all."""
-        return sum(len(run) for run in self.runs)
+    def seconds(self) -> float:
+        """Launch and blocks; a pause between blocks (a sleeping machine) is not counted."""
+        return self.launch_seconds + sum(block.seconds for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Series:
+    """A whole series in memory: runs of starts that followed each other."""
+
+    header: SeriesHeader
+    runs: tuple[tuple[Started, ...], ...]
+
+    @property
+    def starts(self) -> tuple[Started, ...]:
+        """All of them in order."""
+        return tuple(start for run in self.runs for start in run)
 
     @property
     def seconds(self) -> float:
         """Recorded time in all."""
-        return sum(block.seconds for run in self.runs for block in run)
+        return sum(start.seconds for start in self.starts)
 
 
 def series_bytes(path: Path) -> bytes:
@@ -121,19 +135,33 @@ def read_series(path: Path) -> Series:
             raise IntegrityError(f"{path}:{number} is not a line of a series: {validation_reason(error)}") from error
     if not lines or not isinstance(lines[0], SeriesHeader):
         raise IntegrityError(f"{path} does not begin with the header of a series")
-    runs: list[list[TimedBlock]] = []
-    previous: TimedBlock | None = None
+    starts: list[list[TimedBlock]] = []
     for number, line in enumerate(lines[1:], start=2):
         if isinstance(line, SeriesHeader):
             raise IntegrityError(f"{path}:{number} is a second header")
         if isinstance(line, Segment):
-            previous = None
-            continue
-        if previous is None or line.started - (previous.started + previous.seconds) > MAX_GAP_S:
+            starts.append([])
+        elif not starts:
+            raise IntegrityError(f"{path}:{number} is a block before any start")
+        else:
+            starts[-1].append(line)
+    return Series(lines[0], _runs([blocks for blocks in starts if blocks]))
+
+
+def _runs(starts: list[list[TimedBlock]]) -> tuple[tuple[Started, ...], ...]:
+    """Starts that followed each other; one after a stop is taken to have cost what the others did."""
+    gaps = [
+        after[0].started - (before[-1].started + before[-1].seconds) for before, after in itertools.pairwise(starts)
+    ]
+    launches = [gap for gap in gaps if gap <= MAX_LAUNCH_S]
+    usual = sum(launches) / len(launches) if launches else 0.0
+    runs: list[list[Started]] = []
+    for blocks, gap in zip(starts, [None, *gaps], strict=False):
+        follows = gap is not None and gap <= MAX_LAUNCH_S
+        if not follows:
             runs.append([])
-        runs[-1].append(line)
-        previous = line
-    return Series(lines[0], tuple(map(tuple, runs)))
+        runs[-1].append(Started(tuple(blocks), gap if gap is not None and follows else usual))
+    return tuple(map(tuple, runs))
 
 
 class Journal:
@@ -187,8 +215,3 @@ def sole_writer(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def compress(path: Path, out: Path) -> None:
-    """Write a series as ``.xz``, to be committed."""
-    out.write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
