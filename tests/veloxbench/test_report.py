@@ -71,7 +71,8 @@ def test_a_crash_is_a_line_of_the_page(records):
     """With or without other records, the page says what failed and why, once, by its last attempt."""
     page = render(records, [crash(1), crash(2, harness="other")])
     assert page.count("boom at line 3") == 1
-    assert "- smollm2-135m perplexity/chunked turboquant_mse 4, 2026-01-02 00:02: boom at line 3" in page
+    last = f"{NOW + timedelta(minutes=2):%Y-%m-%d %H:%M}"
+    assert f"- smollm2-135m perplexity/chunked turboquant_mse 4, {last}: boom at line 3" in page
     assert "boom at line 3" in render_html(records, [crash(1)])
 
 
