@@ -36,12 +36,11 @@ class WorkFailed(WorkerError):
 
 
 def steady_environment(threads: int | None) -> dict[str, str]:
-    """Environment variables under which two processes of the same code take the same time.
+    """Environment variables of both sides that keep starts of the same code from differing more than they must.
 
-    Where the pages of the weights lie is decided anew at every start: with 4 KiB pages, starts of the same code
-    differed by 3.4% (standard deviation over 7 starts, decode steps of smollm2-135m), with huge pages by 1.1%, which
-    is no more than the samples' own scatter. glibc asks for huge pages where this variable says so (Linux; elsewhere
-    it is ignored).
+    Where the pages of the weights lie is decided anew at every start, with 4 KiB pages much more visibly than with huge
+    ones, which glibc asks for where this variable says so (Linux; elsewhere it is ignored). What is left, 2 to 3% from
+    start to start, is why a timing gate makes many of them (docs/timing.md).
 
     Args:
         threads: BLAS threads; None leaves them as they are.
