@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -149,7 +150,16 @@ def harness_hash() -> str:
     """
     root = Path(veloxbench.__file__).parent
     files = [root / f"{name}.py" for name in ("protocol", "adapter", "stats", "models", "runner")]
-    files += sorted([*(root / "measure").glob("*.py"), *(root / "methods").glob("*.py")])
+    return _source_hash([*files, *sorted([*(root / "measure").glob("*.py"), *(root / "methods").glob("*.py")])])
+
+
+def timing_hash() -> str:
+    """Hash of what a timed sample depends on besides the implementation: benchmark, canary, order, processes."""
+    root = Path(veloxbench.__file__).parent
+    return _source_hash([root / f"{name}.py" for name in ("decode_timing", "timing_pairs", "worker")])
+
+
+def _source_hash(files: Sequence[Path]) -> str:
     trees = [ast.dump(ast.parse(file.read_text())) for file in files]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()
 

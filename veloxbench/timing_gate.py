@@ -155,13 +155,17 @@ class Start:
         """Wall time in all."""
         return self.launch_seconds + sum(block.seconds for block in self.blocks)
 
+    def usable(self, canary_drift: float) -> list[Block]:
+        """The blocks that are not void."""
+        return [block for block in self.blocks if block.canary_drift <= canary_drift]
+
     def log_ratios(self, canary_drift: float) -> dict[str, float] | None:
         """Mean ``ln(head / base)`` of each metric over the blocks that are not void; None where most of them are.
 
         Raises:
             ValueError: a time that is not positive and finite.
         """
-        usable = [block for block in self.blocks if block.canary_drift <= canary_drift]
+        usable = self.usable(canary_drift)
         if 2 * len(usable) < len(self.blocks) or not usable:
             return None
         return {metric: float(np.mean([b.log_ratio(metric) for b in usable])) for metric in usable[0].sides}

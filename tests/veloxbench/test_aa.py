@@ -12,8 +12,9 @@ import time
 import numpy as np
 import pytest
 
-from veloxbench.aa.live import LiveGate, read_live
+from veloxbench.aa.live import LiveGate, read_live, run_live
 from veloxbench.aa.page import plot, render
+from veloxbench.aa.record import check_same
 from veloxbench.aa.resample import (
     ErrorRates,
     Rate,
@@ -109,6 +110,7 @@ def live_gate(slowdown=0.05, verdict=Verdict.REGRESS):
         started=0.0,
         slowdown=slowdown,
         clock="wall",
+        gate=LiveGate.described(SPEC),
         core=0,
         load=2.0,
         verdict=verdict,
@@ -265,6 +267,24 @@ def test_live_gates_are_counted_by_slowdown(rates):
     assert live[0.05].cost.starts == (13, 13)
 
 
+def test_live_gates_of_another_specification_are_refused(series_file):
+    """Their outcomes are not those of the gate on the page."""
+    other = live_gate().model_copy(update={"gate": LiveGate.described(TimingSpec(margin=0.01))})
+    with pytest.raises(UsageError, match="1 of 2 live gates"):
+        error_rates(series_file, SPEC, "wall", gates=1, live=[live_gate(), other])
+    with pytest.raises(UsageError, match="another clock"):
+        error_rates(series_file, SPEC, "cpu", gates=1, live=[live_gate()])
+
+
+def test_a_series_grows_only_with_the_code_that_times_it(tmp_path):
+    """Another hash of the timing code is named; a series from before it was kept has none to compare."""
+    now = {"harness": "new", "threads": 1}
+    check_same(header(), now, tmp_path)
+    check_same(header(harness="new"), now, tmp_path)
+    with pytest.raises(UsageError, match="another harness"):
+        check_same(header(harness="old"), now, tmp_path)
+
+
 def test_a_live_journal_is_read_back_and_damage_is_named(tmp_path):
     """Line by line."""
     path = tmp_path / "live.jsonl"
@@ -337,7 +357,7 @@ def record_command(model, out, hours):
 
 @pytest.mark.slow
 def test_a_live_series_is_stopped_and_goes_on(cut_model, tmp_path):
-    """Two real layers: blocks appear, an interrupt ends it, the same command goes on in a new segment."""
+    """Two real layers: an interrupt ends a series, the same command goes on in a new start; so do live gates."""
     out = tmp_path / "aa.jsonl"
     process = subprocess.Popen(record_command(cut_model, out, 1), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -353,3 +373,8 @@ def test_a_live_series_is_stopped_and_goes_on(cut_model, tmp_path):
     after = read_series(out)
     assert len(after.starts) == len(before.starts) + 1
     assert after.header == before.header
+    gates = tmp_path / "live.jsonl"
+    spec = TimingSpec(looks=(1,), blocks_per_start=1)  # one start decides nothing, and is all that this needs
+    first = run_live(out, gates, [0.0, 0.05], 1, spec, "cpu", print)
+    assert [(gate.slowdown, gate.verdict) for gate in first] == [(0.0, "inconclusive"), (0.05, "inconclusive")]
+    assert run_live(out, gates, [0.0, 0.05], 1, spec, "cpu", print) == first == read_live(gates)

@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from veloxbench.aa.record import BENCHMARK, check_same, circumstances, launcher, slots
 from veloxbench.aa.series import BASE, append_line, read_series, slot_name, sole_writer
@@ -26,6 +27,7 @@ class LiveGate(BaseModel):
     """One gate that was run live, with the log ratio of each of its usable starts.
 
     Attributes:
+        gate: its specification, :meth:`described`.
         core: both sides were kept on it; None where they were not.
         load: the machine's load average over one minute, at the end.
     """
@@ -36,6 +38,7 @@ class LiveGate(BaseModel):
     started: float
     slowdown: float
     clock: Clock
+    gate: dict[str, JsonValue]
     core: int | None
     load: float
     verdict: Verdict
@@ -43,6 +46,11 @@ class LiveGate(BaseModel):
     voids: int
     seconds: float
     stopped: str | None
+
+    @staticmethod
+    def described(spec: TimingSpec) -> dict[str, JsonValue]:
+        """A specification as its fields, in JSON's types."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(spec).items()}
 
     def result(self) -> GateResult:
         """As the gate gave it (the p-values are not kept: the log ratios give them)."""
@@ -114,6 +122,7 @@ def run_live(
                 started=round(started, 2),
                 slowdown=slowdown,
                 clock=clock,
+                gate=LiveGate.described(spec),
                 core=core,
                 load=round(os.getloadavg()[0], 2),
                 verdict=metric.verdict or Verdict.INCONCLUSIVE,

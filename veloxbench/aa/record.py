@@ -99,6 +99,7 @@ def circumstances(workers: Mapping[str, Worker], decode: DecodeSpec, threads: in
         "threads": threads,
         "core": core,
         "implementation": code.pop(),
+        "harness": environment.timing_hash(),
         "versions": environment.versions(),
         "hardware": environment.hardware(),
     }
@@ -111,6 +112,8 @@ def check_same(header: SeriesHeader, now: dict[str, Any], path: Path) -> None:
         UsageError: something has; names it.
     """
     recorded = header.model_dump(mode="json")
+    if header.harness is None:
+        recorded["harness"] = now.get("harness")
     differs = [name for name, value in now.items() if recorded[name] != value]
     if differs:
         raise UsageError(f"{path} was recorded with another {', '.join(differs)}; record into a new file")

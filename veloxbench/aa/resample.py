@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from scipy import stats
 
 from veloxbench.aa.live import LiveGate
@@ -75,7 +74,7 @@ class Effect(_Frozen):
 
     Attributes:
         measured: slowdown over all starts, with its 95% bounds.
-        block_sd: standard deviation of a block's log ratio within its start (robust: 1.4826 MAD).
+        block_sd: standard deviation of a usable block's log ratio within its start.
         start_sd: standard deviation of the starts' log ratios, that of the blocks within them taken off.
         resampled: gates from random starts; they overlap.
         disjoint: gates one after the other; None where the series is too short.
@@ -121,7 +120,7 @@ class ErrorRates(_Frozen):
 
     schema_version: Literal[1] = 1
     series: SeriesSummary
-    gate: dict[str, float | int | tuple[int, ...]]
+    gate: dict[str, JsonValue]
     clock: Clock
     seed: int
     effects: tuple[Effect, ...]
@@ -229,16 +228,22 @@ def error_rates(
     """Measure the gate on a series.
 
     Raises:
-        UsageError: the series is too short for a gate.
-        IntegrityError: it is damaged.
+        UsageError: the series is too short for a gate, or a live gate had another ``spec`` or ``clock``.
+        IntegrityError: the series is damaged.
     """
+    asked = LiveGate.described(spec)
+    if strangers := [gate for gate in live if (gate.clock, gate.gate) != (clock, asked)]:
+        raise UsageError(
+            f"{len(strangers)} of {len(live)} live gates were run with another clock or specification than {clock} "
+            f"time and {asked}: run them anew"
+        )
     series, digest = read_series(path), hashlib.sha256(series_bytes(path)).hexdigest()
     rng = np.random.default_rng(seed)
     effects = []
     for slowdown in series.header.slowdowns:
         runs = starts_of(series, slowdown, clock, spec.blocks_per_start)
         ratios = [found[BENCHMARK] for run in runs for start in run if (found := start.log_ratios(spec.canary_drift))]
-        block_sd, start_sd = _scatter([start for run in runs for start in run], ratios)
+        block_sd, start_sd = _scatter([start for run in runs for start in run], spec)
         disjoint = disjoint_gates(runs, spec)
         lived = [gate.result() for gate in live if gate.slowdown == slowdown]
         tail = (1 - CONFIDENCE) / 2
@@ -256,7 +261,7 @@ def error_rates(
         message(f"{slot_name(slowdown)}: {effects[-1].resampled.regress.count} of {gates} regress")
     return ErrorRates(
         series=_summary(series, digest, clock, spec),
-        gate=asdict(spec),
+        gate=asked,
         clock=clock,
         seed=seed,
         effects=tuple(effects),
@@ -269,17 +274,20 @@ def _live_summary(gates: Sequence[LiveGate]) -> LiveSummary:
     return LiveSummary(cores=tuple(cores), load=float(np.median([gate.load for gate in gates])))
 
 
-def _scatter(starts: Sequence[Start], ratios: Sequence[float]) -> tuple[float, float]:
-    """Standard deviations of a block within its start, and of what a start adds to that."""
-    within = [
-        np.array([block.log_ratio(BENCHMARK) for block in start.blocks]) for start in starts if len(start.blocks) > 1
+def _scatter(starts: Sequence[Start], spec: TimingSpec) -> tuple[float, float]:
+    """Standard deviations of a block within its start, and of what a start adds (one-way analysis of variance)."""
+    groups = [
+        [block.log_ratio(BENCHMARK) for block in start.usable(spec.canary_drift)]
+        for start in starts
+        if start.log_ratios(spec.canary_drift) is not None
     ]
-    n = min((len(blocks) for blocks in within), default=1)
-    # n blocks around their own mean scatter by (n - 1) / n of their variance
-    around = np.concatenate([blocks - blocks.mean() for blocks in within]) if within else np.zeros(1)
-    block_sd = float(stats.median_abs_deviation(around, scale="normal") * np.sqrt(n / max(n - 1, 1)))
-    between = float(np.var(ratios, ddof=1)) - block_sd**2 / n if len(ratios) > 1 else 0.0
-    return block_sd, float(np.sqrt(max(between, 0.0)))
+    freedom = sum(len(group) - 1 for group in groups)
+    if len(groups) < 2 or not freedom:
+        return 0.0, 0.0
+    within = sum(float(np.var(group)) * len(group) for group in groups) / freedom
+    noise_of_means = within * float(np.mean([1 / len(group) for group in groups]))
+    between = float(np.var([np.mean(group) for group in groups], ddof=1)) - noise_of_means
+    return float(np.sqrt(within)), float(np.sqrt(max(between, 0.0)))
 
 
 def _summary(series: Series, digest: str, clock: Clock, spec: TimingSpec) -> SeriesSummary:

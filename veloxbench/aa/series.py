@@ -43,6 +43,7 @@ class SeriesHeader(BaseModel):
     Attributes:
         extra_rows: slowdown -> rows of extra work in every step of that slot.
         implementation: hash of the code that both sides run.
+        harness: hash of the code that times them; None in series that were begun before it was kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +55,7 @@ class SeriesHeader(BaseModel):
     threads: int
     core: int | None
     implementation: str
+    harness: str | None = None
     commit: str | None
     dirty: bool | None
     versions: dict[str, str]
