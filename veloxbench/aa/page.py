@@ -107,8 +107,8 @@ def render(rates: ErrorRates) -> str:
     return "\n".join(parts)
 
 
-def _listed(values: float | tuple[int, ...]) -> str:
-    return ", ".join(f"{value}" for value in values) if isinstance(values, tuple) else f"{values}"
+def _listed(values: object) -> str:
+    return ", ".join(f"{value}" for value in values) if isinstance(values, (list, tuple)) else f"{values}"
 
 
 def plot(rates: ErrorRates) -> str:
