@@ -88,10 +88,16 @@ def _plain(group: Sequence[Record], target: float) -> Record:
 
 
 def _allocation(sources: Sources) -> str:
-    """Every verdict on RateQuant's allocations."""
+    """Every verdict on RateQuant's allocations in the chunked protocol, on evaluation text."""
+    groups = [
+        group
+        for group in places(latest(sources.records)).values()
+        if group[0].subject.protocol == "chunked" and not _is_calibration(group[0])
+    ]
     body = [
         [
-            f"{text}, {c.record.subject.method.target:g}",
+            f"{c.record.subject.text.name}, {c.record.subject.method.target:g}",
+            f"{c.record.subject.settings['sequences']}",
             f"{c.record.metrics['kld_mean'].value:.3f}",
             c.rival,
             f"{c.rival_bits:.3f}",
@@ -99,10 +105,15 @@ def _allocation(sources: Sources) -> str:
             format_estimate(c.worse_by),
             c.verdict.split()[0],
         ]
-        for text, group in _texts(sources.records).items()
+        for group in groups
         for c in comparisons(group)
     ]
-    return _table(("text, target", "KLD", "against", "its bits/value", "its KLD", "worse by", "RateQuant is"), body)
+    header = ("text, target", "sequences", "KLD", "against", "its bits/value", "its KLD", "worse by", "RateQuant is")
+    return _table(header, body)
+
+
+def _is_calibration(record: Record) -> bool:
+    return record.subject.text.name.endswith("(calibration)")
 
 
 def candidates(records: Sequence[Record]) -> dict[float, list[Record]]:
@@ -110,7 +121,7 @@ def candidates(records: Sequence[Record]) -> dict[float, list[Record]]:
     found: dict[float, list[Record]] = {}
     for record in newest(records):
         subject = record.subject
-        if subject.method.name == METHOD and subject.text.name.endswith("(calibration)"):
+        if subject.method.name == METHOD and _is_calibration(record):
             found.setdefault(subject.method.target or 0.0, []).append(record)
     ordered = {target: sorted(rows, key=lambda r: r.metrics["kld_mean"].value) for target, rows in found.items()}
     return dict(sorted(ordered.items(), reverse=True))
