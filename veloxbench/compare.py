@@ -76,11 +76,17 @@ def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Calla
             for name, revision in (("base", base), ("head", head))
         }
         for name, revision in (("base", base), ("head", head)):
-            hello = workers[name].ask("hello", packages=revision.packages)
+            try:
+                hello = workers[name].ask("hello", packages=revision.packages)
+            except WorkFailed as error:
+                found.append(_crash(name, f"revision {revision.name}", str(error), "gate"))
+                continue
             for package, file in hello["files"].items():
                 if not Path(file).resolve().is_relative_to(revision.folder.resolve()):
                     raise UsageError(f"{name} imports {package} from {file}, not from revision {revision.name}")
             message(f"{name}: {revision.name} ({revision.commit[:12]}), {hello['implementation']}")
+        if found:
+            return found
         if plan.profile is not None:
             records = {}
             for name, revision in (("base", base), ("head", head)):
@@ -96,7 +102,13 @@ def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Calla
             f"timing {', '.join(timed)} in interleaved blocks, both sides started anew after every "
             f"{plan.spec.blocks_per_start}, in the order of --seed {plan.seed}, which repeats it"
         )
-        found += _timings({"base": base, "head": head}, timed, plan)
+        try:
+            found += _timings({"base": base, "head": head}, timed, plan)
+        except WorkFailed as error:
+            side = error.worker.partition(" ")[0]  # as `start` named it
+            found += [
+                _crash(side, f"{decode.model} decode", str(error), "timing", metric) for metric, decode in timed.items()
+            ]
     return found
 
 

@@ -32,7 +32,15 @@ class WorkerError(VeloxError):
 
 
 class WorkFailed(WorkerError):
-    """What a side was asked for raised there; the side itself lives on."""
+    """What a side was asked for raised there; the side itself lives on.
+
+    Attributes:
+        worker: the name of that side's process.
+    """
+
+    def __init__(self, worker: str, reason: str) -> None:
+        super().__init__(f"{worker} {reason}")
+        self.worker = worker
 
 
 def steady_environment(threads: int | None) -> dict[str, str]:
@@ -106,7 +114,7 @@ class Worker:
             raise WorkerError(f"{self.name} died in {do!r} with exit status {status} (log: {self.log})")
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkFailed(f"{self.name} failed in {do!r}: {answer['error']} (log: {self.log})")
+            raise WorkFailed(self.name, f"failed in {do!r}: {answer['error']} (log: {self.log})")
         return answer["answer"]
 
     def close(self) -> None:

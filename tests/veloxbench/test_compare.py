@@ -15,9 +15,13 @@ from filelock import FileLock
 
 import veloxbench
 from veloxbench.cli import _run
+from veloxbench.compare import Plan, compare_revisions
+from veloxbench.decode_timing import DecodeSpec
 from veloxbench.errors import ExitCode
-from veloxbench.revisions import prepare, unmet_dependencies
-from veloxbench.worker import Worker, WorkerError
+from veloxbench.revisions import Revision, prepare, unmet_dependencies
+from veloxbench.timing_gate import TimingSpec
+from veloxbench.verdicts import Verdict, exit_code
+from veloxbench.worker import Worker, WorkerError, WorkFailed
 
 ROOT = Path(__file__).parents[2]
 CENTROIDS = "impl/veloxquant_mlx/quantizers/lloyd_max.py"
@@ -147,6 +151,69 @@ def test_what_base_cannot_measure_has_nothing_to_compare_with(repository, grid, 
     assert "no-baseline: " + str(cut_model) + " decode, decode of turboquant_mse 4: it crashed" in shown.out
     (fp16,) = [line for line in shown.out.splitlines() if "fp16" in line and " nll " in line]
     assert fp16.rstrip().endswith("pass")
+
+
+@pytest.mark.parametrize(
+    ("side", "code"),
+    [("base", ExitCode.BASELINE), ("head", ExitCode.REGRESSION)],
+)
+def test_a_side_that_cannot_be_imported_is_a_finding(sides, side, code):
+    """The first command raises there: nothing to compare with where base did, a regression of head."""
+    found = sides(lambda name, do, arguments: (name, do) == (side, "hello"))
+    assert [finding.subject for finding in found] == [f"revision {side}"]
+    assert exit_code(found) == code
+
+
+@pytest.mark.parametrize("broken", ["open_decode", "decode"])
+@pytest.mark.parametrize(("side", "verdict"), [("base", Verdict.NO_BASELINE), ("head", Verdict.REGRESS)])
+def test_a_crash_while_timing_keeps_what_was_found(sides, broken, side, verdict):
+    """Metric a cannot be opened by head; b crashes in a fresh start or its first sample: both are findings."""
+    opened = []
+
+    def crashes(name, do, arguments):
+        opened.append((name, do, arguments.get("name")))
+        again = do == "decode" or opened.count((name, do, "b")) > 1
+        return (name, do, arguments.get("name")) == ("head", "open_decode", "a") or (
+            (name, do) == (side, broken) and again
+        )
+
+    found = {finding.metric: finding.verdict for finding in sides(crashes)}
+    assert found == {"a": Verdict.REGRESS, "b": verdict}
+
+
+@pytest.fixture
+def sides(monkeypatch, tmp_path):
+    """Findings of a comparison of timings whose sides answer at once, or crash where they are told to."""
+
+    class Side:
+        def __init__(self, name):
+            self.name = f"{name} ({name})"
+
+        def ask(self, do, **arguments):
+            if crashes[0](self.name.split()[0], do, arguments):
+                raise WorkFailed(self.name, f"failed in {do!r}: ImportError: on purpose")
+            return {"wall_us": [1], "cpu_us": [1]} if do == "decode" else {"files": {}, "implementation": "i"}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    crashes = []
+    monkeypatch.setattr("veloxbench.compare.start", lambda side, revision, threads: Side(side))
+
+    def findings(where):
+        crashes[:] = [where]
+        revisions = []
+        for name in ("base", "head"):
+            (tmp_path / name / "site").mkdir(parents=True)
+            revisions.append(Revision(name, "c" * 40, tmp_path / name))
+        timed = {metric: DecodeSpec(model="m", method="turboquant_mse", target=4) for metric in ("a", "b")}
+        plan = Plan(profile=None, timed=timed, spec=TimingSpec(), threads=1, seed=0)
+        return compare_revisions(*revisions, plan, lambda text: None)
+
+    return findings
 
 
 @pytest.fixture
