@@ -278,15 +278,17 @@ def unknown_machine(records: Iterable[Record], baselines: Baselines, profile: st
     """What makes the run's machine one for which nobody approved a quality baseline; None where that is not all.
 
     Every quality baseline of the profile must be of another machine, and nothing but the machine may differ: an
-    expired baseline, or one of other weights or another text, is no unknown machine.
+    expired baseline, or one of other weights, another text or another MLX (which somebody chose), is no unknown
+    machine.
     """
     groups = [group for group in grouped(records) if group.tier == "quality"]
     files = [file for file in baselines.of_profile(profile) if file.tier == "quality"]
     if not groups or not files:
         return None
-    machine = {name: groups[0].fingerprint[name] for name in MACHINE_FIELDS}
-    elsewhere = [{**file.fingerprint, **machine} for file in files]
-    if any(file.holds_on(machine) for file in files) or any(group.fingerprint not in elsewhere for group in groups):
+    machine = {name: groups[0].fingerprint[name] for name in MACHINE_FIELDS if name != "mlx"}
+    here = [{**file.fingerprint, **machine} for file in files]
+    known = any(file.fingerprint in here for file in files)
+    if known or any(group.fingerprint not in here for group in groups):
         return None
     return _listed(machine)
 

@@ -82,7 +82,7 @@ def quality_record(
             commit=provenance.get("commit"),
             dirty=provenance.get("dirty", False),
             project_dirty=provenance.get("project_dirty"),
-            versions=VERSIONS,
+            versions=provenance.get("versions", VERSIONS),
             hardware=hardware or HARDWARE,
             state={},
         ),

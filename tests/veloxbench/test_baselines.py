@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from gate_records import HARDWARE, MODEL, NOW, damage, quality_record, run_records
+from gate_records import HARDWARE, MODEL, NOW, VERSIONS, damage, quality_record, run_records
 
 from veloxbench import environment
 from veloxbench.baselines import QUALITY_LIFE, BaselineFile, chip_family, fingerprint, fingerprint_id, read_baselines
@@ -205,6 +205,26 @@ def test_an_unknown_machine_can_be_held_to_the_exact_tier(project, capsys):
     assert "quality was not judged" in error
     write_records(project / "results", run_records(hardware=ELSEWHERE)[:-1])
     assert command_of(project, "gate", "--unknown-machine", "exact") == 1
+
+
+@pytest.mark.parametrize("hardware", [HARDWARE, ELSEWHERE])
+def test_a_new_mlx_is_no_unknown_machine(project, hardware, capsys):
+    """A raised pin does not switch the quality tier off, on no machine: exit 3, and the field is named."""
+    new = {"versions": {**VERSIONS, "mlx": "0.33.0"}, "hardware": hardware}
+    write_records(project / "results", run_records(**new))
+    assert command_of(project, "gate", "--unknown-machine", "exact") == 3
+    assert "mlx is 0.33 here and 0.32 there" in capsys.readouterr().out
+
+
+def test_a_new_mlx_approved_elsewhere_is_not_approved_here(project):
+    """Two machines, the new MLX approved on the other one alone: exit 3 here; on a third machine, the exact tier."""
+    new = {**VERSIONS, "mlx": "0.33.0"}
+    write_records(project / "results", run_records(versions=new, hardware=ELSEWHERE))
+    assert command_of(project, "baseline", "approve", "--reason", "new MLX") == 0
+    write_records(project / "results", run_records(versions=new))
+    assert command_of(project, "gate", "--unknown-machine", "exact") == 3
+    write_records(project / "results", run_records(versions=new, hardware={**HARDWARE, "rounding": "third"}))
+    assert command_of(project, "gate", "--unknown-machine", "exact") == 0
 
 
 @pytest.mark.parametrize("wrong", ["expired", "edited", "missing", "no quality file", "another model", "lost quality"])
