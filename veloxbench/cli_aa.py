@@ -179,7 +179,7 @@ def compare(
 
     Each revision is exported once and kept in the user's cache; where its dependencies are not those of this
     environment, it gets its own. Both are measured by this veloxbench, and timed in turns on this machine. What is not
-    committed is not compared.
+    committed is not compared. Of a folder of records its last run is compared; how many others were left out is said.
 
     Exit codes: 0 pass, 1 regression (or a crash of HEAD, or a side that died), 2 inconclusive, 3 nothing to compare
     with (BASE crashed there), 4 usage, 5 environment (a build that failed).
@@ -196,7 +196,9 @@ def compare(
     import secrets
     import sys
 
+    from veloxbench.aa.record import to_stderr
     from veloxbench.cli_gate import print_findings
+    from veloxbench.compare import Plan, compare_records, compare_revisions
     from veloxbench.errors import UsageError, unknown_name
     from veloxbench.report.github import publish
     from veloxbench.verdicts import exit_code, sentence
@@ -205,15 +207,11 @@ def compare(
         raise unknown_name("tiers", tiers, ("all", "records", "timing"))
     are_records = [Path(side).exists() for side in (base, head)]
     if all(are_records):
-        from veloxbench.compare import compare_records
-
-        found = compare_records(Path(base), Path(head))
+        found = compare_records(Path(base), Path(head), to_stderr)
     elif any(are_records):
         records, other = (base, head) if are_records[0] else (head, base)
         raise UsageError(f"{records} is a set of records and {other} is not: compare two of a kind")
     else:
-        from veloxbench.aa.record import to_stderr
-        from veloxbench.compare import Plan, compare_revisions
         from veloxbench.environment import git
         from veloxbench.revisions import prepare, resolve
         from veloxbench.timing_gate import TimingSpec

@@ -17,15 +17,15 @@ from veloxbench.errors import UsageError
 from veloxbench.gate import judge
 from veloxbench.records import Record
 from veloxbench.revisions import Revision
-from veloxbench.store import read_last_run, read_records
+from veloxbench.store import LAST_RUN, read_last_run, read_records
 from veloxbench.timing_gate import TimingSpec, findings, run_gate
 from veloxbench.timing_pairs import Slot, live_starts
 from veloxbench.verdicts import Finding, Tier, Verdict
 from veloxbench.worker import WORK_TIMEOUT_S, Worker, WorkFailed, steady_environment
 
 
-def compare_records(base: Path, head: Path) -> list[Finding]:
-    """Judge the records of head by those of base.
+def compare_records(base: Path, head: Path, message: Callable[[str], None]) -> list[Finding]:
+    """Judge the records of head's last run by those of base's; a message says how many of other runs were left out.
 
     Raises:
         UsageError: a side has no records.
@@ -34,6 +34,12 @@ def compare_records(base: Path, head: Path) -> list[Finding]:
     for path, records in sides.items():
         if not records:
             raise UsageError(f"there are no records at {path}: nothing can be compared")
+        every = len(read_records(path))
+        if len(records) < every:
+            message(
+                f"warning: {every - len(records)} of the {every} records at {path} are of other runs than the last "
+                f"({LAST_RUN}) and are not compared; run the wider profile there again: what is measured is kept"
+            )
     return judge_records(sides[base], sides[head], str(base))
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from gate_records import damage, run_records
 
 import veloxbench
 from veloxbench.cli import _run
@@ -19,6 +21,7 @@ from veloxbench.compare import Plan, compare_revisions
 from veloxbench.decode_timing import DecodeSpec
 from veloxbench.errors import ExitCode
 from veloxbench.revisions import Revision, prepare, unmet_dependencies
+from veloxbench.store import JOURNAL, LAST_RUN
 from veloxbench.timing_gate import TimingSpec
 from veloxbench.verdicts import Verdict, exit_code
 from veloxbench.worker import Worker, WorkerError, WorkFailed
@@ -368,6 +371,23 @@ def test_two_record_sets_are_judged_like_two_revisions(repository, grid, cut_mod
     (tmp_path / "empty").mkdir()
     assert _run(["compare", str(tmp_path / "empty"), str(out)]) == ExitCode.USAGE
     assert "no records at" in capsys.readouterr().err
+
+
+def test_records_of_other_runs_are_said_to_be_left_out(tmp_path, capsys):
+    """A loss outside the last run is not judged, and both sides say how many records were not; whole runs are quiet."""
+    for name, kld in (("before", damage(0.058)), ("after", damage(0.1))):
+        (tmp_path / name).mkdir()
+        records = run_records(kld=kld)
+        (tmp_path / name / JOURNAL).write_text("".join(record.to_line() for record in records))
+        (tmp_path / name / LAST_RUN).write_text(json.dumps({"keys": [records[0].key]}))
+    sides = [str(tmp_path / name) for name in ("before", "after")]
+    assert _run(["compare", *sides]) == ExitCode.PASS
+    error = capsys.readouterr().err
+    assert all(f"3 of the 4 records at {side} are of other runs than the last" in error for side in sides)
+    for side in sides:
+        (Path(side) / LAST_RUN).unlink()
+    assert _run(["compare", *sides]) == ExitCode.REGRESSION
+    assert "other runs" not in capsys.readouterr().err
 
 
 def test_a_worker_that_dies_names_its_side_command_and_log(tmp_path):
