@@ -32,6 +32,7 @@ from veloxbench.baselines import (
     machine_fields,
 )
 from veloxbench.records import Record
+from veloxbench.stats import holm_levels
 from veloxbench.verdicts import Finding, Verdict
 
 ALPHA = 0.01
@@ -179,19 +180,6 @@ def _flips(n: int) -> NDArray[np.float64]:
     else:
         bits = np.random.default_rng(0).integers(0, 2, size=(RANDOM_FLIPS, n))
     return np.asarray(1 - 2 * bits, dtype=np.float64)
-
-
-def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
-    """Each hypothesis' level under Holm's step-down at a family-wise ``alpha``; 0 once a step was not rejected.
-
-    A hypothesis is rejected where its p-value is at or below its level.
-    """
-    levels = [0.0] * len(p_values)
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        levels[index] = alpha / (len(p_values) - rank)
-        if p_values[index] > levels[index]:
-            break
-    return levels
 
 
 def smallest_detectable(baseline: Sequence[float], margin: float, n_tests: int, spread: float = 0.0) -> float | None:
@@ -489,10 +477,10 @@ def _decided(pending: Sequence[_Pending]) -> list[Finding]:
     """
     falls = {i for i, item in enumerate(pending) if item.finding.metric in REFERENCE_SAMPLES}
     tests = [test for item in pending for test in (item.test, item.drift)]
-    levels = holm_levels([test.p_regress for test in [*tests, *(pending[i].fall for i in sorted(falls))]])
+    levels = holm_levels([test.p_regress for test in [*tests, *(pending[i].fall for i in sorted(falls))]], ALPHA)
     fall_levels = dict(zip(sorted(falls), levels[len(tests) :], strict=True))
     gains = [i for i in range(len(pending)) if i not in falls]
-    fall_levels |= zip(gains, holm_levels([pending[i].fall.p_regress for i in gains]), strict=True)
+    fall_levels |= zip(gains, holm_levels([pending[i].fall.p_regress for i in gains], ALPHA), strict=True)
     return [
         _decide(item, levels[2 * i], levels[2 * i + 1], fall_levels[i], len(levels)) for i, item in enumerate(pending)
     ]

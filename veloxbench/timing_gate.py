@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from veloxbench.errors import UsageError
+from veloxbench.stats import holm_levels
 from veloxbench.verdicts import Finding, Verdict
 
 Alternative = Literal["greater", "less"]
@@ -177,7 +178,9 @@ class MetricResult:
 
     Attributes:
         log_ratios: of the starts up to the decision, ``ln(head / base)``.
-        regress_p, pass_p: sequential p-values, see :func:`p_values`.
+        regress_p, pass_p: sequential p-values of "slower by more than margin" and "by less than detect": the smallest
+            p / share over the looks made, at most 1. Rejecting where one is at most alpha (beta) keeps the error rate
+            over any stopping rule.
     """
 
     metric: str
@@ -187,9 +190,19 @@ class MetricResult:
     pass_p: float
 
     def bounds(self, spec: TimingSpec) -> tuple[float, float, float]:
-        """Slowdown with the bounds that the last look's share of alpha and beta allows: what the verdict rests on."""
-        share = float(spec.shares[max(spec.looks_made(len(self.log_ratios)) - 1, 0)])
-        return slowdown_bounds(self.log_ratios, spec.alpha * share, spec.beta * share)
+        """Slowdown with the tightest bounds of all looks, each at its share of alpha and beta: what a verdict rests on.
+
+        ``regress_p`` is at most alpha where the lower bound is above the margin, ``pass_p`` at most beta where the
+        upper one is below detect. They are this metric's alone: among several, Holm asks more of a regression.
+        """
+        starts = len(self.log_ratios)
+        looks = spec.looks[: spec.looks_made(starts)] or (starts,)
+        bounds = [
+            slowdown_bounds(self.log_ratios[:look], spec.alpha * float(share), spec.beta * float(share))
+            for look, share in zip(looks, spec.shares, strict=False)
+        ]
+        estimate, _, _ = slowdown_bounds(self.log_ratios, spec.alpha, spec.beta)
+        return estimate, max(low for _, low, _ in bounds), min(high for _, _, high in bounds)
 
 
 @dataclass(frozen=True)
@@ -215,37 +228,12 @@ def _signed_rank_p(log_ratios: NDArray[np.float64], null: float, alternative: Al
 
 
 def look_p_values(log_ratios: Sequence[float], share: float, spec: TimingSpec) -> tuple[float, float]:
-    """p / share of one look at the given blocks: for "slower by more than margin" and "by less than detect"."""
+    """p / share of one look at the given starts: for "slower by more than margin" and "by less than detect"."""
     values = np.asarray(log_ratios, dtype=np.float64)
     return (
         _signed_rank_p(values, math.log1p(spec.margin), "greater") / share,
         _signed_rank_p(values, math.log1p(spec.detect), "less") / share,
     )
-
-
-def p_values(log_ratios: Sequence[float], spec: TimingSpec) -> tuple[float, float]:
-    """Sequential p-values after all looks up to now: of "slower by more than margin" and "by less than detect".
-
-    Each is the smallest p / share over the looks made, at most 1: rejecting where it is at most alpha (beta)
-    keeps the error rate over any stopping rule.
-    """
-    pairs = [
-        look_p_values(log_ratios[:look], float(share), spec)
-        for look, share in zip(spec.looks, spec.shares, strict=True)
-        if look <= len(log_ratios)
-    ]
-    regress, passing = zip((1.0, 1.0), *pairs, strict=True)
-    return min(regress), min(passing)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values (1979): reject where they are at most alpha."""
-    order = np.argsort(p, kind="stable")
-    factors = np.arange(len(p), 0, -1)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p, dtype=np.float64)[order] * factors), 1.0)
-    found: list[float] = adjusted.tolist()
-    return found
 
 
 def slowdown_bounds(log_ratios: Sequence[float], low_level: float, high_level: float) -> tuple[float, float, float]:
@@ -316,9 +304,9 @@ class _Tally:
             now = look_p_values(self.log_ratios[metric], share, self.spec)
             before = self.p[metric]
             self.p[metric] = min(before[0], now[0]), min(before[1], now[1])
-        adjusted = dict(zip(self.p, holm([regress for regress, _ in self.p.values()]), strict=True))
+        levels = dict(zip(self.p, holm_levels([p for p, _ in self.p.values()], self.spec.alpha), strict=True))
         for metric in open_metrics:
-            if adjusted[metric] <= self.spec.alpha:
+            if self.p[metric][0] <= levels[metric]:
                 self.decided[metric] = Verdict.REGRESS, starts
             elif self.p[metric][1] <= self.spec.beta:
                 self.decided[metric] = Verdict.PASS, starts

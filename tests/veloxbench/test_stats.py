@@ -61,3 +61,12 @@ def test_quantile_interval_resamples_whole_groups():
     assert found.low is not None
     assert found.high is not None
     assert found.high - found.low >= 2
+
+
+def test_holm_steps_down():
+    """Textbook example: .01 .04 .03 .005 at .05 rejects the two smallest (Holm 1979)."""
+    p_values = [0.01, 0.04, 0.03, 0.005]
+    levels = stats.holm_levels(p_values, 0.05)
+    assert [p <= level for p, level in zip(p_values, levels, strict=True)] == [True, False, False, True]
+    assert levels[3] == pytest.approx(0.05 / 4)
+    assert levels[1] == 0.0  # never looked at: the step before it stopped

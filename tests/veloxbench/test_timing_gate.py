@@ -12,9 +12,7 @@ from veloxbench.timing_gate import (
     Start,
     TimingSpec,
     findings,
-    holm,
     mirrored_order,
-    p_values,
     run_gate,
     slowdown_bounds,
 )
@@ -113,31 +111,26 @@ def test_too_few_starts_are_inconclusive():
 
 
 def test_p_values_are_the_smallest_ratio_of_scipys_p_to_the_look_s_share():
-    """Recomputed by hand from scipy.stats.wilcoxon at each look."""
-    values = np.random.default_rng(6).normal(0.05, 0.02, 30)
+    """An undecided gate's, recomputed by hand from scipy.stats.wilcoxon at each look; one is an earlier look's."""
+    values = np.random.default_rng(11).normal(0.04, 0.03, 30)
     looks = [look for look in SPEC.looks if look <= 30]
     shares = np.diff([0, *looks]) / SPEC.looks[-1]
-    expected = [
-        min(
-            [1.0]
-            + [
-                stats.wilcoxon(values[:n] - null, alternative=side).pvalue / share
-                for n, share in zip(looks, shares, strict=True)
-            ]
-        )
+    regress, passing = (
+        [
+            stats.wilcoxon(values[:n] - null, alternative=side).pvalue / share
+            for n, share in zip(looks, shares, strict=True)
+        ]
         for null, side in ((math.log(1.03), "greater"), (math.log(1.05), "less"))
-    ]
-    assert p_values(values.tolist(), SPEC) == pytest.approx(expected)
+    )
+    assert min(regress) < regress[-1]
+    (metric,) = gate(values.tolist()).metrics
+    assert metric.verdict is None
+    assert (metric.regress_p, metric.pass_p) == pytest.approx((min(regress), min(passing)))
 
 
 def test_shares_of_all_looks_add_up_to_one():
     """Hence the union bound: alpha in all, not per look."""
     assert TimingSpec(looks=(10, 20, 40), spending=2.0).shares == pytest.approx([1 / 16, 3 / 16, 12 / 16])
-
-
-def test_holm_on_the_textbook_example():
-    """Holm (1979): p of .01, .04, .03 become .03, .06, .06."""
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_bounds_are_the_order_statistics_of_the_walsh_averages():
@@ -210,6 +203,20 @@ def test_one_metric_that_regresses_among_two_fails_the_gate():
     )
     found = {finding.metric: finding.verdict for finding in findings(run_gate(starts, SPEC), SPEC, "s")}
     assert found == {"a": Verdict.PASS, "b": Verdict.REGRESS}
+
+
+def test_a_regression_prints_a_lower_bound_above_the_margin():
+    """Also where Holm's step to another metric made an earlier look's p-value enough (both end at one look)."""
+    slowdowns = np.random.default_rng(11).normal((0.044, 0.06), (0.03, 0.04), (64, 2))
+    starts = (
+        start(Block({m: ((1.0, 1.0), (math.exp(x),) * 2) for m, x in zip("ab", row, strict=True)}, (1, 1), 1.0))
+        for row in slowdowns
+    )
+    result = run_gate(starts, SPEC)
+    assert [(metric.verdict, len(metric.log_ratios)) for metric in result.metrics] == [(Verdict.REGRESS, 32)] * 2
+    last = SPEC.alpha * SPEC.shares[SPEC.looks.index(32)]
+    assert slowdown_bounds(result.metrics[0].log_ratios, last, last)[1] < SPEC.margin
+    assert all(metric.bounds(SPEC)[1] > SPEC.margin for metric in result.metrics)
 
 
 def test_nothing_is_measured_after_the_decision():
