@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from veloxbench.cli import _run as veloxbench
-from veloxbench.records import Record
+from veloxbench.records import Estimate, Record
 from veloxbench.report.html import plots, render_html
-from veloxbench.report.markdown import newest, render
+from veloxbench.report.markdown import REFERENCE, newest, render
+from veloxbench.report.plots import speed_plot
 from veloxbench.store import read_records
 
 RECORDS = Path(__file__).parents[2] / "records"
@@ -80,6 +81,21 @@ def test_plots_are_one_per_protocol_and_model(records):
     assert len(drawn) == len(quality) + len(speed)
     for plot in drawn:
         assert ET.fromstring(plot.svg).tag.endswith("svg")
+
+
+def test_a_ratio_of_two_pairs_is_drawn_without_an_interval(records):
+    """The plot differs from that of the same values with intervals, and is that of the same values without them."""
+    timed = [r for r in records if r.subject.suite == "throughput" and "decode_speed_ratio" in r.metrics]
+    first = next(record for record in timed if record.subject.method.name != REFERENCE)
+    speed = first.metrics["decode_speed_ratio"].model_copy(update={"low": 0.1, "high": 8.8, "interval": "of then"})
+    bare = Estimate(value=speed.value, unit=speed.unit)
+
+    def drawn(estimate: Estimate, pairs: int) -> str | None:
+        samples = {**first.samples, "decode_arm": [1.0] * pairs}
+        metrics = {**first.metrics, "decode_speed_ratio": estimate}
+        return speed_plot([first.model_copy(update={"metrics": metrics, "samples": samples})])
+
+    assert drawn(speed, 2) == drawn(bare, 2) != drawn(speed, 3)
 
 
 def test_names_of_the_user_are_text(records):

@@ -494,16 +494,23 @@ def _figure(name: str, form: str | None = None, *, plain: bool = False) -> Calla
     return cell
 
 
+def paired_ratio(record: Record, name: str) -> tuple[Estimate, int]:
+    """A ratio of paired timings with its number of pairs, and without an interval where they are too few for one."""
+    estimate = record.metrics[name]
+    pairs = len(record.samples[f"{name.removesuffix('_ratio').removesuffix('_speed')}_arm"])
+    if pairs < MIN_RATIO_PAIRS:  # records from before that rule carry one
+        estimate = Estimate(value=estimate.value, unit=estimate.unit)
+    return estimate, pairs
+
+
 def _ratio(name: str) -> Callable[[Record], str]:
-    """A cell: a ratio of paired timings, or its bare value where the pairs are too few for an interval."""
-    timed = name.removesuffix("_ratio").removesuffix("_speed")
+    """A cell: a ratio of paired timings, or its bare value where it has no interval."""
 
     def cell(record: Record) -> str:
-        estimate = record.metrics.get(name)
-        if estimate is None:
+        if name not in record.metrics:
             return ""
-        pairs = len(record.samples[f"{timed}_arm"])
-        if pairs < MIN_RATIO_PAIRS:  # records from before that rule carry one
+        estimate, pairs = paired_ratio(record, name)
+        if estimate.low is None:
             return f"{_significant(estimate.value)} (n={pairs}, no interval)"
         return format_estimate(estimate)
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from veloxbench.records import Estimate, MethodRef, Record
-from veloxbench.report.markdown import REFERENCE
+from veloxbench.report.markdown import REFERENCE, paired_ratio
 
 # Okabe and Ito's colours keep apart for readers with any colour vision; the marker repeats the distinction.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -49,7 +49,7 @@ def quality_plot(records: Sequence[Record]) -> str | None:
 
 
 def speed_plot(records: Sequence[Record]) -> str | None:
-    """Decode speed over fp16's in the same run, arm by arm, a marker per depth; 1 is fp16.
+    """Decode speed over fp16's in the same run, arm by arm, a marker per depth; 1 is fp16. Intervals as in the table.
 
     Args:
         records: throughput records of one model.
@@ -64,7 +64,7 @@ def speed_plot(records: Sequence[Record]) -> str | None:
     figure, axes = new_axes()
     for index, (label, rows) in enumerate(list(depths.items())[:_SERIES_PER_PLOT]):
         places = [arms.index(row.subject.method.label) + 0.15 * index for row in rows]
-        _points(axes, label, [row.metrics["decode_speed_ratio"] for row in rows], places)
+        _points(axes, label, [paired_ratio(row, "decode_speed_ratio")[0] for row in rows], places)
     axes.axvline(1.0, color="0.6", linewidth=1, zorder=0)
     axes.set_yticks(range(len(arms)), arms)
     axes.invert_yaxis()
