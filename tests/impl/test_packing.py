@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from veloxquant_mlx.packing import (
+    lookup,
+    lookup_table,
     pack_codes,
     pack_trits,
     packed_words,
@@ -98,3 +100,15 @@ def test_trits_are_base_three_digits(length: int) -> None:
     assert data.shape[-1] == trit_bytes(length)
     np.testing.assert_array_equal(np.array(data), padded.astype(np.int64) @ 3 ** np.arange(5))
     np.testing.assert_array_equal(np.array(unpack_trits(data, length)), trits)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint8])
+@pytest.mark.parametrize("columns", [1, 2, 5, 8])
+def test_a_lookup_finds_the_rows_of_its_table(dtype, columns):
+    """Whatever the dtype and the number of columns; pairs of fp32 travel as one complex64, which halves the gather."""
+    rows = np.random.default_rng(0).integers(0, 200, (7, columns)).astype(dtype)
+    index = np.array([[3, 0], [6, 6]], dtype=np.uint8)
+    table = lookup_table(rows)
+    found = lookup(table, mx.array(index))
+    assert np.array_equal(np.array(found), rows[index])
+    assert (table.dtype == mx.complex64) == (dtype == np.float32 and columns % 2 == 0)
