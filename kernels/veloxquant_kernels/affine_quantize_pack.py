@@ -62,7 +62,7 @@ def affine_quantize_pack(x: mx.array, code_bits: int, group_size: int, *, backen
         x: ``[..., D]`` fp16, bf16 or fp32; D at most 512.
         code_bits: width of a code, 1..8.
         group_size: channels per group; the last group is shorter where it does not divide D.
-        backend: where to run; None takes Metal if there is a device, else the reference.
+        backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
         words ``[..., ceil(D * code_bits / 32)]`` uint32, scales and zeros ``[..., ceil(D / group_size)]`` fp16:

@@ -62,7 +62,7 @@ def affine_unpack_dequantize(
         group_size: values that share a scale.
         dtype: of the result: fp16, bf16 or fp32.
         per_channel: whether groups lie along the tokens.
-        backend: where to run; None takes Metal if there is a device, else the reference.
+        backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
         ``[..., T, head_dim]`` of ``dtype``.

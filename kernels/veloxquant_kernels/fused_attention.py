@@ -198,7 +198,7 @@ def fused_attention(
         scale: of the scores, usually ``D ** -0.5``.
         mask: None, or ``[B or 1, 1, 1, tokens]``: bool (false hides), or a float that is added to the scores.
         split_tokens: tokens per threadgroup, a multiple of 32; None weighs traffic against parallelism.
-        backend: where to run; None takes Metal if there is a device, else the reference.
+        backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
         ``[B, n_heads, 1, D]`` of the queries' dtype. A query whose tokens are all hidden gets zeros.

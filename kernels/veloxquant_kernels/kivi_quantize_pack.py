@@ -36,7 +36,7 @@ def kivi_quantize_pack(x: mx.array, code_bits: int, group_size: int, *, backend:
         x: ``[..., T, D]`` fp16, bf16 or fp32.
         code_bits: width of a code, 1..8.
         group_size: divides T; ``group_size * D`` is at most 32768.
-        backend: where to run; None takes Metal if there is a device, else the reference.
+        backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
         words ``[..., T, ceil(D * code_bits / 32)]`` uint32, scales and zeros ``[..., T // group_size, D]`` fp16:

@@ -42,7 +42,7 @@ def pack_codes(codes: mx.array, code_bits: int, *, backend: Backend | None = Non
     Args:
         codes: ``[..., D]`` uint8 or uint32, each below ``2**code_bits``.
         code_bits: width of a code, 1..8.
-        backend: where to run; None takes Metal if there is a device, else the reference.
+        backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
         ``[..., ceil(D * code_bits / 32)]`` uint32; the tail is zero.

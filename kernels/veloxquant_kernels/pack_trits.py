@@ -32,7 +32,7 @@ def pack_trits(trits: mx.array, *, backend: Backend | None = None) -> mx.array:
 
     Args:
         trits: ``[..., D]`` uint8, each below 3.
-        backend: where to run; None takes Metal if there is a device, else the reference.
+        backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
         ``[..., ceil(D / 5)]`` uint8; missing trits are zero.

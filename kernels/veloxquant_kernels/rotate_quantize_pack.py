@@ -56,7 +56,7 @@ def rotate_quantize_pack(
         signs: ``[D]`` fp32 of ±1, the rotation's diagonal.
         edges: ``[2**code_bits - 1]`` fp32, ascending: the midpoints between centroids of unit variance.
         code_bits: width of a code, 1..8.
-        backend: where to run; None takes Metal if there is a device, else the reference.
+        backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
         words ``[..., ceil(D * code_bits / 32)]`` uint32 and norms ``[..., 1]`` fp16.

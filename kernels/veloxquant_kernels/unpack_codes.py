@@ -37,7 +37,7 @@ def unpack_codes(words: mx.array, code_bits: int, n_codes: int, *, backend: Back
         words: ``[..., ceil(n_codes * code_bits / 32)]`` uint32.
         code_bits: width of a code, 1..8.
         n_codes: codes in a row.
-        backend: where to run; None takes Metal if there is a device, else the reference.
+        backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
         ``[..., n_codes]`` uint8.

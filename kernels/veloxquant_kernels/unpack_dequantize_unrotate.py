@@ -55,7 +55,7 @@ def unpack_dequantize_unrotate(
         signs: ``[D]`` fp32 of ±1, the rotation's diagonal.
         code_bits: width of a code, 1..8.
         dtype: of the result: fp16, bf16 or fp32.
-        backend: where to run; None takes Metal if there is a device, else the reference.
+        backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
         ``[..., D]`` of ``dtype``.

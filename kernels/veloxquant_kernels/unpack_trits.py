@@ -23,7 +23,7 @@ def unpack_trits(data: mx.array, n_trits: int, *, backend: Backend | None = None
     Args:
         data: ``[..., ceil(n_trits / 5)]`` uint8.
         n_trits: trits in a row.
-        backend: where to run; None takes Metal if there is a device, else the reference.
+        backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
         ``[..., n_trits]`` uint8.

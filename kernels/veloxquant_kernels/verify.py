@@ -1,7 +1,8 @@
 """Check every kernel on this machine against its plain-MLX definition.
 
-``verify()`` runs small cases that reach every line of every body: on a Metal device the bodies as they ship, elsewhere
-through the CPU emulator, which also looks for races, out-of-bounds accesses and uninitialised reads.
+``verify()`` runs small cases that reach every line of every body: where Metal is MLX's default device the bodies as
+they ship, elsewhere through the CPU emulator, which also looks for races, out-of-bounds accesses and uninitialised
+reads.
 """
 
 from __future__ import annotations

@@ -224,7 +224,8 @@ def allocate_bits_continuous(
         at_tokens: likewise.
 
     Returns:
-        Width by unit; its size-weighted mean plus the quantizer's mean overhead is ``target_bits``.
+        Width by unit; their mean over the values held at ``at_tokens``, plus the quantizer's mean overhead, is
+        ``target_bits``.
 
     Raises:
         ValueError: as :func:`allocate_bits_ratequant`, or a unit whose loss is zero.

@@ -58,9 +58,9 @@ class KVCacheConfig:
         sinks: first tokens kept in fp16, paid for in bytes; none on sliding-window layers.
         window: last tokens kept in fp16, paid for in bytes; absent: the method's default (0 for most).
         seed: of rotations and sketches.
-        fused: whether decode steps attend to the packed arrays through the fused Metal kernel: ``auto`` on a Metal
-            device, ``on`` (an error where it cannot be) or ``off``. A layer that is not fused says why in its
-            cache's ``attention``.
+        fused: whether decode steps attend to the packed arrays through the fused Metal kernel: ``auto`` where Metal is
+            MLX's default device, ``on`` (an error where it cannot be) or ``off``. A layer that is not fused says why in
+            its cache's ``attention``.
         fused_backend: where the fused kernel runs; None is Metal, ``emulator`` executes it on the CPU.
         options: the options object that ``dataclasses.replace`` hands on: ``replace(config, sinks=1)``.
         **method_options: fields of the method's options class.
@@ -290,7 +290,7 @@ class KVCacheBuilder:
         Raises:
             ValueError: the bit allocation does not fit the model's layers or their heads, or ``fused="on"`` and no
                 layer can be.
-            RuntimeError: the fused path is switched on for Metal and there is no device.
+            RuntimeError: the fused path is switched on for Metal, which is not MLX's default device.
         """
         own = make_prompt_cache(model)
         widths = config.layer_widths([bool(_attention_caches(cache)) for cache in own])
