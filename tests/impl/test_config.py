@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -13,6 +15,7 @@ from veloxquant_mlx.allocators.allocation import AllocationEntry, BitAllocation
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
 from veloxquant_mlx.methods import METHODS
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
+from veloxquant_mlx.quantizers.base import Coding, pair_name
 
 
 def test_an_unknown_method_lists_near_matches() -> None:
@@ -219,3 +222,62 @@ def test_an_option_outside_its_range_fails_when_configured() -> None:
     """A group of one channel is refused by the configuration, not by the first token."""
     with pytest.raises(ValueError, match="group_size must be an int of at least 2, got 1"):
         KVCacheConfig(method="kivi", group_size=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "here", "counted"),
+    [
+        ({"method": "affine", "group_size": 8}, "affine(group_size=8)", "affine(group_size=32)"),
+        (
+            {"method": "ratequant", "base": "affine", "base_options": {"group_size": 8}},
+            "affine(group_size=8)",
+            "affine(group_size=32)",
+        ),
+        ({"method": "kivi", "group_size": 16, "window": 0}, "kivi_keys(group_size=16)", "kivi_keys(group_size=32)"),
+        (
+            {"method": "turboquant_static", "calibration": 128},
+            "turboquant_static(calibration=128)",
+            "turboquant_static(calibration=64)",
+        ),
+    ],
+)
+def test_an_allocation_is_refused_by_other_parameters_than_it_counts(
+    given: dict[str, Any], here: str, counted: str
+) -> None:
+    """Groups of 8 channels cost 4 bits each, groups of 32 one: the error names both. Without a record of them, as in
+    files saved before it was kept, the quantizer's name has to do; a seed moves no byte."""
+    default = KVCacheConfig(method=given.get("base", given["method"]), window=0)
+    made = [default.quantizer(role, None) for role in ("keys", "values")]
+    codings = tuple(Coding.of(one) for one in made)
+    allocation = an_allocation(quantizer=pair_name(*made), codings=codings)
+    assert BitAllocation.from_json(allocation.to_json()) == allocation
+    message = f"quantizer of keys is {here!r} here, but the bit_allocation was made for {counted!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        KVCacheConfig(**given, bit_allocation=allocation)
+    fields = json.loads(allocation.to_json())
+    del fields["codings"]
+    KVCacheConfig(**given, bit_allocation=BitAllocation.from_json(json.dumps(fields)))
+    KVCacheConfig(**given, bit_allocation=dict(allocation))
+    options = {name: value for name, value in given.items() if name in ("method", "base")}
+    KVCacheConfig(**options, window=0, seed=3, bit_allocation=allocation)
+
+
+def test_an_allocation_and_an_outlier_observer_exclude_each_other() -> None:
+    """Second copies of flagged tokens cost beyond what the allocation counts; bare widths claim nothing."""
+    allocation = an_allocation(quantizer="turboquant_mse")
+    observer = KeyNormObserver()
+    with pytest.raises(ValueError, match=r"outlier_observer is KeyNormObserver.*made for None.*pass dict"):
+        KVCacheConfig("ratequant", bit_allocation=allocation, outlier_observer=observer)
+    KVCacheConfig("ratequant", bit_allocation=dict(allocation), outlier_observer=observer)
+
+
+@pytest.mark.parametrize(
+    ("bits", "error", "message"),
+    [("4", TypeError, "must be an int, got '4'"), (16, ValueError, "must be within 1..8 .*got 16")],
+)
+def test_a_width_is_checked_before_it_is_compared_with_outlier_bits(
+    bits: Any, error: type[Exception], message: str
+) -> None:
+    """Beside an observer too, an allocation's wrong width is called what it is."""
+    with pytest.raises(error, match=rf"bit_allocation\['layer_0'\] {message}"):
+        KVCacheConfig("ratequant", bit_allocation={"layer_0": bits}, outlier_observer=KeyNormObserver())

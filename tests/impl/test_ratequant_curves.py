@@ -333,17 +333,31 @@ def test_the_closed_form_weighs_layers_by_what_they_hold():
     assert np.average(list(widths.values()), weights=held) == pytest.approx(2.25, abs=1e-9)
 
 
+def test_an_allocation_knows_the_parameters_that_were_measured(tmp_path):
+    """Groups of 64 channels cost 1/2 bit, groups of 8 four: the saved curves' allocation tells a configuration so."""
+    measured = fit_distortion_curve(sink_sensitivities(), lambda bits: Affine(bits, 64), widths=[2, 3])
+    measured.save(tmp_path / "curves.json")
+    allocation = allocate_bits_ratequant(DistortionCurves.load(tmp_path / "curves.json"), 2.5, 2, 3)
+    KVCacheConfig("affine", group_size=64, bit_allocation=allocation)
+    with pytest.raises(ValueError, match=r"quantizer of keys is 'affine\(group_size=8\)' here") as error:
+        KVCacheConfig("affine", group_size=8, bit_allocation=allocation)
+    assert "affine(group_size=64)" in str(error.value)
+
+
 def test_curves_saved_before_sliding_windows_were_kept_are_read(curves, tmp_path):
-    """A file without max_size and value_costs gives curves of full attention."""
+    """A file without max_size, value_costs and codings gives curves of full attention, coded token by token."""
     curves.save(tmp_path / "curves.json")
     fields = json.loads((tmp_path / "curves.json").read_text())
-    del fields["value_costs"]
+    del fields["value_costs"], fields["codings"]
     for curve in fields["curves"]:
         del curve["max_size"]
     (tmp_path / "old.json").write_text(json.dumps(fields))
-    assert DistortionCurves.load(tmp_path / "old.json") == curves
-    result = allocate_bits_ratequant(curves, 2.125)
+    loaded = DistortionCurves.load(tmp_path / "old.json")
+    assert loaded == replace(curves, codings=None)
+    result = allocate_bits_ratequant(loaded, 2.125)
+    assert result == replace(allocate_bits_ratequant(curves, 2.125), codings=None)
     old = json.loads(result.to_json())
+    del old["codings"]
     for entry in old["entries"]:
         del entry["max_size"]
     assert BitAllocation.from_json(json.dumps(old)) == result

@@ -102,3 +102,35 @@ def test_the_arrays_of_a_cache_cost_what_its_widths_say(base: str) -> None:
     if base == "kivi":
         mean -= 128 / TOKENS  # the window's tokens have no code to widen
     assert float(8 * used / (TOKENS * HEADS * 2 * HEAD_DIM)) == pytest.approx(mean)
+
+
+def bits_held(base: str, allocation: BitAllocation, tokens: int, sinks: int = 0) -> Fraction:
+    """Bits per value that the caches' arrays have in use after ``tokens`` tokens of every layer."""
+    config = KVCacheConfig("ratequant", base=base, bit_allocation=allocation, sinks=sinks)
+    used = Fraction(0)
+    x = mx.array(gaussian((1, HEADS, tokens, HEAD_DIM)))
+    for one in KVCacheBuilder.build(tiny_llama(LAYERS, HEAD_DIM, 6, HEADS), config):
+        one.update_and_fetch(x, x)
+        used += sum(Fraction(held.array.nbytes * held.used_slots, held.slots) for held in one.held_arrays())
+    return 8 * used / (LAYERS * tokens * HEADS * 2 * HEAD_DIM)
+
+
+@pytest.mark.parametrize("unit", ["layer", "layer_kv"])
+@pytest.mark.parametrize(("at_tokens", "target"), [(200, 11.9), (223, 11.5), (2079, 3.9), (2080, 3.9)])
+def test_a_target_holds_at_lengths_that_leave_a_block_of_keys_incomplete(
+    at_tokens: int, target: float, unit: str
+) -> None:
+    """KIVI keeps up to 31 keys beside its window in fp16: arrays cost what the allocation says, below the target."""
+    allocation = allocate_bits_ratequant(
+        curves_of("kivi"), target, 1, 4, unit=unit, window=128, at_tokens=at_tokens, solver="greedy"
+    )
+    assert bits_held("kivi", allocation, at_tokens) == allocation.bits_per_value <= target
+
+
+@pytest.mark.parametrize("at_tokens", [63, 64, 65])
+def test_tokens_that_wait_for_a_calibration_are_paid_for(at_tokens: int) -> None:
+    """Static scales are calibrated on 64 tokens: 63 are all in fp16, 64 all in code."""
+    target = 16 if at_tokens < 64 else 2
+    allocation = allocate_bits_ratequant(curves_of("turboquant_static"), target, 0, 4, at_tokens=at_tokens)
+    assert 0.99 * target <= bits_held("turboquant_static", allocation, at_tokens) <= target
+    assert bits_held("turboquant_static", allocation, at_tokens) == allocation.bits_per_value

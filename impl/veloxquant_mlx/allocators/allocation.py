@@ -13,13 +13,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from veloxquant_mlx.quantizers.base import Coding
 
 Floats = NDArray[np.float64]
 
@@ -279,6 +281,8 @@ class BitAllocation(Mapping[str, int]):
         window: last tokens that it keeps in fp16, counted likewise.
         at_tokens: sequence length at which those costs hold.
         forecast_nats: loss increase per token that the curves predict; absent if not from curves.
+        codings: the keys' and the values' quantizer with its parameters; None where only the name is known, as in
+            allocations saved before they were kept.
     """
 
     entries: tuple[AllocationEntry, ...]
@@ -289,6 +293,7 @@ class BitAllocation(Mapping[str, int]):
     window: int = 0
     at_tokens: int = 2048
     forecast_nats: float | None = None
+    codings: tuple[Coding, Coding] | None = None
 
     def __post_init__(self) -> None:
         twice = [name for name, count in Counter(entry.name for entry in self.entries).items() if count > 1]
@@ -310,7 +315,10 @@ class BitAllocation(Mapping[str, int]):
 
     @property
     def bits_per_value(self) -> Fraction:
-        """The realised mean cost over all values that are held at ``at_tokens``; never above ``target_bits``."""
+        """The realised mean cost over all values that are held at ``at_tokens``; never above ``target_bits``.
+
+        Outlier tokens are not among them: a cache with an outlier observer takes the bare widths, ``dict(self)``.
+        """
         held = [entry.n_values * held_tokens(entry.max_size, self.at_tokens) for entry in self.entries]
         bits = (entry.bits_per_value * values for entry, values in zip(self.entries, held, strict=True))
         return sum(bits, Fraction(0)) / sum(held)
@@ -331,6 +339,7 @@ class BitAllocation(Mapping[str, int]):
                 "window": self.window,
                 "at_tokens": self.at_tokens,
                 "forecast_nats": self.forecast_nats,
+                "codings": None if self.codings is None else [asdict(coding) for coding in self.codings],
                 "entries": [{**vars(entry), "bits_per_value": str(entry.bits_per_value)} for entry in self.entries],
             },
             indent=1,
@@ -344,7 +353,10 @@ class BitAllocation(Mapping[str, int]):
             AllocationEntry(**{**entry, "bits_per_value": Fraction(entry["bits_per_value"])})
             for entry in fields.pop("entries")
         )
-        return cls(entries=entries, **fields)
+        codings = fields.pop("codings", None)
+        if codings is not None:
+            codings = tuple(Coding(**coding) for coding in codings)
+        return cls(entries=entries, codings=codings, **fields)
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`to_json` to ``path``."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from veloxquant_mlx.allocators.sensitivity import KINDS, HeadSensitivities, Provenance, Sensitivities
-from veloxquant_mlx.quantizers.base import Quantizer, pair_name
+from veloxquant_mlx.quantizers.base import Coding, Quantizer, pair_name
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 
 Floats = NDArray[np.float64]
@@ -140,6 +140,8 @@ class DistortionCurves:
         weighting: how losses were formed from gradients and errors.
         provenance: of the sensitivities.
         value_costs: ``costs`` of the values, where they differ from the keys'.
+        codings: parameters and blocks of the keys' and of the values' quantizer; None in curves saved before they were
+            kept, whose quantizers then count as coding token by token.
     """
 
     curves: tuple[DistortionCurve, ...]
@@ -150,6 +152,11 @@ class DistortionCurves:
     weighting: Weighting
     provenance: Provenance
     value_costs: dict[int, tuple[Fraction, ...]] | None = None
+    codings: tuple[Coding, Coding] | None = None
+
+    def coding(self, kind: str) -> Coding:
+        """Blocks of the quantizer of ``keys`` or ``values``."""
+        return Coding(self.quantizer) if self.codings is None else self.codings[KINDS.index(kind)]
 
     def cost(self, curve: DistortionCurve, column: int) -> Fraction:
         """Real bits_per_value of a head at the width of a column."""
@@ -184,10 +191,12 @@ class DistortionCurves:
             for name in ("costs", "value_costs")
             if fields.get(name) is not None
         }
+        codings = fields.get("codings")
         return cls(
             **fields
             | costs
             | {
+                "codings": None if codings is None else tuple(Coding(**coding) for coding in codings),
                 "curves": curves,
                 "widths": tuple(fields["widths"]),
                 "provenance": Provenance(**fields["provenance"]),
@@ -345,4 +354,5 @@ def fit_distortion_curve(
         weighting=weighting,
         provenance=sensitivities.provenance,
         value_costs=None if value_costs == costs else value_costs,
+        codings=(Coding.of(quantizers["keys"][-1]), Coding.of(quantizers["values"][-1])),
     )

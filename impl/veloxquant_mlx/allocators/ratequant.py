@@ -36,6 +36,7 @@ from veloxquant_mlx.allocators.curves import (
     fit_distortion_curve,
 )
 from veloxquant_mlx.allocators.sensitivity import Sensitivities, calibrate_layer_sensitivities
+from veloxquant_mlx.cache.storage import exact_and_coded
 
 __all__ = [
     "BitAllocation",
@@ -74,10 +75,17 @@ class _Unit:
 
 
 def _cost(curves: DistortionCurves, curve: DistortionCurve, column: int, window: int, at_tokens: int) -> Fraction:
-    """Bits per token of one head at a width, its fp16 sinks and window spread over the tokens that it holds."""
-    held = held_tokens(curve.max_size, at_tokens)
-    exact = Fraction(min(curve.sinks + window, held), held)
-    return Fraction(held, at_tokens) * curve.head_dim * ((1 - exact) * curves.cost(curve, column) + exact * 16)
+    """Bits per token of one head at a width, what the cache keeps in fp16 spread over all tokens."""
+    coding = curves.coding(curve.kind)
+    exact, coded = exact_and_coded(
+        at_tokens,
+        block_tokens=coding.block_tokens,
+        calibration_tokens=coding.calibration_tokens,
+        sinks=curve.sinks,
+        window=window,
+        max_size=curve.max_size,
+    )
+    return Fraction(curve.head_dim, at_tokens) * (coded * curves.cost(curve, column) + exact * 16)
 
 
 def _units(curves: DistortionCurves, unit: str, widths: Iterable[int], window: int, at_tokens: int) -> list[_Unit]:
@@ -159,9 +167,9 @@ def allocate_bits_ratequant(
             ``head`` (``layer_3.keys.head_0``).
         solver: ``optimal`` (exact) or ``greedy`` (marginal steps on the lower convex hull, as in the paper).
         window: last tokens that the cache will keep in fp16 (128 by KIVI's default).
-        at_tokens: sequence length at which the target holds; it matters only where there are ``sinks`` or a
-            ``window``, whose fp16 tokens weigh less in longer sequences, or sliding-window layers, which hold a
-            smaller share of them.
+        at_tokens: sequence length at which the target holds; it matters only where tokens stay in fp16 (``sinks``, a
+            ``window``, KIVI's incomplete block of keys, a calibration that waits for more), which weigh less in longer
+            sequences, or where sliding-window layers hold a smaller share of them.
 
     Returns:
         A mapping from unit to width that knows its realised ``bits_per_value``, never above the target.
@@ -192,6 +200,7 @@ def allocate_bits_ratequant(
         window=window,
         at_tokens=at_tokens,
         forecast_nats=float(sum(u.losses[c] for u, c in zip(units, chosen, strict=True))),
+        codings=curves.codings,
     )
     realised = float(allocation.bits_per_value)
     if realised < 0.99 * target_bits:

@@ -20,7 +20,7 @@ from veloxquant_mlx.cache.storage import HeldArray
 from veloxquant_mlx.methods import METHODS, MethodOptions, Role, make_options
 from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
-from veloxquant_mlx.quantizers.base import Quantizer, pair_name
+from veloxquant_mlx.quantizers.base import Coding, Quantizer, pair_name
 from veloxquant_mlx.quantizers.per_head import PerHead
 
 __all__ = [
@@ -48,8 +48,9 @@ class KVCacheConfig:
         method: a name of ``veloxquant_mlx.methods.METHODS``.
         bit_allocation: code widths by unit: ``layer_3``, or ``layer_3.keys`` and ``layer_3.values``, or
             ``layer_3.keys.head_0`` and so on for every head. Every layer of the model must be named. A
-            ``BitAllocation`` must count the quantizer, sinks and window that are configured; a plain mapping
-            claims no cost. Absent: the method's ``code_bits`` everywhere.
+            ``BitAllocation`` must count the quantizers with their parameters, sinks and window that are configured, and
+            goes with no ``outlier_observer``; a plain mapping (``dict(bit_allocation)``) claims no cost. Absent: the
+            method's ``code_bits`` everywhere.
         value_bits: code width of all values; absent: the layer's width.
         outlier_observer: flags tokens, which are then kept at ``outlier_bits`` as well.
         outlier_bits: code width of flagged tokens, keys and values, at least that of all others; 8 where an observer
@@ -140,12 +141,12 @@ class KVCacheConfig:
         for name, bits in (("value_bits", value_bits), ("outlier_bits", outlier_bits)):
             if bits is not None:
                 self._check_width(name, bits)
-        if outlier_bits is not None:
-            self._check_outlier_bits(outlier_bits)
         if bit_allocation is not None:
             self._check_allocation(bit_allocation)
         elif made.needs_allocation:
             raise ValueError(f"method {method!r} needs a bit_allocation")
+        if outlier_bits is not None:
+            self._check_outlier_bits(outlier_bits)
 
     def _check_width(self, name: str, bits: object) -> None:
         widths = self.options.widths
@@ -182,12 +183,16 @@ class KVCacheConfig:
         """What the allocation's bits_per_value counts is what the caches will hold."""
         bits = next(iter(allocation.values()))
         keys, values = (self.options.quantizer(role, bits, self.seed) for role in get_args(Role))
-        for name, configured, counted in (
+        claims: list[tuple[str, object, object]] = [
             ("quantizer", pair_name(keys, values), allocation.quantizer),
             ("sinks", self.sinks, allocation.sinks),
             ("window", self.window, allocation.window),
             ("value_bits", self.value_bits, None),
-        ):
+            ("outlier_observer", self.outlier_observer, None),
+        ]
+        for role, made, counted_coding in zip(get_args(Role), (keys, values), allocation.codings or (), strict=False):
+            claims.append((f"quantizer of {role}", Coding.of(made).name, counted_coding.name))
+        for name, configured, counted in claims:
             if configured != counted:
                 raise ValueError(
                     f"{name} is {configured!r} here, but the bit_allocation was made for {counted!r}, so its "

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.models import base as mlx_lm_base
 
 from veloxquant_mlx.cache.outliers import OutlierTokens
-from veloxquant_mlx.cache.storage import HeldArray, OnEncoded, Side
+from veloxquant_mlx.cache.storage import HeldArray, OnEncoded, Side, exact_and_coded
 from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver, KeyNormTracker
 from veloxquant_mlx.quantizers.base import Quantizer, quantizer_from_spec
@@ -67,16 +67,16 @@ class LayerSpec:
             raise ValueError("adaptive widths and outliers make the bytes depend on the data; see formula_nbytes")
         per_head = Fraction(0)
         for quantizer, head_dim in ((self.keys, key_dim), (self.values, value_dim)):
-            block = quantizer.block_tokens
-            sinks = min(tokens, self.sinks)
-            coded = max(0, tokens - sinks - self.window) // block
-            if coded * block < quantizer.calibration_tokens:
-                coded = 0
-            dropped = 0 if self.max_size is None else max(0, tokens - self.max_size)
-            tail = min(tokens - sinks - coded * block, tokens - dropped)
-            live = coded - min(coded, dropped // block)
-            per_head += (sinks + tail) * head_dim * 2
-            per_head += live * block * head_dim * quantizer.bits_per_value(head_dim) / 8
+            exact, coded = exact_and_coded(
+                tokens,
+                block_tokens=quantizer.block_tokens,
+                calibration_tokens=quantizer.calibration_tokens,
+                sinks=self.sinks,
+                window=self.window,
+                max_size=self.max_size,
+            )
+            per_head += exact * head_dim * 2
+            per_head += coded * head_dim * quantizer.bits_per_value(head_dim) / 8
         return int(per_head * n_batch * n_kv_heads)
 
     def to_json(self) -> str:

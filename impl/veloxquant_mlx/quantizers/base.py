@@ -136,6 +136,32 @@ class Quantizer(ABC):
         return {"quantizer": self.name, **fields}
 
 
+@dataclass(frozen=True)
+class Coding:
+    """What one quantizer is at all its widths, as far as it moves bytes.
+
+    Attributes:
+        name: with every parameter but width and seed, as in ``affine(group_size=32)``.
+        block_tokens: tokens that are encoded together.
+        calibration_tokens: tokens that a cache waits for before it encodes any.
+    """
+
+    name: str
+    block_tokens: int = 1
+    calibration_tokens: int = 0
+
+    @classmethod
+    def of(cls, quantizer: Quantizer) -> Coding:
+        """That of a quantizer of any width."""
+        fields = {name: value for name, value in quantizer.spec().items() if name not in _NOT_CODING}
+        parameters = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+        name = f"{quantizer.name}({parameters})" if parameters else quantizer.name
+        return cls(name, quantizer.block_tokens, quantizer.calibration_tokens)
+
+
+_NOT_CODING = ("quantizer", "code_bits", "seed")
+
+
 def pair_name(keys: Quantizer, values: Quantizer) -> str:
     """The name of what codes keys and values: one name where they are coded alike, else as in ``kivi_keys/affine``."""
     return "/".join(dict.fromkeys((keys.name, values.name)))
