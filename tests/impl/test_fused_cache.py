@@ -13,7 +13,7 @@ import pytest
 from impl_inputs import tiny_llama
 from mlx_lm.models import base as mlx_lm_base
 from mlx_lm.models import gpt_oss
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, make_prompt_cache
 
 from veloxquant_kernels import emulator
 from veloxquant_mlx.cache import persistence
@@ -305,6 +305,50 @@ def test_other_caches_are_left_alone(llama_model: Any) -> None:
     assert {type(cache) for cache in caches} == {KVCache}
     copied = copy.deepcopy(caches)
     assert len(copied) == 3
+
+
+class AttentionBesideAState:
+    """Layer 0 has attention in a ``CacheList``, layer 1 by itself."""
+
+    layers = (None, None)
+
+    def make_cache(self) -> list[Any]:
+        cache_list: Any = CacheList
+        return [cache_list(ArraysCache(1), KVCache()), KVCache()]
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        x = mx.ones((1, 2, tokens.shape[1], 64))
+        cache[0][1].update_and_fetch(x, x)
+        keys, values = cache[1].update_and_fetch(x, x)
+        out: mx.array = mlx_lm_base.scaled_dot_product_attention(x, keys, values, cache[1], scale=1.0, mask=None)
+        return out
+
+
+def test_the_probe_reports_nothing_of_attention_in_a_list() -> None:
+    """The cache in a ``CacheList`` is probed without its observer too, and says why it is plain."""
+    model, observer = AttentionBesideAState(), DistortionObserver()
+    config = KVCacheConfig(
+        method="turboquant_mse", code_bits=4, distortion_observer=observer, fused="on", fused_backend="reference"
+    )
+    listed, alone = KVCacheBuilder.build(model, config)
+    assert listed[1].attention == "plain (held by CacheList)"
+    assert alone.attention == "fused, not used yet"
+    assert not observer.report().rows
+
+
+def test_a_batch_says_that_it_is_plain(llama_model: Any, tmp_path: Any) -> None:
+    """Sequences of their own lengths are decoded, loaded with or without the model."""
+    built = KVCacheBuilder.build(llama_model, CONFIGS["4 bits"])
+    save_prompt_cache(tmp_path / "c.safetensors", [PackedKVCache.merge([cache, cache]) for cache in built])
+    for model in (None, llama_model):
+        loaded = load_prompt_cache(tmp_path / "c.safetensors", model=model)
+        assert {cache.attention for cache in loaded} == {"plain (sequences of different lengths)"}
+
+
+def test_caches_that_are_not_as_many_as_the_models_are_refused(llama_model: Any) -> None:
+    """One layer's cache too few is an error with both numbers."""
+    with pytest.raises(ValueError, match="caches has 2 entries for a model of 3 layers"):
+        fuse(llama_model, KVCacheBuilder.build(llama_model, CONFIGS["4 bits"])[:2], backend="reference")
 
 
 def words_held(caches: list[Any]) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from veloxquant_mlx.cache.base import (
     load_prompt_cache,
     save_prompt_cache,
 )
+from veloxquant_mlx.cache.fused import fuse, fused_route
 
 HALF_PRECISION = 4e-3
 """Relative error of logits when K and V are fp16 in an fp32 model."""
@@ -88,6 +89,17 @@ def test_convolution_layers_keep_their_own_cache(convolutional: Any, tmp_path: P
     loaded = load_prompt_cache(tmp_path / "c.safetensors")
     ids = mx.array([[5, 6]])
     assert mx.array_equal(convolutional(ids, cache=loaded), convolutional(ids, cache=caches))
+
+
+@pytest.mark.parametrize("n_batch", [1, 2])
+def test_attention_beside_a_filled_convolution_is_fused(convolutional: Any, tmp_path: Path, n_batch: int) -> None:
+    """Whether loaded caches can be fused does not depend on how many sequences a convolution's state is of."""
+    caches = KVCacheBuilder.build(convolutional, KVCacheConfig(method="turboquant_mse"))
+    convolutional(mx.array(np.random.default_rng(0).integers(0, 128, (n_batch, 20))), cache=caches)
+    save_prompt_cache(tmp_path / "c.safetensors", caches)
+    with fused_route():
+        _, reasons = fuse(convolutional, load_prompt_cache(tmp_path / "c.safetensors"), backend="reference")
+    assert reasons == ["held by ArraysCache", "fused"] * 2
 
 
 def test_an_allocation_covers_the_layers_that_can_be_packed(convolutional: Any) -> None:

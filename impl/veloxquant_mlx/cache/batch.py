@@ -35,6 +35,11 @@ class BatchPackedKVCache:
         self._right: list[int] | None = None
 
     @property
+    def attention(self) -> str:
+        """How attention reads the cache: always in decoded form."""
+        return "plain (sequences of different lengths)"
+
+    @property
     def left_padding(self) -> mx.array:
         """Padding before each sequence, ``[B]``."""
         return mx.array(self._left)

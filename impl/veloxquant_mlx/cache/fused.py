@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, get_args
 
 import mlx.core as mx
 from mlx_lm.models import base as mlx_lm_base
+from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from veloxquant_kernels.fused_attention import PackedSide, fused_attention, unsupported
 from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
@@ -192,10 +193,12 @@ def fuse(
         backend: of the kernel; None is Metal.
 
     Returns:
-        The caches, and for each layer ``"fused"`` or why it is not; packed caches keep the reason (``not_fused``).
+        The caches, and for each layer ``"fused"`` or why it is not; packed caches, those in a
+        ``CacheList`` too, keep the reason (``not_fused``).
 
     Raises:
-        ValueError: an unknown mode, or ``on`` for a model or for caches of which no layer can be fused.
+        ValueError: an unknown mode, ``on`` for a model or for caches of which no layer can be fused, or caches that are
+            not as many as the model's.
         RuntimeError: ``backend="metal"``, or ``on`` without a backend, where Metal cannot run.
     """
     if mode not in get_args(FusedMode):
@@ -227,10 +230,20 @@ def fuse(
     return _explained(fused, [reason or "fused" for reason in reasons])
 
 
+def leaves(caches: Sequence[Any]) -> Iterator[Any]:
+    """The caches themselves, for a ``CacheList`` those that it holds."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from leaves(cache.caches)
+        else:
+            yield cache
+
+
 def _explained(caches: Sequence[Any], reasons: list[str]) -> tuple[list[Any], list[str]]:
     for cache, reason in zip(caches, reasons, strict=True):
-        if isinstance(cache, PackedKVCache) and not isinstance(cache, FusedKVCache):
-            cache.not_fused = reason
+        for leaf in leaves([cache]):
+            if isinstance(leaf, PackedKVCache) and not isinstance(leaf, FusedKVCache):
+                leaf.not_fused = reason
     return list(caches), reasons
 
 
@@ -239,20 +252,31 @@ def _listed(reasons: Sequence[str | None]) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
+def _fresh(cache: Any, own: Any) -> Any:
+    """An empty cache in the place of ``cache``, ``own`` where that is none of ours."""
+    if isinstance(cache, PackedKVCache):
+        return PackedKVCache(replace(cache.spec, outlier_keys=None, outlier_values=None))
+    if isinstance(cache, CacheList) and isinstance(own, CacheList):
+        cache_list: Any = CacheList
+        return cache_list(*(_fresh(part, made) for part, made in zip(cache.caches, own.caches, strict=True)))
+    return own
+
+
 def _probe(model: Any, caches: Sequence[Any], reasons: Sequence[str | None]) -> tuple[list[str | None], str | None]:
     """A two-token prefill and one step on throwaway caches: do the model's attention calls reach the route?
 
     Returns the reasons, with those of layers whose shapes the kernel does not serve, and what is wrong with the model.
-    The caches are made from the layers' specs, not copied: a copy would tell their observers of the probe.
+    The caches are new ones, not copies, which would hold tokens of other sequences and report to observers: ours from
+    the layers' specs, all others as the model makes them.
     """
-    trial: list[Any] = []
-    for cache, reason in zip(caches, reasons, strict=True):
-        plain = (
-            PackedKVCache(replace(cache.spec, outlier_keys=None, outlier_values=None))
-            if isinstance(cache, PackedKVCache)
-            else copy.deepcopy(cache)
-        )
-        trial.append(FusedKVCache.from_packed(plain, "reference") if reason is None else plain)
+    own = make_prompt_cache(model)
+    if len(own) != len(caches):
+        raise ValueError(f"caches has {len(caches)} entries for a model of {len(own)} layers")
+    trial = [_fresh(cache, made) for cache, made in zip(caches, own, strict=True)]
+    trial = [
+        FusedKVCache.from_packed(cache, "reference") if reason is None else cache
+        for cache, reason in zip(trial, reasons, strict=True)
+    ]
     try:
         with fused_route():
             for tokens in (mx.array([[0, 0]]), mx.array([[0]])):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from veloxquant_mlx.cache.batch import BatchPackedKVCache
-from veloxquant_mlx.cache.fused import fuse
+from veloxquant_mlx.cache.fused import fuse, leaves
 from veloxquant_mlx.cache.packed import PackedKVCache
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
@@ -97,14 +97,6 @@ def save_prompt_cache(file_name: str | Path, cache: Sequence[Any], metadata: Map
     mx.save_safetensors(str(file_name), arrays, header)
 
 
-def _leaves(caches: Sequence[Any]) -> Iterator[Any]:
-    for cache in caches:
-        if isinstance(cache, mlx_lm_cache.CacheList):
-            yield from _leaves(cache.caches)
-        else:
-            yield cache
-
-
 def load_prompt_cache(
     file_name: str | Path,
     return_metadata: bool = False,
@@ -121,8 +113,8 @@ def load_prompt_cache(
             before them, which were saved; its report counts from here on. Without it such a cache can be read, but
             an update raises RuntimeError. A distortion observer is not reattached.
         model: what the caches are for: its layers are fused as ``KVCacheBuilder.build`` fuses them by default. Without
-            it every cache stays on the plain path, and says so; :func:`veloxquant_mlx.cache.fused.fuse` takes other
-            modes.
+            it every packed cache stays on the plain path, and says so; :func:`veloxquant_mlx.cache.fused.fuse` takes
+            other modes.
 
     Returns:
         The caches, or the caches and the metadata where asked.
@@ -136,7 +128,7 @@ def load_prompt_cache(
         raise ValueError(f"{file_name} is no prompt cache of this format ({FORMAT})")
     cache = [_rebuilt(entry, arrays) for entry in json.loads(header["layers"])]
     if outlier_observer is not None:
-        routed = [c for c in _leaves(cache) if isinstance(c, OURS) and c.spec.outlier_keys is not None]
+        routed = [c for c in leaves(cache) if isinstance(c, OURS) and c.spec.outlier_keys is not None]
         if not routed:
             raise ValueError(f"outlier_observer was given, but no layer of {file_name} keeps outlier tokens")
         for layer in routed:
@@ -144,7 +136,7 @@ def load_prompt_cache(
     if model is not None:
         cache, _ = fuse(model, cache)
     else:
-        for packed in _leaves(cache):
+        for packed in leaves(cache):
             if isinstance(packed, PackedKVCache):
                 packed.not_fused = "loaded without its model"
     return (cache, json.loads(header["metadata"])) if return_metadata else cache
