@@ -223,6 +223,21 @@ def test_a_loaded_cache_never_stops_flagging_silently(tmp_path: Path, llama_mode
     assert mx.array_equal(again.update_and_fetch(more, more)[0], cache.update_and_fetch(more, more)[0])
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_outliers_saved_without_their_norms_are_refused(tmp_path: Path, llama_model: Any, batched: bool) -> None:
+    """As the first files were: the warm-up would begin anew without a word. An empty cache has no norms to miss."""
+    cache = KVCacheBuilder.build(llama_model, outlier_config("turboquant_mse", strict()))[0]
+    without = PackedKVCache.from_state(cache.state)
+    assert without.offset == 0
+    cache.update_and_fetch(keys_with_outliers(), keys_with_outliers())
+    cache._tracker.load_norms(None)
+    save_prompt_cache(tmp_path / "old.safetensors", [PackedKVCache.merge([cache]) if batched else cache])
+    with pytest.raises(
+        ValueError, match="layer 0 keeps outlier tokens, but its state of 200 tokens lacks the key norms"
+    ):
+        load_prompt_cache(tmp_path / "old.safetensors", outlier_observer=strict())
+
+
 def test_an_observer_for_a_file_without_outliers_is_refused(tmp_path: Path, llama_model: Any) -> None:
     """It would be ignored: the error names the argument and the file."""
     save_prompt_cache(tmp_path / "c.safetensors", KVCacheBuilder.build(llama_model, KVCacheConfig("turboquant_mse")))

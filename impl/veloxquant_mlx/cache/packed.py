@@ -322,12 +322,22 @@ class PackedKVCache:
         self._values.load_state(arrays[n_keys : n_keys + n_values])
         if self._outliers is not None and self._tracker is not None:
             outliers = arrays[n_keys + n_values :]
-            self._tracker.load_norms(outliers.pop() if isinstance(outliers[-1], mx.array) else None)
+            norms = outliers.pop() if isinstance(outliers[-1], mx.array) else None
+            if norms is None and offset:
+                raise ValueError(
+                    f"layer {self.spec.layer} keeps outlier tokens, but its state of {offset} tokens lacks the key "
+                    "norms that the next ones are judged by: an earlier version saved it; fill the cache anew"
+                )
+            self._tracker.load_norms(norms)
             self._outliers.load_state(outliers)
 
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> Self:
-        """The cache that has this :attr:`state`."""
+        """The cache that has this :attr:`state`.
+
+        Raises:
+            ValueError: outliers are kept and the norms beside which they are judged are missing.
+        """
         made = cls.__new__(cls)
         made.state = tuple(state)
         return made

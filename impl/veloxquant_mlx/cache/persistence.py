@@ -120,7 +120,8 @@ def load_prompt_cache(
         The caches, or the caches and the metadata where asked.
 
     Raises:
-        ValueError: another file format, a class that is not on the list, or an observer for a file without outliers.
+        ValueError: another file format, a class that is not on the list, an observer for a file without outliers, or a
+            file of outliers without the norms, as earlier versions wrote.
     """
     loaded: Any = mx.load(str(file_name), return_metadata=True)
     arrays, header = loaded
