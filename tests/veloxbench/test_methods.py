@@ -1,5 +1,6 @@
 """The registry: every method holds what it claims, in the bytes that its formula says."""
 
+import re
 from fractions import Fraction
 
 import mlx.core as mx
@@ -9,11 +10,11 @@ import pytest
 import veloxbench.methods.ratequant
 from veloxbench import methods
 from veloxbench.adapter import arrays_of, bits_per_value, engagement
-from veloxbench.errors import UsageError
+from veloxbench.errors import EngagementError, UsageError
 from veloxbench.methods import BuildContext, Geometry, all_methods, build, geometry, get_method, make_arm, parse_method
 from veloxbench.methods.veloxquant import storage_formula
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance, Sensitivities
-from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig
+from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.methods import METHODS
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
@@ -75,6 +76,22 @@ def test_flagged_tokens_are_counted_by_the_formula(context):
         held = sum(Fraction(held.array.nbytes * held.used_slots, held.slots) for held in cache.held_arrays())
         plain = cache.spec.keys.bits_per_value(64) * 200 * 3 * 128 / 8
         assert storage_formula(cache, 200, Geometry(3, 64, 64)) == held > plain
+
+
+@pytest.mark.parametrize("side", ["_keys", "_values"])
+@pytest.mark.parametrize("fields", [{"outlier_observer": KeyNormObserver()}, {}], ids=["outliers", "adaptive"])
+def test_lost_tokens_are_noticed_where_data_decide_the_bytes(context, fields, side):
+    """A side that lost a token costs what its own formula says: its tokens are counted too."""
+    config = KVCacheConfig("turboquant_mse" if fields else "turboquant_prod_adaptive", **fields)
+    cache = PackedKVCache(config.layer_spec(3, None, None, None), outlier_observer=config.outlier_observer)
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 3, 200, 64)))
+    cache.update_and_fetch(x, x)
+    storage_formula(cache, 200, Geometry(3, 64, 64))
+    getattr(cache, side).trim(1)
+    held = (199, 200) if side == "_keys" else (200, 199)
+    message = f"layer 3 holds {held} tokens of keys and values after 200, not 200"
+    with pytest.raises(EngagementError, match=re.escape(message)):
+        storage_formula(cache, 200, Geometry(3, 64, 64))
 
 
 def bytes_held_equal_the_formula(context, arm):

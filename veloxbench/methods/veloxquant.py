@@ -12,6 +12,7 @@ from typing import Any
 import veloxquant_kernels
 import veloxquant_mlx
 from veloxbench.environment import source_hash
+from veloxbench.errors import EngagementError
 from veloxbench.methods import BuildContext, Geometry, register
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
@@ -26,9 +27,17 @@ def storage_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fr
     """Bytes of one layer after ``tokens`` tokens, from its quantizers' costs, sinks and window.
 
     Where the data decide (a width per block, flagged tokens), from the costs and counts of what was decided.
+
+    Raises:
+        EngagementError: the data decide, and the cache holds another number of tokens.
     """
     spec = cache.spec
     if spec.outlier_keys is not None or any(isinstance(side, MixedQuantizer) for side in (spec.keys, spec.values)):
+        wanted = min(tokens, cache.max_size or tokens)
+        if cache.tokens_held() != (wanted, wanted):  # its own formula counts what is there
+            raise EngagementError(
+                f"layer {spec.layer} holds {cache.tokens_held()} tokens of keys and values after {tokens}, not {wanted}"
+            )
         return cache.formula_nbytes()
     shape = {"n_kv_heads": geometry.n_kv_heads, "key_dim": geometry.head_dim, "value_dim": geometry.value_dim}
     return Fraction(spec.expected_nbytes(tokens, **shape))

@@ -392,6 +392,11 @@ class PackedKVCache:
         """Bytes allocated for tokens."""
         return sum(held.array.nbytes for held in self.held_arrays())
 
+    def tokens_held(self) -> tuple[int, int]:
+        """Tokens of which keys, and of which values, are stored; what a sliding window left behind is not counted."""
+        keys, values = (min(side.tokens, self.max_size or side.tokens) for side, _ in self._sides())
+        return keys, values
+
     def values_held(self) -> int:
         """Stored values: batch x heads x tokens x (key_dim + value_dim)."""
         return sum(side.values_held(self._skip(side)) for side, _ in self._sides())
