@@ -161,7 +161,7 @@ def compare(
     ] = "turboquant_mse@4",
     model: Annotated[str, typer.Option(help="The model of the timings.")] = "smollm2-135m",
     tiers: Annotated[str, typer.Option(help="**all**, **records** (exact and quality) or **timing**.")] = "all",
-    minutes: Annotated[float, typer.Option(help="Budget of the timings.")] = 20.0,
+    minutes: Annotated[float, typer.Option(help="Budget of the timings.")] = 30.0,
     threads: Annotated[
         int,
         typer.Option(

@@ -22,6 +22,7 @@ on those. Passing needs every metric below ``detect``, each at the full ``beta``
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,12 +70,12 @@ class TimingSpec:
     detect: float = 0.05
     alpha: float = 0.01
     beta: float = 0.02
-    looks: tuple[int, ...] = (10, 12, 16, 20, 24, 28, 32, 40, 48, 64)
+    looks: tuple[int, ...] = (10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96)
     blocks_per_start: int = 8
     spending: float = 1.0
     canary_drift: float = 0.10
     max_voids: int = 8
-    max_seconds: float = 1200.0
+    max_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.margin < self.detect:
@@ -166,10 +167,18 @@ class Start:
         Raises:
             ValueError: a time that is not positive and finite.
         """
-        usable = self.usable(canary_drift)
-        if 2 * len(usable) < len(self.blocks) or not usable:
-            return None
-        return {metric: float(np.mean([b.log_ratio(metric) for b in usable])) for metric in usable[0].sides}
+        if canary_drift not in self._known:
+            usable = self.usable(canary_drift)
+            self._known[canary_drift] = (
+                {metric: float(np.mean([b.log_ratio(metric) for b in usable])) for metric in usable[0].sides}
+                if usable and 2 * len(usable) >= len(self.blocks)
+                else None
+            )
+        return self._known[canary_drift]
+
+    @functools.cached_property
+    def _known(self) -> dict[float, dict[str, float] | None]:
+        return {}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from veloxbench.aa.live import LiveGate, read_live, run_live
 from veloxbench.aa.page import plot, render
 from veloxbench.aa.record import check_same
 from veloxbench.aa.resample import (
+    STRETCH,
     ErrorRates,
     Rate,
     disjoint_gates,
@@ -74,7 +75,7 @@ def timed_block(rng, started, slowdown=0.0, noise=0.01, drift=0.0, luck=0.0):
 LAUNCH_S = 10.0
 
 
-def write_series(path, starts=80, runs=2, start_noise=0.01, **how):
+def write_series(path, starts=110, runs=2, start_noise=0.01, **how):
     """Runs with an hour between them; each start is faster or slower as a whole."""
     rng = np.random.default_rng(0)
     lines, now = [header()], 0.0
@@ -183,16 +184,14 @@ def test_a_damaged_series_is_an_error_that_names_the_line(series_file, tmp_path,
         read_series(path)
 
 
-def test_a_gate_drawn_from_the_series_is_the_gate_run_on_its_starts(series_file):
-    """From place (run, first): the same result as the gate on that slice, and never beyond the run."""
-    runs = starts_of(read_series(series_file), 0.0, "wall", SPEC.blocks_per_start)
-    found = places(runs, SPEC)
-    for index, first in found:
-        left = runs[index][first:]
-        assert len(left) >= SPEC.looks[-1] or sum(start.seconds for start in left) > SPEC.max_seconds
+def test_a_resampled_gate_is_the_gate_on_stretches_of_the_series(series_file):
+    """The same places drawn by hand, their starts in order, give the same result."""
+    runs = starts_of(read_series(series_file), 0.03, "wall", SPEC.blocks_per_start)
     (gate,) = resampled_gates(runs, SPEC, 1, np.random.default_rng(3))
-    index, first = found[np.random.default_rng(3).integers(len(found), size=1)[0]]
-    assert gate == run_gate(iter(runs[index][first:]), SPEC)
+    found = [(run, first) for run in runs for first in range(len(run) - STRETCH + 1)]
+    drawn = [found[int(np.random.default_rng(3).integers(len(found), size=20)[k])] for k in range(20)]
+    by_hand = [start for run, first in drawn for start in run[first : first + STRETCH]]
+    assert gate == run_gate(iter(by_hand), SPEC)
 
 
 def test_gates_that_do_not_overlap_use_every_start_once(series_file):
@@ -209,7 +208,7 @@ def test_no_gate_begins_where_its_budget_would_cross_a_gap():
     budget = SPEC.looks[-1]
     assert places([[start] * (budget - 1), [start] * (budget + 2)], SPEC) == [(1, 0), (1, 1), (1, 2)]
     with pytest.raises(UsageError, match="record longer"):
-        resampled_gates([[start] * (budget - 1)], SPEC, 1, np.random.default_rng(0))
+        resampled_gates([[start] * (STRETCH - 1)] * 9, SPEC, 1, np.random.default_rng(0))
 
 
 def test_a_start_that_was_cut_off_ends_its_run(tmp_path):

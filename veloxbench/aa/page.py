@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from tabulate import tabulate
 
-from veloxbench.aa.resample import Effect, ErrorRates, Outcomes, Rate
+from veloxbench.aa.resample import STRETCH, Effect, ErrorRates, Outcomes, Rate
 from veloxbench.report.plots import COLOURS, new_axes, svg
 
 PLOT = "gate-error-rates.svg"
@@ -78,16 +78,17 @@ def render(rates: ErrorRates) -> str:
         "",
         "## Gates resampled from the series",
         "",
-        "Each begins at a random start and takes the starts as they were recorded, never across a gap, of each the "
-        "blocks of one slowdown. They overlap: their intervals are those of the gate on this series, not of another "
-        f"one. The series takes turns, so that between two blocks of a start lie {len(rates.effects) - 1} of other "
-        "slowdowns; a gate is charged for its own.",
+        f"A moving-block bootstrap: stretches of {STRETCH} starts as they followed each other, never across a gap, "
+        "from random places of the series until the gate ends, of each start the blocks of one slowdown. The intervals "
+        "are those of the gate on this series, not of another one. The series takes turns, so that a gate's own blocks "
+        "stand between those of other slowdowns; it is charged for its own.",
         "",
         _table(rates, lambda effect: effect.resampled),
         "",
         "## Gates that do not overlap",
         "",
-        "The same series cut into gates one after the other: as many independent gates as it holds.",
+        "The same series cut into gates one after the other, as they were recorded: as many independent gates as it "
+        "holds.",
         "",
         _table(rates, lambda effect: effect.disjoint),
         "",

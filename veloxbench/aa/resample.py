@@ -1,15 +1,16 @@
 """Thousands of gates drawn from a recorded series: the error rates and the power of the timing gate, with intervals.
 
-A gate is drawn by choosing a start of the series at random and letting the gate run from there through the starts as
-they were recorded, of each the blocks of one slowdown, so that whatever the machine did over minutes is in it.
-Resampled gates overlap; the gates that do not (each begins where the one before it ended) are counted beside them, and
-theirs are the intervals that an independent experiment of this length deserves.
+A gate's starts are drawn as a moving-block bootstrap (Künsch 1989): stretches of :data:`STRETCH` starts that followed
+each other, each from a random place of the series, one after the other until the gate ends; of each start the blocks
+of one slowdown. What the machine did over minutes is in them. Beside them stand the gates that are in the series as
+they are, one after the other from its beginning: fewer, and theirs are the intervals that an independent experiment of
+this length deserves.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,8 @@ from veloxbench.timing_gate import GateResult, Start, TimingSpec, run_gate, slow
 from veloxbench.verdicts import Verdict
 
 CONFIDENCE = 0.95
+STRETCH = 8
+"""Starts that a resampled gate takes as they followed each other: minutes of the machine's time."""
 
 
 class _Frozen(BaseModel):
@@ -76,7 +79,7 @@ class Effect(_Frozen):
         measured: slowdown over all starts, with its 95% bounds.
         block_sd: standard deviation of a usable block's log ratio within its start.
         start_sd: standard deviation of the starts' log ratios, that of the blocks within them taken off.
-        resampled: gates from random starts; they overlap.
+        resampled: gates of stretches from random places.
         disjoint: gates one after the other; None where the series is too short.
         live: gates run live with this slowdown, if any.
     """
@@ -188,20 +191,25 @@ def outcomes(results: Sequence[GateResult]) -> Outcomes:
 def resampled_gates(
     runs: Sequence[Sequence[Start]], spec: TimingSpec, gates: int, rng: np.random.Generator
 ) -> list[GateResult]:
-    """Gates from random places of the series.
+    """Gates of stretches from random places of the series; none crosses a gap.
 
     Raises:
-        UsageError: no run of the series is as long as a gate's budget.
+        UsageError: no run of the series is as long as a stretch.
     """
-    found = places(runs, spec)
+    found = [(run, first) for run in runs for first in range(len(run) - STRETCH + 1)]
     if not found:
         longest = max((len(run) for run in runs), default=0)
         raise UsageError(
-            f"the series' longest run without a gap has {longest} starts; a gate may need {spec.looks[-1]} that are "
-            f"not void, or {spec.max_seconds:g} s: record longer"
+            f"the series' longest run without a gap has {longest} starts; gates are drawn in stretches of {STRETCH}: "
+            "record longer"
         )
-    results = {place: run_gate(iter(runs[place[0]][place[1] :]), spec) for place in found}  # as many as can differ
-    return [results[found[index]] for index in rng.integers(len(found), size=gates)]
+
+    def stretches() -> Iterator[Start]:
+        while True:
+            run, first = found[int(rng.integers(len(found)))]
+            yield from run[first : first + STRETCH]
+
+    return [run_gate(stretches(), spec) for _ in range(gates)]
 
 
 def disjoint_gates(runs: Sequence[Sequence[Start]], spec: TimingSpec) -> list[GateResult]:
