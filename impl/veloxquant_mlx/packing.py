@@ -70,9 +70,8 @@ def pack_codes(codes: mx.array, code_bits: int) -> mx.array:
     Raises:
         ValueError: a width outside 1..8, naming it.
     """
-    check_code_bits(code_bits)
-    group = _group_codes(code_bits)
     n_words = packed_words(codes.shape[-1], code_bits)
+    group = _group_codes(code_bits)
     merged = _pad_last(codes.astype(mx.uint8), group)
     width, n_merged = code_bits, 1
     while n_merged < group:

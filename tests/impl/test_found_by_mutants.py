@@ -10,6 +10,7 @@ from impl_inputs import gaussian
 from veloxquant_mlx.allocators.sensitivity import calibration_sequences
 from veloxquant_mlx.cache.base import KVCacheConfig, PackedKVCache
 from veloxquant_mlx.cache.storage import STEP
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
 from veloxquant_mlx.quantizers.scalar import nearest_codes, sphere_codebook
 from veloxquant_mlx.quantizers.turboquant_prod import cosine_similarity
 
@@ -61,3 +62,11 @@ def test_outlier_bits_without_an_observer_are_refused() -> None:
     """Nothing would flag tokens: the width would be ignored without a word."""
     with pytest.raises(ValueError, match="outlier_bits needs an outlier_observer"):
         KVCacheConfig(method="turboquant_mse", outlier_bits=8)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 1.0, 3.0])
+def test_any_threshold_above_zero_is_one(threshold: float) -> None:
+    """A norm half a standard deviation from the mean may be called an outlier; one at zero or below it may not."""
+    assert KeyNormObserver(outlier_threshold=threshold).outlier_threshold == threshold
+    with pytest.raises(ValueError, match="above 0, got 0"):
+        KeyNormObserver(outlier_threshold=0.0)
