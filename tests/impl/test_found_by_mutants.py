@@ -10,7 +10,7 @@ from impl_inputs import gaussian
 from veloxquant_mlx.allocators.sensitivity import calibration_sequences
 from veloxquant_mlx.cache.base import KVCacheConfig, PackedKVCache
 from veloxquant_mlx.cache.storage import STEP
-from veloxquant_mlx.observers.key_norm import KeyNormObserver
+from veloxquant_mlx.observers.key_norm import KeyNormObserver, KeyNormTracker, Tail
 from veloxquant_mlx.quantizers.scalar import nearest_codes, sphere_codebook
 from veloxquant_mlx.quantizers.turboquant_prod import cosine_similarity
 
@@ -70,3 +70,30 @@ def test_any_threshold_above_zero_is_one(threshold: float) -> None:
     assert KeyNormObserver(outlier_threshold=threshold).outlier_threshold == threshold
     with pytest.raises(ValueError, match="above 0, got 0"):
         KeyNormObserver(outlier_threshold=0.0)
+
+
+def test_an_observer_attached_to_a_loaded_cache_has_its_whole_window() -> None:
+    """A cache saved after 20 tokens and loaded goes on to 64 norms, not to the 20 that were saved."""
+    observer = KeyNormObserver(window_size=64)
+    keys = mx.array(gaussian((1, 1, 20, 8), 0))
+    saved = observer.tracker(0)
+    saved.flag(keys)
+    loaded = KeyNormTracker(None, 0)
+    loaded.load_norms(saved.norms())
+    loaded.attach(observer)
+    for tracker in (saved, loaded):
+        for _ in range(3):
+            tracker.flag(keys)
+    norms = loaded.norms()
+    assert norms is not None
+    assert norms.shape == (1, 64)
+    assert np.array_equal(np.array(norms), np.array(saved.norms()))
+
+
+@pytest.mark.parametrize("tail", ["high", "low", "both"])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_equal_norms_hold_no_outlier(tail: Tail, value: float) -> None:
+    """Without any deviation no norm lies beyond a bound, and zeros, which lie on both, are no outliers either."""
+    keys = value * mx.concatenate([mx.ones((1, 1, 60, 1)), mx.zeros((1, 1, 60, 7))], axis=-1)
+    observer = KeyNormObserver(tail=tail)
+    assert not observer.tracker(0).flag(keys).any()

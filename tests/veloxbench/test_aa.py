@@ -22,7 +22,6 @@ from veloxbench.aa.resample import (
     disjoint_gates,
     error_rates,
     outcomes,
-    places,
     read_error_rates,
     resampled_gates,
     starts_of,
@@ -202,11 +201,12 @@ def test_gates_that_do_not_overlap_use_every_start_once(series_file):
     assert sum(used) <= sum(map(len, runs))
 
 
-def test_no_gate_begins_where_its_budget_would_cross_a_gap():
-    """A run as long as a gate's budget has one place; one more for each further start; none if a run is shorter."""
+def test_a_gate_that_the_series_end_cuts_off_is_left_out(series_file):
+    """No change at all passes at the first look; what is too short for a look decides nothing."""
     start = Start([Block({"decode": ((1.0,), (1.0,))}, (1.0, 1.0), 1.0)], 1.0)
-    budget = SPEC.looks[-1]
-    assert places([[start] * (budget - 1), [start] * (budget + 2)], SPEC) == [(1, 0), (1, 1), (1, 2)]
+    look = SPEC.looks[0]
+    found = disjoint_gates([[start] * (2 * look + 3), [start] * (look - 1), [start] * look], SPEC)
+    assert [gate.starts for gate in found] == [look] * 3
     with pytest.raises(UsageError, match="record longer"):
         resampled_gates([[start] * (STRETCH - 1)] * 9, SPEC, 1, np.random.default_rng(0))
 

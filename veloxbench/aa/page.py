@@ -88,7 +88,7 @@ def render(rates: ErrorRates) -> str:
         "## Gates that do not overlap",
         "",
         "The same series cut into gates one after the other, as they were recorded: as many independent gates as it "
-        "holds.",
+        "holds. One that a run's end cut off is left out, so that these are the quicker ones.",
         "",
         _table(rates, lambda effect: effect.disjoint),
         "",

@@ -149,21 +149,6 @@ def starts_of(series: Series, slowdown: float, clock: Clock, blocks_per_start: i
     return [run for run in runs if run]
 
 
-def places(runs: Sequence[Sequence[Start]], spec: TimingSpec) -> list[tuple[int, int]]:
-    """Where a gate that begins there ends by its own rules before its run does: ``(run, first start)``."""
-    found = []
-    for index, run in enumerate(runs):
-        void = np.cumsum([0] + [start.log_ratios(spec.canary_drift) is None for start in run])
-        seconds = np.cumsum([0.0] + [start.seconds for start in run])
-        for first in range(len(run)):
-            voids = int(void[-1] - void[first])
-            usable = len(run) - first - voids
-            over = seconds[-1] - seconds[first] > spec.max_seconds
-            if usable >= spec.looks[-1] or voids > spec.max_voids or over:
-                found.append((index, first))
-    return found
-
-
 def outcomes(results: Sequence[GateResult]) -> Outcomes:
     """Rates and costs of some gates.
 
@@ -213,14 +198,15 @@ def resampled_gates(
 
 
 def disjoint_gates(runs: Sequence[Sequence[Start]], spec: TimingSpec) -> list[GateResult]:
-    """Gates one after the other, each from where the one before it ended; a gate that a gap cuts off is left out."""
+    """Gates one after the other, each from where the last one ended; one that its run's end cut off is left out."""
     found = []
-    allowed = set(places(runs, spec))
-    for index, run in enumerate(runs):
+    for run in runs:
         first = 0
-        while (index, first) in allowed:
-            found.append(run_gate(iter(run[first:]), spec))
-            first += found[-1].starts + found[-1].voids
+        while first < len(run):
+            gate = run_gate(iter(run[first:]), spec)
+            first += gate.starts + gate.voids
+            if gate.decided or first < len(run):
+                found.append(gate)
     return found
 
 
