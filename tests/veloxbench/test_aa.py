@@ -111,6 +111,7 @@ def live_gate(slowdown=0.05, verdict=Verdict.REGRESS):
         slowdown=slowdown,
         clock="wall",
         gate=LiveGate.described(SPEC),
+        implementation="synthetic 2",
         core=0,
         load=2.0,
         verdict=verdict,
@@ -311,7 +312,7 @@ def test_the_page_holds_the_record_s_counts_and_is_the_same_every_time(rates):
     for effect in rates.effects:
         assert f"({effect.resampled.regress.count} of 100;" in page
     assert "## Live gates" in page
-    assert "on core 0; load 2.0" in page
+    assert "on core 0, with synthetic 2; load 2.0" in page
     assert render(ErrorRates.model_validate_json(rates.model_dump_json())) == page
     assert plot(rates) == plot(rates)
     assert plot(rates).startswith("<svg")

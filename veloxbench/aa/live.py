@@ -28,6 +28,7 @@ class LiveGate(BaseModel):
 
     Attributes:
         gate: its specification, :meth:`described`.
+        implementation: hash of the code that both sides ran.
         core: both sides were kept on it; None where they were not.
         load: the machine's load average over one minute, at the end.
     """
@@ -39,6 +40,7 @@ class LiveGate(BaseModel):
     slowdown: float
     clock: Clock
     gate: dict[str, JsonValue]
+    implementation: str
     core: int | None
     load: float
     verdict: Verdict
@@ -91,7 +93,7 @@ def run_live(
         series: whose benchmark, threads and calibrated extra work are used.
         core: keep both sides on this core; None: on the series' own.
     Raises:
-        UsageError: the series has no such slowdown, or was recorded with other code or on another machine.
+        UsageError: the series has no such slowdown, or was timed by other code or on another machine.
         WorkerError: a side died.
     """
     header = read_series(series).header
@@ -106,6 +108,7 @@ def run_live(
     with sole_writer(out):
         with ExitStack() as stack:
             now = circumstances(launch(stack, ["base", "head"]), header.decode, header.threads, header.core)
+            implementation = now.pop("implementation")  # may have moved on: what is gated is kept with each gate
             check_same(header, now, series)
         done = read_live(out)
         while True:
@@ -123,6 +126,7 @@ def run_live(
                 slowdown=slowdown,
                 clock=clock,
                 gate=LiveGate.described(spec),
+                implementation=implementation,
                 core=core,
                 load=round(os.getloadavg()[0], 2),
                 verdict=metric.verdict or Verdict.INCONCLUSIVE,

@@ -112,9 +112,10 @@ class SeriesSummary(_Frozen):
 
 
 class LiveSummary(_Frozen):
-    """Where the live gates ran: the cores that their sides were kept on, and the machine's median load."""
+    """What the live gates ran on: the cores that their sides were kept on, the code, the machine's median load."""
 
     cores: tuple[int | None, ...]
+    implementations: tuple[str, ...]
     load: float
 
 
@@ -265,7 +266,11 @@ def error_rates(
 
 def _live_summary(gates: Sequence[LiveGate]) -> LiveSummary:
     cores = sorted({gate.core for gate in gates}, key=lambda core: -1 if core is None else core)
-    return LiveSummary(cores=tuple(cores), load=float(np.median([gate.load for gate in gates])))
+    return LiveSummary(
+        cores=tuple(cores),
+        implementations=tuple(sorted({gate.implementation for gate in gates})),
+        load=float(np.median([gate.load for gate in gates])),
+    )
 
 
 def _scatter(starts: Sequence[Start], spec: TimingSpec) -> tuple[float, float]:
