@@ -99,8 +99,8 @@ def render(rates: ErrorRates) -> str:
         parts += [
             "## Live gates",
             "",
-            f"Run from beginning to end{kept}, with {', '.join(rates.live.implementations)}; load {rates.live.load:.1f} "
-            "in the median. The measured slowdown is the series'.",
+            f"Run from beginning to end{kept}, with {', '.join(rates.live.implementations)}; load "
+            f"{rates.live.load:.1f} in the median. The measured slowdown is the series'.",
             "",
             _table(rates, lambda effect: effect.live),
             "",
