@@ -26,6 +26,7 @@ fresh: $(VENV)/.installed
 	$(BIN)/veloxbench schema | cmp - schema/record.json
 	$(BIN)/veloxbench report records --check BENCHMARK_RESULTS.md
 	$(BIN)/veloxbench damages --check docs/damages.md
+	$(BIN)/veloxbench aa report records/timing-gate/error-rates.json --check docs/gate-error-rates.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -35,6 +36,7 @@ report: $(VENV)/.installed
 	$(BIN)/veloxbench schema > schema/record.json
 	$(BIN)/veloxbench report records --out BENCHMARK_RESULTS.md
 	$(BIN)/veloxbench damages --out docs/damages.md
+	$(BIN)/veloxbench aa report records/timing-gate/error-rates.json --out docs/gate-error-rates.md
 	$(BIN)/python -m veloxbench.report.guide
 
 # pip reads dependency groups from 25.1 on

@@ -1,5 +1,6 @@
 """The experiment on the gate: its journal, its resampling, its page; on synthetic series, without clocks."""
 
+import hashlib
 import json
 import lzma
 import math
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +28,16 @@ from veloxbench.aa.resample import (
     resampled_gates,
     starts_of,
 )
-from veloxbench.aa.series import BASE, Segment, SeriesHeader, append_line, open_journal, read_series, slot_name
+from veloxbench.aa.series import (
+    BASE,
+    Segment,
+    SeriesHeader,
+    append_line,
+    open_journal,
+    read_series,
+    series_bytes,
+    slot_name,
+)
 from veloxbench.cli import _run
 from veloxbench.decode_timing import DecodeSpec
 from veloxbench.errors import ExitCode, IntegrityError, UnfitEnvironmentError, UsageError
@@ -34,6 +45,7 @@ from veloxbench.timing_gate import Block, Start, TimingSpec, mirrored_order, run
 from veloxbench.timing_pairs import TimedBlock
 from veloxbench.verdicts import Verdict
 
+ROOT = Path(__file__).parents[2]
 SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.10)
 SPEC = TimingSpec()
 
@@ -378,3 +390,14 @@ def test_a_live_series_is_stopped_and_goes_on(cut_model, tmp_path):
     first = run_live(out, gates, [0.0, 0.05], 1, spec, "cpu", print)
     assert [(gate.slowdown, gate.verdict) for gate in first] == [(0.0, "inconclusive"), (0.05, "inconclusive")]
     assert run_live(out, gates, [0.0, 0.05], 1, spec, "cpu", print) == first == read_live(gates)
+
+
+def test_the_committed_page_is_what_the_committed_series_says():
+    """The page and its plot are the record's, and the record is of the series beside it, of two hours."""
+    folder = ROOT / "records" / "timing-gate"
+    page = ROOT / "docs" / "gate-error-rates.md"
+    assert _run(["aa", "report", str(folder / "error-rates.json"), "--check", str(page)]) == ExitCode.PASS
+    found = read_error_rates(folder / "error-rates.json")
+    series = series_bytes(folder / "aa.jsonl.xz")
+    assert hashlib.sha256(series).hexdigest() == found.series.sha256
+    assert found.series.hours >= 2
