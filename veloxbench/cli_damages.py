@@ -33,7 +33,7 @@ def damages(
     `veloxbench damages --measure --study mine.json`
     """
     from veloxbench.cli_pages import deliver
-    from veloxbench.damages import Study, journal_of, trials
+    from veloxbench.damages import Study, journal_of, reaches, trials
     from veloxbench.damages import measure as measure_study
     from veloxbench.durable import write_text
     from veloxbench.models import resolve_model
@@ -60,5 +60,6 @@ def damages(
     found = Study.model_validate_json(study.read_text(encoding="utf-8"))
     n_arms = len(grid.arm_list())
     judged = trials(found, n_arms)
-    page = render(found, judged, n_arms)
-    deliver(page, out, check, "veloxbench damages", study, {PLOT: plot(found, judged, n_arms)})
+    detectable = reaches(found, judged, n_arms)
+    page = render(found, judged, detectable, n_arms)
+    deliver(page, out, check, "veloxbench damages", study, {PLOT: plot(judged, detectable)})

@@ -19,7 +19,7 @@ from veloxbench.records import Record
 from veloxbench.revisions import Revision
 from veloxbench.store import LAST_RUN, read_last_run, read_records
 from veloxbench.timing_gate import TimingSpec, findings, run_gate
-from veloxbench.timing_pairs import Slot, live_starts
+from veloxbench.timing_pairs import Slot, live_starts, open_decode
 from veloxbench.verdicts import Finding, Tier, Verdict
 from veloxbench.worker import WORK_TIMEOUT_S, Worker, WorkFailed, steady_environment
 
@@ -157,15 +157,11 @@ def _what_can_be_timed(
     for side, worker in workers.items():
         for metric, decode in asked.items():
             try:
-                _open(worker, metric, decode)
+                open_decode(worker, metric, decode)
             except WorkFailed as error:
                 found.append(_crash(side, f"{decode.model} decode", str(error), "timing", metric))
                 timed.pop(metric, None)
     return found, timed
-
-
-def _open(worker: Worker, metric: str, decode: DecodeSpec) -> None:
-    worker.ask("open_decode", timeout=WORK_TIMEOUT_S, name=metric, spec=decode.model_dump(mode="json"))
 
 
 def _timings(revisions: dict[str, Revision], timed: dict[str, DecodeSpec], plan: Plan) -> list[Finding]:
@@ -174,7 +170,7 @@ def _timings(revisions: dict[str, Revision], timed: dict[str, DecodeSpec], plan:
         for side in order:
             workers[side] = stack.enter_context(start(side, revisions[side], plan.threads))
             for metric, decode in timed.items():
-                _open(workers[side], metric, decode)
+                open_decode(workers[side], metric, decode)
         return workers
 
     groups = [{f"{side} {metric}": Slot(side, metric) for side in ("base", "head")} for metric in timed]

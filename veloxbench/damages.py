@@ -246,6 +246,12 @@ def trials(study: Study, n_arms: int) -> list[Trial]:
     return found
 
 
+def reaches(study: Study, found: Sequence[Trial], n_arms: int) -> dict[str, Reach]:
+    """What the gates can detect on each base that was damaged."""
+    damaged = {trial.damage.base for trial in found}
+    return {base: reach(study, base, found, n_arms) for base in BASES if base in damaged}
+
+
 def reach(study: Study, base: str, found: Sequence[Trial], n_arms: int) -> Reach:
     """What the gates can detect on a base, given how far any change of codes moves single sequences."""
     spread = float(np.median([trial.spread for trial in found if trial.damage.base == base and trial.spread > 0]))

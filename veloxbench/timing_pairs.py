@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from veloxbench.decode_timing import Canary, Clock, StepTimes
+from veloxbench.decode_timing import Canary, Clock, DecodeSpec, StepTimes
 from veloxbench.errors import UsageError
 from veloxbench.timing_gate import Block, Start, mirrored_order
-from veloxbench.worker import Worker
+from veloxbench.worker import WORK_TIMEOUT_S, Worker
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,16 @@ def take_block(
         canary_cpu_us=tuple(reading.cpu_us for reading in canaries),
         load=round(os.getloadavg()[0], 2),
     )
+
+
+def open_decode(worker: Worker, name: str, decode: DecodeSpec) -> None:
+    """Have a side load a decode benchmark under a name.
+
+    Raises:
+        WorkFailed: it raised there.
+        WorkerError: the side died.
+    """
+    worker.ask("open_decode", timeout=WORK_TIMEOUT_S, name=name, spec=decode.model_dump(mode="json"))
 
 
 Launch = Callable[[ExitStack, Sequence[str]], Mapping[str, Worker]]

@@ -63,10 +63,13 @@ _NO_VARIABLE = ("using", "typedef", "struct", "class", "enum", "namespace")
 _THREADGROUP_VARIABLE = re.compile(r"\bthreadgroup\s+[\w:]+\s+\w+\s*[;=\[{(]")
 
 
+def _blanked(pattern: str, text: str, flags: re.RegexFlag) -> str:
+    """The text with what matches blanked out, line numbers kept."""
+    return re.sub(pattern, lambda match: re.sub(r"[^\n]", " ", match.group()), text, flags=flags)
+
+
 def _without_comments(text: str) -> str:
-    """The text with comments blanked out, line numbers kept."""
-    blank = lambda match: re.sub(r"[^\n]", " ", match.group())  # noqa: E731
-    return re.sub(r"//[^\n]*|/\*.*?\*/", blank, text, flags=re.DOTALL)
+    return _blanked(r"//[^\n]*|/\*.*?\*/", text, re.DOTALL)
 
 
 def _line(text: str, position: int) -> int:
@@ -98,8 +101,7 @@ def _functions(text: str) -> Iterator[tuple[str, str, int]]:
 
 def _file_scope(text: str) -> Iterator[Finding]:
     """Variables of a header outside of every function, in another address space than constant."""
-    blank = lambda match: re.sub(r"[^\n]", " ", match.group())  # noqa: E731
-    code = re.sub(r"^\s*#.*|\btemplate\s*<[^>]*>", blank, text, flags=re.MULTILINE)
+    code = _blanked(r"^\s*#.*|\btemplate\s*<[^>]*>", text, re.MULTILINE)
     depth, outside = 0, []
     for character in code:  # what stands in brackets is blanked out, the outermost brackets stay
         depth -= character in ")}"

@@ -9,7 +9,7 @@ import pytest
 
 from veloxbench import damages
 from veloxbench.cli import _run
-from veloxbench.damages import GATES, Study, exact_changes, measure, trials
+from veloxbench.damages import GATES, Study, exact_changes, measure, reaches, trials
 from veloxbench.errors import ExitCode
 from veloxbench.methods.damaged import (
     BASES,
@@ -110,7 +110,9 @@ def study(tmp_path_factory, cut_model):
         kept = len(journal.read_text().splitlines()) - 1
         found = measure(handle, "bundled", protocol, journal, SilentReporter())
         assert (kept, len(calls)) == (5, 1 + GATES * (len(BASES) + len(chosen)))
-        return Study.model_validate_json(found.model_dump_json()), trials(found, 4), render(found, trials(found, 4), 4)
+        judged = trials(found, 4)
+        page = render(found, judged, reaches(found, judged, 4), 4)
+        return Study.model_validate_json(found.model_dump_json()), judged, page
 
 
 def test_a_stopped_study_goes_on_and_measures_damage(study):

@@ -21,8 +21,17 @@ from veloxbench.aa.series import BASE, Journal, Segment, Series, SeriesHeader, o
 from veloxbench.decode_timing import Canary, DecodeSpec, default_clock
 from veloxbench.errors import UsageError
 from veloxbench.timing_gate import TimingSpec
-from veloxbench.timing_pairs import Launch, Slot, TimedBlock, extra_rows_for, pin_to_core, side_order, take_block
-from veloxbench.worker import WORK_TIMEOUT_S, Worker, steady_environment
+from veloxbench.timing_pairs import (
+    Launch,
+    Slot,
+    TimedBlock,
+    extra_rows_for,
+    open_decode,
+    pin_to_core,
+    side_order,
+    take_block,
+)
+from veloxbench.worker import Worker, steady_environment
 
 BENCHMARK = "decode"
 SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.10)
@@ -73,7 +82,7 @@ def launcher(decode: DecodeSpec, threads: int, log: Path) -> Launch:
         workers = {}
         for side in order:
             worker = workers[side] = stack.enter_context(Worker(side, log=log, environment=steady_environment(threads)))
-            worker.ask("open_decode", timeout=WORK_TIMEOUT_S, name=BENCHMARK, spec=decode.model_dump(mode="json"))
+            open_decode(worker, BENCHMARK, decode)
         return workers
 
     return launch

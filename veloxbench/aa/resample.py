@@ -291,7 +291,7 @@ def _scatter(starts: Sequence[Start], spec: TimingSpec) -> tuple[float, float]:
 
 def _summary(series: Series, digest: str, clock: Clock, spec: TimingSpec) -> SeriesSummary:
     blocks = [block for start in series.starts for block in start.blocks]
-    void = [max(canary) / min(canary) - 1 > spec.canary_drift for canary in (block.canary(clock) for block in blocks)]
+    void = [block.compared({}, clock).canary_drift > spec.canary_drift for block in blocks]
     loads = [block.load for block in blocks]
     return SeriesSummary(
         sha256=digest,

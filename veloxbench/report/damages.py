@@ -9,9 +9,8 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter
 from tabulate import tabulate
 
-from veloxbench.damages import GATES, Reach, Study, Trial, reach
+from veloxbench.damages import GATES, Reach, Study, Trial
 from veloxbench.gate import BUDGETS
-from veloxbench.methods.damaged import BASES
 from veloxbench.report.plots import COLOURS, new_axes, svg
 from veloxbench.verdicts import Verdict
 
@@ -19,15 +18,15 @@ PLOT = "damages.svg"
 _SMALLEST_SHOWN = 0.1  # percent: a logarithmic axis has no zero
 
 
-def render(study: Study, found: Sequence[Trial], n_arms: int) -> str:
+def render(study: Study, found: Sequence[Trial], reaches: Mapping[str, Reach], n_arms: int) -> str:
     """The page.
 
     Args:
         study: the measured samples.
         found: its damages judged.
+        reaches: what gates on each base can detect.
         n_arms: arms of the gate's profile.
     """
-    reaches = _reaches(study, found, n_arms)
     n_gate = len(next(iter(study.samples.values()))[0].kld_mean)
     parts = [
         _preamble(study, n_arms, n_gate),
@@ -38,10 +37,10 @@ def render(study: Study, found: Sequence[Trial], n_arms: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plot(study: Study, found: Sequence[Trial], n_arms: int) -> str:
+def plot(found: Sequence[Trial], reaches: Mapping[str, Reach]) -> str:
     """How many gates call a damage a regression, by its true size beside what a gate detects, as SVG."""
     figure, axes = new_axes()
-    for index, (base, limits) in enumerate(_reaches(study, found, n_arms).items()):
+    for index, (base, limits) in enumerate(reaches.items()):
         harmful = [trial for trial in found if trial.damage.base == base and trial.damage.harmful]
         sizes = [max(100 * trial.share, _SMALLEST_SHOWN) for trial in harmful]
         shares = [sum(verdict is Verdict.REGRESS for verdict in trial.gates) / GATES for trial in harmful]
@@ -56,11 +55,6 @@ def plot(study: Study, found: Sequence[Trial], n_arms: int) -> str:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
     axes.set(xlabel="true change, share of the undamaged KLD", ylabel="share of gates that regress", ylim=(-0.05, 1.05))
     return svg(figure)
-
-
-def _reaches(study: Study, found: Sequence[Trial], n_arms: int) -> dict[str, Reach]:
-    bases = [base for base in BASES if any(trial.damage.base == base for trial in found)]
-    return {base: reach(study, base, found, n_arms) for base in bases}
 
 
 def _preamble(study: Study, n_arms: int, n_gate: int) -> str:
