@@ -13,7 +13,7 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt
 from veloxquant_kernels.kernel import Backend
 from veloxquant_mlx.allocators.allocation import BitAllocation
 from veloxquant_mlx.cache.batch import BatchPackedKVCache
-from veloxquant_mlx.cache.fused import FusedMode, fuse
+from veloxquant_mlx.cache.fused import FusedMode, fuse, leaves
 from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache
 from veloxquant_mlx.cache.persistence import load_prompt_cache, save_prompt_cache
 from veloxquant_mlx.cache.storage import HeldArray
@@ -338,7 +338,6 @@ def _check_heads(model: Any, widths: list[tuple[Widths, Widths]]) -> None:
 
 def _attention_caches(cache: Any) -> list[Any]:
     """The caches of keys and values, of the kinds that can be packed, that a layer's cache holds."""
-    if isinstance(cache, CacheList):
-        return [found for part in cache.caches for found in _attention_caches(part)]
-    packable = type(cache) is KVCache or (type(cache) is RotatingKVCache and cache.keep == 0)
-    return [cache] if packable else []
+    return [
+        leaf for leaf in leaves([cache]) if type(leaf) is KVCache or (type(leaf) is RotatingKVCache and leaf.keep == 0)
+    ]
