@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from veloxbench.aa.record import Setup
     from veloxbench.decode_timing import DecodeSpec
 
 aa = typer.Typer(
@@ -22,21 +23,28 @@ def _about() -> None:
     """The timing gate measured by experiment: how often it cries wolf, and how small a slowdown it sees."""
 
 
+Core = Annotated[
+    int | None, typer.Option(help="Keep both sides on this core (Linux), beside other work on the others.")
+]
+Threads = Annotated[int, typer.Option(help="BLAS threads of each side; kept in the file.")]
+Model = Annotated[str, typer.Option(help="A name from `veloxbench models`, or a directory.")]
+Depth = Annotated[int, typer.Option(help="Tokens in the cache before the timed steps.")]
+Steps = Annotated[int, typer.Option(help="Timed decode steps of a sample.")]
+Method = Annotated[str, typer.Option(help="The cache whose decode is timed, from `veloxbench methods`.")]
+Target = Annotated[float | None, typer.Option(help="Its target; fp16 has none.")]
+
+
 @aa.command()
 def record(
     out: Annotated[Path, typer.Option(help="The series' journal (JSON lines); recording goes on where it ended.")],
     hours: Annotated[float, typer.Option(help="Recorded time that the file shall hold in the end.")] = 2.0,
-    core: Annotated[
-        int | None, typer.Option(help="Keep both sides on this core (Linux), beside other work on the others.")
-    ] = None,
-    threads: Annotated[int, typer.Option(help="BLAS threads of each side; recorded with the series.")] = 1,
-    model: Annotated[str, typer.Option(help="A name from `veloxbench models`, or a directory.")] = "smollm2-135m",
-    depth: Annotated[int, typer.Option(help="Tokens in the cache before the timed steps.")] = 128,
-    steps: Annotated[int, typer.Option(help="Timed decode steps of a sample.")] = 3,
-    method: Annotated[str, typer.Option(help="The cache whose decode is timed, from `veloxbench methods`.")] = (
-        "turboquant_mse"
-    ),
-    target: Annotated[float | None, typer.Option(help="Its target; fp16 has none.")] = 4.0,
+    core: Core = None,
+    threads: Threads = 1,
+    model: Model = "smollm2-135m",
+    depth: Depth = 128,
+    steps: Steps = 3,
+    method: Method = "turboquant_mse",
+    target: Target = 4.0,
 ) -> None:
     """Record a live A/A series of decode samples, with slowdowns of 2, 3, 5 and 10% made by real extra work.
 
@@ -48,12 +56,9 @@ def record(
     """
     from veloxbench.aa.record import RecordSpec, to_stderr
     from veloxbench.aa.record import record as record_series
-    from veloxbench.decode_timing import DecodeSpec
 
-    decode = DecodeSpec(
-        model=model, method=method, target=None if method == "fp16" else target, depth=depth, steps=steps
-    )
-    record_series(RecordSpec(decode=decode, hours=hours, threads=threads, core=core), out, to_stderr)
+    setup = _setup(core, threads, model, depth, steps, method, target)
+    record_series(RecordSpec(setup, hours), out, to_stderr)
 
 
 RATES = "error-rates.json"
@@ -61,26 +66,32 @@ RATES = "error-rates.json"
 
 @aa.command()
 def live(
-    series: Annotated[Path, typer.Argument(help="A recorded series: its benchmark and calibrated work are used.")],
     out: Annotated[Path, typer.Option(help="Journal of the gates; running goes on where it ended.")],
     gates: Annotated[int, typer.Option(help="Gates of each slowdown that the journal shall hold in the end.")] = 20,
     slowdown: Annotated[str, typer.Option(help="Percent of extra work in head, separated by commas; 0 is A/A.")] = (
         "0,5"
     ),
-    core: Annotated[
-        int | None, typer.Option(help="Keep both sides on this core (Linux). Default: the series' own.")
-    ] = None,
+    core: Core = None,
+    threads: Threads = 1,
+    model: Model = "smollm2-135m",
+    depth: Depth = 128,
+    steps: Steps = 3,
+    method: Method = "turboquant_mse",
+    target: Target = 4.0,
 ) -> None:
-    """Run whole gates live: the same code on both sides, and head slowed down.
+    """Run whole gates live: the same code on both sides, and head slowed down by real extra work, calibrated first.
 
-    **Example:** `veloxbench aa live aa.jsonl --gates 20 --slowdown 0,5 --out live.jsonl`
+    Stop it at any time and type the same command again. Several journals can grow at once, each on a core of its own.
+
+    **Example:** `veloxbench aa live --gates 20 --slowdown 0,5 --out live.jsonl --core 1`
     """
     from veloxbench.aa.live import run_live
     from veloxbench.aa.record import to_stderr
     from veloxbench.decode_timing import default_clock
     from veloxbench.timing_gate import TimingSpec
 
-    run_live(series, out, _shares(slowdown), gates, TimingSpec(), default_clock(), to_stderr, core)
+    setup = _setup(core, threads, model, depth, steps, method, target)
+    run_live(setup, out, _shares(slowdown), gates, TimingSpec(), default_clock(), to_stderr)
 
 
 @aa.command()
@@ -88,7 +99,9 @@ def resample(
     series: Annotated[Path, typer.Argument(help="A recorded series (.jsonl, or .jsonl.xz).")],
     out: Annotated[Path, typer.Option(help="The record of error rates to write.")] = Path(RATES),
     gates: Annotated[int, typer.Option(help="Gates to draw for each slowdown.")] = 1000,
-    live_gates: Annotated[Path | None, typer.Option("--live", help="Journal of live gates to count as well.")] = None,
+    live_gates: Annotated[
+        list[Path] | None, typer.Option("--live", help="Journal of live gates to count as well; may be repeated.")
+    ] = None,
     clock: Annotated[Literal["wall", "cpu"] | None, typer.Option(help="Default: as the gate on this device.")] = None,
     canary_drift: Annotated[float | None, typer.Option(help="Drift of the canary that voids a block.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the gates.")] = 0,
@@ -111,7 +124,7 @@ def resample(
         default_clock() if clock is None else clock,
         gates=gates,
         seed=seed,
-        live=read_live(live_gates) if live_gates else (),
+        live=[read_live(path) for path in live_gates or ()],
         message=to_stderr,
     )
     write_text(out, rates.model_dump_json(indent=1) + "\n")
@@ -139,6 +152,18 @@ def report(
 
     found = read_error_rates(rates)
     deliver(render(found), out, check, "veloxbench aa report", rates, {PLOT: plot(found)})
+
+
+def _setup(
+    core: int | None, threads: int, model: str, depth: int, steps: int, method: str, target: float | None
+) -> Setup:
+    from veloxbench.aa.record import Setup
+    from veloxbench.decode_timing import DecodeSpec
+
+    decode = DecodeSpec(
+        model=model, method=method, target=None if method == "fp16" else target, depth=depth, steps=steps
+    )
+    return Setup(decode, threads, core)
 
 
 def _shares(text: str) -> list[float]:

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from veloxbench.aa.live import LiveGate, read_live, run_live
+from veloxbench.aa.live import LiveGate, LiveJournal, read_live, run_live
 from veloxbench.aa.page import plot, render
-from veloxbench.aa.record import check_same
+from veloxbench.aa.record import Setup, check_same
 from veloxbench.aa.resample import (
     STRETCH,
     ErrorRates,
@@ -110,7 +110,7 @@ def series_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rates(series_file):
-    return error_rates(series_file, SPEC, "wall", gates=100, live=[live_gate()])
+    return error_rates(series_file, SPEC, "wall", gates=100, live=[live_journal()])
 
 
 def n_blocks(series):
@@ -123,14 +123,19 @@ def live_gate(slowdown=0.05, verdict=Verdict.REGRESS):
         slowdown=slowdown,
         clock="wall",
         gate=LiveGate.described(SPEC),
-        implementation="synthetic 2",
-        core=0,
         load=2.0,
         verdict=verdict,
         log_ratios=(0.05,) * 12,
         voids=1,
         seconds=13.0,
         stopped=None,
+    )
+
+
+def live_journal(*gates):
+    """Of another machine than the series: live gates need not share it."""
+    return LiveJournal(
+        header(core=0, implementation="synthetic 2", hardware={"chip": "another"}), gates or (live_gate(),)
     )
 
 
@@ -275,17 +280,27 @@ def test_live_gates_are_counted_by_slowdown(rates):
     """One live gate at 5% regressed after 12 starts and a void one."""
     live = {effect.slowdown: effect.live for effect in rates.effects}
     assert [slowdown for slowdown, found in live.items() if found] == [0.05]
-    assert live[0.05] == outcomes([live_gate().result()])
-    assert live[0.05].cost.starts == (13, 13)
+    assert live[0.05].outcomes == outcomes([live_gate().result()])
+    assert live[0.05].outcomes.cost.starts == (13, 13)
+    assert live[0.05].measured[0] == pytest.approx(math.expm1(0.05))
+
+
+def test_live_gates_of_another_benchmark_or_slowdown_are_refused(series_file):
+    """They say nothing about the gate on the series' benchmark."""
+    other = LiveJournal(header(decode=DecodeSpec(depth=64)), (live_gate(),))
+    with pytest.raises(UsageError, match="another benchmark"):
+        error_rates(series_file, SPEC, "wall", gates=1, live=[live_journal(), other])
+    with pytest.raises(UsageError, match="slowdown of 7%"):
+        error_rates(series_file, SPEC, "wall", gates=1, live=[live_journal(live_gate(0.07))])
 
 
 def test_live_gates_of_another_specification_are_refused(series_file):
     """Their outcomes are not those of the gate on the page."""
     other = live_gate().model_copy(update={"gate": LiveGate.described(TimingSpec(margin=0.01))})
     with pytest.raises(UsageError, match="1 of 2 live gates"):
-        error_rates(series_file, SPEC, "wall", gates=1, live=[live_gate(), other])
+        error_rates(series_file, SPEC, "wall", gates=1, live=[live_journal(live_gate(), other)])
     with pytest.raises(UsageError, match="another clock"):
-        error_rates(series_file, SPEC, "cpu", gates=1, live=[live_gate()])
+        error_rates(series_file, SPEC, "cpu", gates=1, live=[live_journal()])
 
 
 def test_a_series_grows_only_with_the_code_that_times_it(tmp_path):
@@ -298,14 +313,21 @@ def test_a_series_grows_only_with_the_code_that_times_it(tmp_path):
 
 
 def test_a_live_journal_is_read_back_and_damage_is_named(tmp_path):
-    """Line by line."""
-    path = tmp_path / "live.jsonl"
-    append_line(path, live_gate())
-    assert read_live(path) == [live_gate()]
-    with path.open("a") as file:
-        file.write("{}\n")
-    with pytest.raises(IntegrityError, match=":2"):
-        read_live(path)
+    """Line by line: the header, then the gates."""
+    path, journal = tmp_path / "live.jsonl", live_journal(live_gate(), live_gate(0.0))
+    for line in (journal.header, *journal.gates):
+        append_line(path, line)
+    assert read_live(path) == journal
+    whole = path.read_text()
+    for damaged, place in (
+        (whole + "{}\n", ":4 is not of live gates"),
+        (whole + whole, ":4: one header comes first"),
+        (whole.split("\n", 1)[1], ":1: one header comes first"),
+        ("", "does not begin with a header"),
+    ):
+        path.write_text(damaged)
+        with pytest.raises(IntegrityError, match=place):
+            read_live(path)
 
 
 def test_the_record_survives_its_file(rates, tmp_path):
@@ -313,7 +335,7 @@ def test_the_record_survives_its_file(rates, tmp_path):
     path = tmp_path / "error-rates.json"
     path.write_text(rates.model_dump_json())
     assert read_error_rates(path) == rates
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 2}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 3}))
     with pytest.raises(IntegrityError, match="error rates"):
         read_error_rates(path)
 
@@ -324,7 +346,7 @@ def test_the_page_holds_the_record_s_counts_and_is_the_same_every_time(rates):
     for effect in rates.effects:
         assert f"({effect.resampled.regress.count} of 100;" in page
     assert "## Live gates" in page
-    assert "on core 0, with synthetic 2; load 2.0" in page
+    assert "1 gates on another, both sides on core 0, with synthetic 2; load 2.0" in page
     assert render(ErrorRates.model_validate_json(rates.model_dump_json())) == page
     assert plot(rates) == plot(rates)
     assert plot(rates).startswith("<svg")
@@ -347,7 +369,7 @@ def test_commands_name_what_is_missing(tmp_path, capsys):
     for arguments in (
         ["aa", "resample", str(tmp_path / "none.jsonl")],
         ["aa", "report", str(tmp_path / "none.json")],
-        ["aa", "live", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "live.jsonl")],
+        ["aa", "resample", str(tmp_path / "some.jsonl"), "--live", str(tmp_path / "none.jsonl")],
     ):
         assert _run(arguments) == ExitCode.USAGE
         assert str(tmp_path / "none") in capsys.readouterr().err
@@ -360,6 +382,17 @@ def test_a_series_goes_on_only_as_it_was_begun(series_file, tmp_path, capsys):
     assert _run(["aa", "record", "--out", str(path), "--threads", "2", "--depth", "64"]) == ExitCode.USAGE
     assert "another decode, threads" in capsys.readouterr().err
     assert path.read_bytes() == series_file.read_bytes()
+
+
+def test_live_gates_go_on_only_as_they_were_begun(tmp_path, capsys):
+    """Other options than the header's are refused by name before anything is loaded; nothing is lost."""
+    path, journal = tmp_path / "live.jsonl", live_journal()
+    for line in (journal.header, *journal.gates):
+        append_line(path, line)
+    before = path.read_bytes()
+    assert _run(["aa", "live", "--out", str(path), "--threads", "2", "--depth", "64"]) == ExitCode.USAGE
+    assert "another decode, threads, core" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def record_command(model, out, hours):
@@ -387,9 +420,12 @@ def test_a_live_series_is_stopped_and_goes_on(cut_model, tmp_path):
     assert after.header == before.header
     gates = tmp_path / "live.jsonl"
     spec = TimingSpec(looks=(1,), blocks_per_start=1)  # one start decides nothing, and is all that this needs
-    first = run_live(out, gates, [0.0, 0.05], 1, spec, "cpu", print)
-    assert [(gate.slowdown, gate.verdict) for gate in first] == [(0.0, "inconclusive"), (0.05, "inconclusive")]
-    assert run_live(out, gates, [0.0, 0.05], 1, spec, "cpu", print) == first == read_live(gates)
+    setup = Setup(after.header.decode)
+    first = run_live(setup, gates, [0.0, 0.05], 1, spec, "cpu", print)
+    assert [(gate.slowdown, gate.verdict) for gate in first.gates] == [(0.0, "inconclusive"), (0.05, "inconclusive")]
+    assert run_live(setup, gates, [0.0, 0.05], 1, spec, "cpu", print) == first == read_live(gates)
+    with pytest.raises(UsageError, match="no slowdown of 10%"):
+        run_live(setup, gates, [0.1], 1, spec, "cpu", print)
 
 
 def test_the_committed_page_is_what_the_committed_series_says():

@@ -6,20 +6,20 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from veloxbench.aa.record import BENCHMARK, check_same, circumstances, launcher, slots
-from veloxbench.aa.series import BASE, append_line, read_series, slot_name, sole_writer
+from veloxbench.aa.record import BENCHMARK, Setup, check_same, launcher, settled_header, slots
+from veloxbench.aa.series import BASE, SeriesHeader, append_line, slot_name, sole_writer
 from veloxbench.decode_timing import Clock
 from veloxbench.durable import whole_lines
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.store import validation_reason
 from veloxbench.timing_gate import GateResult, MetricResult, TimingSpec, run_gate
-from veloxbench.timing_pairs import live_starts, pin_to_core
+from veloxbench.timing_pairs import Launch, live_starts, pin_to_core
 from veloxbench.verdicts import Verdict
 
 
@@ -28,8 +28,6 @@ class LiveGate(BaseModel):
 
     Attributes:
         gate: its specification, :meth:`described`.
-        implementation: hash of the code that both sides ran.
-        core: both sides were kept on it; None where they were not.
         load: the machine's load average over one minute, at the end.
     """
 
@@ -40,8 +38,6 @@ class LiveGate(BaseModel):
     slowdown: float
     clock: Clock
     gate: dict[str, JsonValue]
-    implementation: str
-    core: int | None
     load: float
     verdict: Verdict
     log_ratios: tuple[float, ...]
@@ -61,85 +57,111 @@ class LiveGate(BaseModel):
         return GateResult((metric,), len(self.log_ratios), self.voids, self.seconds, self.stopped)
 
 
-def read_live(path: Path) -> list[LiveGate]:
-    """The gates of a journal.
+@dataclass(frozen=True)
+class LiveJournal:
+    """Gates that were run live on one machine with one state of the code, which the header tells."""
+
+    header: SeriesHeader
+    gates: tuple[LiveGate, ...]
+
+
+_LINE: TypeAdapter[SeriesHeader | LiveGate] = TypeAdapter(
+    Annotated[SeriesHeader | LiveGate, Field(discriminator="kind")]
+)
+
+
+def read_live(path: Path) -> LiveJournal:
+    """A header and the gates after it.
 
     Raises:
-        IntegrityError: a line that is not one, naming file and line.
+        UsageError: there is no such file.
+        IntegrityError: a line that is neither, or out of place, naming file and line.
     """
-    gates = []
-    content = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(whole_lines(content), start=1):
+    if not path.is_file():
+        raise UsageError(f"there are no live gates at {path}; `veloxbench aa live --out {path}` runs them")
+    header, gates = None, []
+    for number, text in enumerate(whole_lines(path.read_bytes()), start=1):
         try:
-            gates.append(LiveGate.model_validate_json(line))
+            line = _LINE.validate_json(text)
         except ValidationError as error:
-            raise IntegrityError(f"{path}:{number} is not a live gate: {validation_reason(error)}") from error
-    return gates
+            raise IntegrityError(f"{path}:{number} is not of live gates: {validation_reason(error)}") from error
+        if isinstance(line, SeriesHeader) != (number == 1):
+            raise IntegrityError(f"{path}:{number}: one header comes first, then the gates")
+        if isinstance(line, SeriesHeader):
+            header = line
+        else:
+            gates.append(line)
+    if header is None:
+        raise IntegrityError(f"{path} does not begin with a header")
+    return LiveJournal(header, tuple(gates))
 
 
 def run_live(
-    series: Path,
+    setup: Setup,
     out: Path,
     slowdowns: Sequence[float],
     gates: int,
     spec: TimingSpec,
     clock: Clock,
     message: Callable[[str], None],
-    core: int | None = None,
-) -> list[LiveGate]:
-    """Run gates until ``out`` holds so many of each slowdown, taking turns.
+) -> LiveJournal:
+    """Run gates until ``out`` holds so many of each slowdown, taking turns; the extra work is calibrated first.
 
-    Args:
-        series: whose benchmark, threads and calibrated extra work are used.
-        core: keep both sides on this core; None: on the series' own.
     Raises:
-        UsageError: the series has no such slowdown, or was timed by other code or on another machine.
+        UsageError: ``out`` holds gates of something else, or no work for one of the slowdowns.
         WorkerError: a side died.
     """
-    header = read_series(series).header
-    missing = [slowdown for slowdown in slowdowns if slowdown not in header.extra_rows]
-    if missing:
-        known = ", ".join(f"{100 * slowdown:g}" for slowdown in header.slowdowns)
-        raise UsageError(f"{series} has no slowdown of {100 * missing[0]:g}%; it has {known}")
-    core = header.core if core is None else core
-    if core is not None:
-        pin_to_core(core)
-    launch = launcher(header.decode, header.threads, out.with_suffix(".log"))
+    if setup.core is not None:
+        pin_to_core(setup.core)
+    launch = launcher(setup, out.with_suffix(".log"))
     with sole_writer(out):
+        begun = read_live(out) if out.exists() and out.stat().st_size else None
+        recorded = begun.header if begun else None
+        if recorded is not None:
+            check_same(recorded, setup.asked(), out)  # before anything is loaded
         with ExitStack() as stack:
-            now = circumstances(launch(stack, ["base", "head"]), header.decode, header.threads, header.core)
-            implementation = now.pop("implementation")  # may have moved on: what is gated is kept with each gate
-            check_same(header, now, series)
-        done = read_live(out)
+            workers = launch(stack, ["base", "head"])
+            header = settled_header(recorded, workers, setup, sorted({0.0, *slowdowns}), out, message)
+        if missing := [slowdown for slowdown in slowdowns if slowdown not in header.extra_rows]:
+            known = ", ".join(f"{100 * slowdown:g}" for slowdown in header.slowdowns)
+            raise UsageError(f"{out} has no slowdown of {100 * missing[0]:g}%, but {known}; run into a new file")
+        if recorded is None:
+            append_line(out, header)
+        done = list(begun.gates) if begun else []
         while True:
             counts = {slowdown: sum(gate.slowdown == slowdown for gate in done) for slowdown in slowdowns}
             slowdown = min(counts, key=counts.__getitem__)
             if counts[slowdown] >= gates:
-                return done
-            metrics = {BENCHMARK: (BASE, slot_name(slowdown))}
-            started, seed = time.time(), time.time_ns()
-            starts = live_starts(launch, [slots(header, slowdown)], metrics, clock, spec.blocks_per_start, seed)
-            result = run_gate(starts, spec)
-            metric = result.metrics[0]
-            gate = LiveGate(
-                started=round(started, 2),
-                slowdown=slowdown,
-                clock=clock,
-                gate=LiveGate.described(spec),
-                implementation=implementation,
-                core=core,
-                load=round(os.getloadavg()[0], 2),
-                verdict=metric.verdict or Verdict.INCONCLUSIVE,
-                log_ratios=metric.log_ratios,
-                voids=result.voids,
-                seconds=round(result.seconds, 2),
-                stopped=result.stopped,
-            )
+                return LiveJournal(header, tuple(done))
+            gate, told = _run_one(launch, header, slowdown, spec, clock)
             append_line(out, gate)
             done.append(gate)
-            estimate, low, high = metric.bounds(spec)
-            span = f"{estimate:+.1%} ({low:+.1%} to {high:+.1%})"
-            message(
-                f"[{len(done)} of {gates * len(slowdowns)}] {slot_name(slowdown)}: {gate.verdict} after "
-                f"{result.starts} starts, {result.voids} void, {result.seconds:.0f} s; {span}"
-            )
+            message(f"[{len(done)} of {gates * len(slowdowns)}] {told}")
+
+
+def _run_one(
+    launch: Launch, header: SeriesHeader, slowdown: float, spec: TimingSpec, clock: Clock
+) -> tuple[LiveGate, str]:
+    """One gate, and a sentence on it."""
+    metrics = {BENCHMARK: (BASE, slot_name(slowdown))}
+    started, seed = time.time(), time.time_ns()
+    starts = live_starts(launch, [slots(header, slowdown)], metrics, clock, spec.blocks_per_start, seed)
+    result = run_gate(starts, spec)
+    metric = result.metrics[0]
+    gate = LiveGate(
+        started=round(started, 2),
+        slowdown=slowdown,
+        clock=clock,
+        gate=LiveGate.described(spec),
+        load=round(os.getloadavg()[0], 2),
+        verdict=metric.verdict or Verdict.INCONCLUSIVE,
+        log_ratios=metric.log_ratios,
+        voids=result.voids,
+        seconds=round(result.seconds, 2),
+        stopped=result.stopped,
+    )
+    estimate, low, high = metric.bounds(spec)
+    return gate, (
+        f"{slot_name(slowdown)}: {gate.verdict} after {result.starts} starts, {result.voids} void, "
+        f"{result.seconds:.0f} s; {estimate:+.1%} ({low:+.1%} to {high:+.1%})"
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from tabulate import tabulate
 
-from veloxbench.aa.resample import STRETCH, Effect, ErrorRates, Outcomes, Rate
+from veloxbench.aa.resample import STRETCH, Effect, ErrorRates, LiveSummary, Outcomes, Rate
 from veloxbench.report.plots import COLOURS, new_axes, svg
 
 PLOT = "gate-error-rates.svg"
@@ -21,13 +21,16 @@ def _rate(rate: Rate) -> str:
     return f"{_percent(rate.value)} ({rate.count} of {rate.gates}; {_percent(rate.low)} to {_percent(rate.high)})"
 
 
-def _table(rates: ErrorRates, outcomes: Callable[[Effect], Outcomes | None]) -> str:
+Measured = tuple[float, float, float]
+
+
+def _table(rates: ErrorRates, outcomes: Callable[[Effect], tuple[Measured, Outcomes] | None]) -> str:
     rows = []
     for effect in rates.effects:
-        found = outcomes(effect)
-        if found is None:
+        row = outcomes(effect)
+        if row is None:
             continue
-        estimate, low, high = effect.measured
+        (estimate, low, high), found = row
         rows.append(
             (
                 f"{100 * effect.slowdown:g}%",
@@ -83,29 +86,38 @@ def render(rates: ErrorRates) -> str:
         "are those of the gate on this series, not of another one. The series takes turns, so that a gate's own blocks "
         "stand between those of other slowdowns; it is charged for its own.",
         "",
-        _table(rates, lambda effect: effect.resampled),
+        _table(rates, lambda effect: (effect.measured, effect.resampled)),
         "",
         "## Gates that do not overlap",
         "",
         "The same series cut into gates one after the other, as they were recorded: as many independent gates as it "
         "holds. One that a run's end cut off is left out, so that these are the quicker ones.",
         "",
-        _table(rates, lambda effect: effect.disjoint),
+        _table(rates, lambda effect: (effect.measured, effect.disjoint) if effect.disjoint else None),
         "",
     ]
-    if rates.live is not None:
-        cores = [core for core in rates.live.cores if core is not None]
-        kept = f" on core {_listed(tuple(cores))}" if cores else ""
+    if rates.live:
         parts += [
             "## Live gates",
             "",
-            f"Run from beginning to end{kept}, with {', '.join(rates.live.implementations)}; load "
-            f"{rates.live.load:.1f} in the median. The measured slowdown is the series'.",
+            "Run from beginning to end, nothing resampled: the same code on both sides, or head slowed down by extra "
+            "work that was calibrated on the spot. What it really cost is measured over the starts of these gates.",
             "",
-            _table(rates, lambda effect: effect.live),
+            *(f"- {_live_line(journal)}" for journal in rates.live),
+            "",
+            _table(rates, lambda effect: (effect.live.measured, effect.live.outcomes) if effect.live else None),
             "",
         ]
     return "\n".join(parts)
+
+
+def _live_line(journal: LiveSummary) -> str:
+    header = journal.header
+    pinned = "" if header.core is None else f", both sides on core {header.core}"
+    return (
+        f"{journal.gates} gates on {header.hardware['chip']}{pinned}, with {header.implementation}; load "
+        f"{journal.load:.1f} in the median"
+    )
 
 
 def _listed(values: object) -> str:
@@ -119,7 +131,7 @@ def plot(rates: ErrorRates) -> str:
     slowdowns = [100 * effect.measured[0] for effect in rates.effects]
     _curve(axes, slowdowns, [effect.resampled.regress for effect in rates.effects], "regress", wrong, "o-")
     _curve(axes, slowdowns, [effect.resampled.passed for effect in rates.effects], "pass", passing, "s-")
-    live = [(100 * effect.measured[0], effect.live.regress) for effect in rates.effects if effect.live]
+    live = [(100 * e.live.measured[0], e.live.outcomes.regress) for e in rates.effects if e.live]
     if live:
         _curve(axes, [at for at, _ in live], [rate for _, rate in live], "regress, live", lived, "^")
     for value, name in ((rates.gate["margin"], "margin"), (rates.gate["detect"], "detect")):

@@ -39,13 +39,24 @@ SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.10)
 
 
 @dataclass(frozen=True)
+class Setup:
+    """What is timed, with how many BLAS threads a side, on which core (None: wherever the system puts it)."""
+
+    decode: DecodeSpec
+    threads: int = 1
+    core: int | None = None
+
+    def asked(self) -> dict[str, Any]:
+        """As the fields of a header."""
+        return {"decode": self.decode.model_dump(mode="json"), "threads": self.threads, "core": self.core}
+
+
+@dataclass(frozen=True)
 class RecordSpec:
     """What to record."""
 
-    decode: DecodeSpec
+    setup: Setup
     hours: float
-    threads: int = 1
-    core: int | None = None
     rounds_per_start: int = TimingSpec().blocks_per_start
 
     def __post_init__(self) -> None:
@@ -60,29 +71,30 @@ def record(spec: RecordSpec, path: Path, message: Callable[[str], None]) -> None
         UsageError: the file holds a series of something else.
         WorkerError: a side died.
     """
-    if spec.core is not None:
-        pin_to_core(spec.core)
+    if spec.setup.core is not None:
+        pin_to_core(spec.setup.core)
     with open_journal(path) as journal:
         recorded = 0.0
         if journal.series is not None:
-            asked = {"decode": spec.decode.model_dump(mode="json"), "threads": spec.threads, "core": spec.core}
-            check_same(journal.series.header, asked, path)  # before anything is loaded
+            check_same(journal.series.header, spec.setup.asked(), path)  # before anything is loaded
             recorded = journal.series.seconds
         progress = _Progress(spec.hours * 3600, recorded, message)
-        launch = launcher(spec.decode, spec.threads, path.with_suffix(".log"))
+        launch = launcher(spec.setup, path.with_suffix(".log"))
         while not progress.finished:
             _record_start(journal, spec, launch, progress, message)
     message(f"{path}: {progress.recorded / 3600:.2f} hours are recorded")
 
 
-def launcher(decode: DecodeSpec, threads: int, log: Path) -> Launch:
+def launcher(setup: Setup, log: Path) -> Launch:
     """Starts two processes of this code, each with the benchmark open."""
 
     def launch(stack: ExitStack, order: Sequence[str]) -> dict[str, Worker]:
         workers = {}
         for side in order:
-            worker = workers[side] = stack.enter_context(Worker(side, log=log, environment=steady_environment(threads)))
-            open_decode(worker, BENCHMARK, decode)
+            worker = workers[side] = stack.enter_context(
+                Worker(side, log=log, environment=steady_environment(setup.threads))
+            )
+            open_decode(worker, BENCHMARK, setup.decode)
         return workers
 
     return launch
@@ -94,7 +106,7 @@ def slots(header: SeriesHeader, slowdown: float) -> dict[str, Slot]:
     return {BASE: Slot("base", BENCHMARK), slot_name(slowdown): Slot("head", BENCHMARK, rows)}
 
 
-def circumstances(workers: Mapping[str, Worker], decode: DecodeSpec, threads: int, core: int | None) -> dict[str, Any]:
+def _circumstances(workers: Mapping[str, Worker], setup: Setup) -> dict[str, Any]:
     """The fields of a header that must stay as they are while a series grows.
 
     Raises:
@@ -103,10 +115,7 @@ def circumstances(workers: Mapping[str, Worker], decode: DecodeSpec, threads: in
     code = {worker.ask("hello")["implementation"] for worker in workers.values()}
     if len(code) != 1:
         raise UsageError("the code changed between the start of the two sides; start again")
-    return {
-        "decode": decode.model_dump(mode="json"),
-        "threads": threads,
-        "core": core,
+    return setup.asked() | {
         "implementation": code.pop(),
         "harness": environment.timing_hash(),
         "versions": environment.versions(),
@@ -128,19 +137,37 @@ def check_same(header: SeriesHeader, now: dict[str, Any], path: Path) -> None:
         raise UsageError(f"{path} was recorded with another {', '.join(differs)}; record into a new file")
 
 
+def settled_header(
+    recorded: SeriesHeader | None,
+    workers: Mapping[str, Worker],
+    setup: Setup,
+    slowdowns: Sequence[float],
+    path: Path,
+    message: Callable[[str], None],
+) -> SeriesHeader:
+    """The header of what is recorded into ``path``: its own, if nothing has changed since, or a calibrated new one.
+
+    Raises:
+        UsageError: something that moves a time has changed; names it.
+    """
+    now = _circumstances(workers, setup)
+    if recorded is not None:
+        check_same(recorded, now, path)
+        return recorded
+    message("calibrating the extra work")
+    rows = extra_rows_for(workers["head"], BENCHMARK, slowdowns, default_clock(), np.random.default_rng(0))
+    commit, dirty = environment.git_state()
+    return SeriesHeader.model_validate({**now, "extra_rows": rows, "commit": commit, "dirty": dirty})
+
+
 def _header(
     journal: Journal, spec: RecordSpec, workers: Mapping[str, Worker], message: Callable[[str], None]
 ) -> SeriesHeader:
-    now = circumstances(workers, spec.decode, spec.threads, spec.core)
-    if journal.series is not None:
-        check_same(journal.series.header, now, journal.path)
-        return journal.series.header
-    message("calibrating the extra work")
-    rows = extra_rows_for(workers["head"], BENCHMARK, SLOWDOWNS, default_clock(), np.random.default_rng(0))
-    commit, dirty = environment.git_state()
-    header = SeriesHeader.model_validate({**now, "extra_rows": rows, "commit": commit, "dirty": dirty})
-    journal.append(header)
-    journal.series = Series(header, ())
+    recorded = journal.series.header if journal.series is not None else None
+    header = settled_header(recorded, workers, spec.setup, SLOWDOWNS, journal.path, message)
+    if recorded is None:
+        journal.append(header)
+        journal.series = Series(header, ())
     return header
 
 

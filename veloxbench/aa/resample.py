@@ -10,7 +10,7 @@ this length deserves.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from scipy import stats
 
-from veloxbench.aa.live import LiveGate
+from veloxbench.aa.live import LiveGate, LiveJournal
 from veloxbench.aa.record import BENCHMARK
 from veloxbench.aa.series import BASE, Series, SeriesHeader, read_series, series_bytes, slot_name
 from veloxbench.decode_timing import Clock
@@ -28,6 +28,7 @@ from veloxbench.timing_gate import GateResult, Start, TimingSpec, run_gate, slow
 from veloxbench.verdicts import Verdict
 
 CONFIDENCE = 0.95
+TAIL = (1 - CONFIDENCE) / 2
 STRETCH = 8
 """Starts that a resampled gate takes as they followed each other: minutes of the machine's time."""
 
@@ -72,6 +73,16 @@ class Outcomes(_Frozen):
     cost: Cost
 
 
+class Lived(_Frozen):
+    """Gates run live with one slowdown: how they ended, and the slowdown over all their starts with its 95% bounds.
+
+    The extra work is calibrated anew for every journal, on its own machine, so that it measures its own slowdown.
+    """
+
+    measured: tuple[float, float, float]
+    outcomes: Outcomes
+
+
 class Effect(_Frozen):
     """One slowdown: what was asked for, what the series measured, and how gates ended.
 
@@ -90,7 +101,7 @@ class Effect(_Frozen):
     start_sd: float
     resampled: Outcomes
     disjoint: Outcomes | None
-    live: Outcomes | None = None
+    live: Lived | None = None
 
 
 class SeriesSummary(_Frozen):
@@ -112,23 +123,23 @@ class SeriesSummary(_Frozen):
 
 
 class LiveSummary(_Frozen):
-    """What the live gates ran on: the cores that their sides were kept on, the code, the machine's median load."""
+    """What a journal of live gates ran on: its header, how many there are, and the machine's median load."""
 
-    cores: tuple[int | None, ...]
-    implementations: tuple[str, ...]
+    header: SeriesHeader
+    gates: int
     load: float
 
 
 class ErrorRates(_Frozen):
     """The measured error rates of the timing gate; every documented figure comes from here."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     series: SeriesSummary
     gate: dict[str, JsonValue]
     clock: Clock
     seed: int
     effects: tuple[Effect, ...]
-    live: LiveSummary | None = None
+    live: tuple[LiveSummary, ...] = ()
 
 
 def starts_of(series: Series, slowdown: float, clock: Clock, blocks_per_start: int) -> list[list[Start]]:
@@ -217,22 +228,20 @@ def error_rates(
     clock: Clock,
     gates: int = 1000,
     seed: int = 0,
-    live: Sequence[LiveGate] = (),
+    live: Sequence[LiveJournal] = (),
     message: Callable[[str], None] = lambda _: None,
 ) -> ErrorRates:
     """Measure the gate on a series.
 
     Raises:
-        UsageError: the series is too short for a gate, or a live gate had another ``spec`` or ``clock``.
+        UsageError: the series is too short for a gate, or a live gate had another ``spec`` or ``clock``, or timed
+            something else than the series.
         IntegrityError: the series is damaged.
     """
     asked = LiveGate.described(spec)
-    if strangers := [gate for gate in live if (gate.clock, gate.gate) != (clock, asked)]:
-        raise UsageError(
-            f"{len(strangers)} of {len(live)} live gates were run with another clock or specification than {clock} "
-            f"time and {asked}: run them anew"
-        )
     series, digest = read_series(path), hashlib.sha256(series_bytes(path)).hexdigest()
+    lived = [gate for journal in live for gate in journal.gates]
+    _check_live(live, series.header, asked, clock)
     rng = np.random.default_rng(seed)
     effects = []
     for slowdown in series.header.slowdowns:
@@ -240,17 +249,15 @@ def error_rates(
         ratios = [found[BENCHMARK] for run in runs for start in run if (found := start.log_ratios(spec.canary_drift))]
         block_sd, start_sd = _scatter([start for run in runs for start in run], spec)
         disjoint = disjoint_gates(runs, spec)
-        lived = [gate.result() for gate in live if gate.slowdown == slowdown]
-        tail = (1 - CONFIDENCE) / 2
         effects.append(
             Effect(
                 slowdown=slowdown,
-                measured=slowdown_bounds(ratios, tail, tail),
+                measured=slowdown_bounds(ratios, TAIL, TAIL),
                 block_sd=block_sd,
                 start_sd=start_sd,
                 resampled=outcomes(resampled_gates(runs, spec, gates, rng)),
                 disjoint=outcomes(disjoint) if disjoint else None,
-                live=outcomes(lived) if lived else None,
+                live=_lived([gate for gate in lived if gate.slowdown == slowdown]),
             )
         )
         message(f"{slot_name(slowdown)}: {effects[-1].resampled.regress.count} of {gates} regress")
@@ -260,17 +267,34 @@ def error_rates(
         clock=clock,
         seed=seed,
         effects=tuple(effects),
-        live=_live_summary(live) if live else None,
+        live=tuple(_live_summary(journal) for journal in live if journal.gates),
     )
 
 
-def _live_summary(gates: Sequence[LiveGate]) -> LiveSummary:
-    cores = sorted({gate.core for gate in gates}, key=lambda core: -1 if core is None else core)
-    return LiveSummary(
-        cores=tuple(cores),
-        implementations=tuple(sorted({gate.implementation for gate in gates})),
-        load=float(np.median([gate.load for gate in gates])),
-    )
+def _check_live(live: Sequence[LiveJournal], series: SeriesHeader, asked: Mapping[str, object], clock: Clock) -> None:
+    gates = [gate for journal in live for gate in journal.gates]
+    if strangers := [gate for gate in gates if (gate.clock, gate.gate) != (clock, asked)]:
+        raise UsageError(
+            f"{len(strangers)} of {len(gates)} live gates were run with another clock or specification than {clock} "
+            f"time and {asked}: run them anew"
+        )
+    for journal in live:
+        if (journal.header.decode, journal.header.threads) != (series.decode, series.threads):
+            raise UsageError("the live gates timed another benchmark, or with other threads, than the series")
+    if unknown := {gate.slowdown for gate in gates} - set(series.slowdowns):
+        raise UsageError(f"there are live gates of a slowdown of {100 * min(unknown):g}%, which the series has not")
+
+
+def _lived(gates: Sequence[LiveGate]) -> Lived | None:
+    if not gates:
+        return None
+    ratios = [ratio for gate in gates for ratio in gate.log_ratios]
+    return Lived(measured=slowdown_bounds(ratios, TAIL, TAIL), outcomes=outcomes([gate.result() for gate in gates]))
+
+
+def _live_summary(journal: LiveJournal) -> LiveSummary:
+    load = float(np.median([gate.load for gate in journal.gates]))
+    return LiveSummary(header=journal.header, gates=len(journal.gates), load=load)
 
 
 def _scatter(starts: Sequence[Start], spec: TimingSpec) -> tuple[float, float]:

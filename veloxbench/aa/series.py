@@ -38,7 +38,7 @@ def slot_name(slowdown: float) -> str:
 
 
 class SeriesHeader(BaseModel):
-    """What a series times and how: it does not change while the series grows.
+    """What a series, or a journal of live gates, times and how: it does not change while the file grows.
 
     Attributes:
         extra_rows: slowdown -> rows of extra work in every step of that slot.
