@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
 from mlx_lm.utils import load_tokenizer
+from numpy.typing import NDArray
 
 from veloxbench import environment
 from veloxbench.corpora import load_text
@@ -113,7 +115,7 @@ def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, acc
             progress.plan(name, len(plan), len(plan), 0.0, "all of it is recorded already")
             continue
         session = None if handle is None else Session.open(handle, grid.n_layers, progress)
-        rates = Rates(0.0, 0.0) if session is None else session.rates()
+        rates = Rates(0.0, 0.0, 0.0) if session is None else session.rates()
         progress.plan(
             name,
             len(plan),
@@ -161,10 +163,21 @@ def keep_failure(item: Measurement, error: Exception, store: Store) -> Failure:
 
 @dataclass(frozen=True)
 class Rates:
-    """This machine's speed on this model, from two short passes: for the estimate only."""
+    """This machine's speed on this model, from three short passes: for the estimate only.
+
+    Attributes:
+        token_seconds: of a token in a batch of short sequences.
+        step_seconds: of a decode step.
+        attention_seconds: what each pair of tokens of one long prompt adds (MLX's attention on a processor).
+    """
 
     token_seconds: float
     step_seconds: float
+    attention_seconds: float
+
+    def prefix_seconds(self, tokens: int) -> float:
+        """Estimated seconds of one prompt through fp16 caches."""
+        return tokens * self.token_seconds + tokens**2 * self.attention_seconds
 
     def describe(self) -> str:
         """For the line printed before the run."""
@@ -184,10 +197,10 @@ class Rates:
                 batched = task.sequences * task.prefix * self.token_seconds
                 return slower * (batched + task.steps * (self.step_seconds + task.sequences * self.token_seconds))
             case throughput.Timing() as task:
-                prefills = task.prefill_pairs * (1 + slower) * task.depth * self.token_seconds
+                prefills = task.prefill_pairs * (1 + slower) * self.prefix_seconds(task.depth)
                 return prefills + task.pairs * (1 + 3 * slower) * (task.steps + 1) * self.step_seconds
             case MemorySpec() as task:
-                return 6 + slower * (task.tokens * self.token_seconds + 2 * task.decode_steps * self.step_seconds)
+                return 6 + slower * (self.prefix_seconds(task.tokens) + 2 * task.decode_steps * self.step_seconds)
 
     @contextmanager
     def ticking(self, item: Measurement, progress: Progress) -> Iterator[Callable[[int], None]]:
@@ -264,6 +277,8 @@ class Session:
     pool: ThreadPoolExecutor
     progress: Progress
     refusals: dict[str, str | None] = field(default_factory=dict)
+    prefix: tuple[bytes, throughput.Prefilled] | None = None
+    """The reference's last prefix that several arms share, by its tokens."""
 
     @classmethod
     def open(cls, handle: ModelHandle, n_layers: int | None, progress: Progress) -> Session:
@@ -275,12 +290,12 @@ class Session:
     def close(self) -> None:
         """Free the weights before the next model is loaded."""
         self.pool.shutdown()
-        del self.model, self.context
+        del self.model, self.context, self.prefix
         gc.collect()
         mx.clear_cache()
 
     def rates(self) -> Rates:
-        """Time one batched pass and a few single steps on the reference cache."""
+        """Time one batched pass, a few single steps on the reference cache, and one longer prompt."""
         arm = self.arm(REFERENCE)
         warm = mx.zeros((4, 64), dtype=mx.int32)
         mx.eval(self.model(warm))
@@ -292,7 +307,10 @@ class Session:
         start = time.perf_counter()
         for _ in range(3):
             mx.eval(self.model(single, cache=arm.caches))
-        return Rates(token, (time.perf_counter() - start) / 3)
+        step = (time.perf_counter() - start) / 3
+        prompt = np.zeros(512, np.int32)
+        took = throughput.prefill(self.model, self.arm(REFERENCE).caches, prompt).first_token_seconds
+        return Rates(token, step, max(took - prompt.size * token, 0.0) / prompt.size**2)
 
     def arm(self, arm: Arm) -> quality.ArmCaches:
         """Fresh caches of an arm."""
@@ -396,16 +414,25 @@ class Session:
 
     def _throughput(self, item: Measurement, tick: quality.Tick) -> tuple[quality.Measured, list[LayerEngagement]]:
         assert isinstance(item.task, throughput.Timing)
+        timing = item.task
         last: list[quality.ArmCaches] = []
 
-        def make_arm() -> Sequence[Any]:
+        def fill_arm(prompt: NDArray[np.int32]) -> throughput.Prefilled:
             last[:] = [self.arm(item.arm)]
-            return last[0].caches
+            return throughput.prefill(self.model, last[0].caches, prompt)
+
+        def fill_reference(prompt: NDArray[np.int32]) -> throughput.Prefilled:
+            if timing.prefill_pairs > 1:
+                return throughput.prefill(self.model, self.arm(REFERENCE).caches, prompt)
+            # one pair gives no interval: a long prefix is then filled once for all arms, not as the other half of each
+            key = prompt.tobytes()
+            if self.prefix is None or self.prefix[0] != key:
+                self.prefix = key, throughput.prefill(self.model, self.arm(REFERENCE).caches, prompt)
+            return self.prefix[1]
 
         seed = int(item.subject.key[:8], 16)  # another order for every arm and depth
-        measured, _ = throughput.measure(
-            self.model, make_arm, lambda: self.arm(REFERENCE).caches, item.block.tokens[0], item.task, seed, tick
-        )
+        fill = {"arm": fill_arm, "fp16": fill_reference}
+        measured = throughput.measure(self.model, fill, item.block.tokens[0], timing, seed, tick)
         return measured, last[0].engagement()
 
     def _memory(self, item: Measurement, sizes: MemorySpec) -> tuple[quality.Measured, list[LayerEngagement]]:

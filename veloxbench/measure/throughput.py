@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,32 +96,31 @@ def decode(model: Module, saved: Sequence[Any], tokens: NDArray[np.int32]) -> fl
 
 def measure(
     model: Module,
-    make_arm: Callable[[], Sequence[Any]],
-    make_reference: Callable[[], Sequence[Any]],
+    fill: Mapping[str, Callable[[NDArray[np.int32]], Prefilled]],
     tokens: NDArray[np.int32],
     timing: Timing,
     seed: int,
     tick: Callable[[int], None],
-) -> tuple[Measured, Sequence[Any]]:
+) -> Measured:
     """Time an arm against the reference at one depth.
 
     Args:
+        fill: prefills the caches of ``arm`` and of ``fp16`` with a prompt, see :func:`prefill`.
         tokens: ``[timing.n_tokens]``; both arms read the same.
         seed: draws the order within each pair.
     Returns:
-        Metrics and raw samples (seconds, one per pair), and the arm's filled caches.
+        Metrics and raw samples (seconds, one per pair).
     """
     rng = np.random.default_rng(seed)
     prompt, steps = tokens[: timing.depth], tokens[timing.depth : timing.depth + timing.steps + 1]
     seconds: dict[str, list[float]] = {
         f"{name}_{arm}": [] for name in ("prefill", "ttft", "decode") for arm in ("arm", "fp16")
     }
-    makers = {"arm": make_arm, "fp16": make_reference}
     saved: dict[str, Sequence[Any]] = {}
     for _ in range(timing.prefill_pairs):
         for arm in rng.permutation(["arm", "fp16"]).tolist():
             saved.pop(arm, None)
-            done = prefill(model, makers[arm](), prompt)
+            done = fill[arm](prompt)
             saved[arm] = done.caches
             seconds[f"prefill_{arm}"].append(done.prefill_seconds)
             seconds[f"ttft_{arm}"].append(done.first_token_seconds)
@@ -130,7 +129,7 @@ def measure(
         for arm in rng.permutation(["arm", "fp16"]).tolist():
             seconds[f"decode_{arm}"].append(decode(model, saved[arm], steps))
             tick(len(steps))
-    return (_metrics(seconds, timing), seconds), saved["arm"]
+    return _metrics(seconds, timing), seconds
 
 
 def _metrics(seconds: dict[str, list[float]], timing: Timing) -> dict[str, Estimate]:
