@@ -366,7 +366,7 @@ def _throughput(rows: Sequence[Record]) -> list[str]:
         parts.append(
             "Ratios are geometric means over interleaved pairs with fp16 in one process: speeds above 1 beat "
             "fp16, a first token above 1 is later. The fp16 row pairs fp16 with itself: its distance from 1 is noise. "
-            "A prefill ratio without an interval is of one pair, whose fp16 half one run times once for all arms. "
+            "A prefill ratio without an interval rests on one timing of each side. "
             "Absolute rates are this machine's at that moment; compare ratios."
         )
     return parts
