@@ -1,10 +1,11 @@
 # make bench  - environment, install, and the main job: results/BENCHMARK_RESULTS.md on this machine
-# make test   - environment, install, and every test that needs no minutes of model time
+# make test   - environment, install, and every test that needs no minutes of model time (JOBS processes, 1-2 GB each)
 # make check  - lint, types and staleness, in seconds
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PROFILE ?= default
+JOBS ?= 2
 
 .PHONY: bench test check fresh format report clean
 
@@ -13,7 +14,8 @@ bench: $(VENV)/.installed
 	$(BIN)/veloxbench run --profile $(PROFILE) --out results
 
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/pytest suites
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -25,8 +25,9 @@ def test_timed(benchmark):
 
 
 @pytest.mark.parametrize(("options", "passed"), [((), 2), (("--benchmark-only",), 1)])
-def test_a_strangers_fixtures_and_benchmarks_are_their_own(pytester, options, passed):
+def test_a_strangers_fixtures_and_benchmarks_are_their_own(pytester, monkeypatch, options, passed):
     """Fixtures of the suites' names are left alone, and pytest-benchmark times as it does without the plugin."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which pytest-benchmark times nothing
     pytester.makepyfile(STRANGERS_TESTS)
     result = pytester.runpytest("-p", "veloxbench.pytest_plugin", *options)
     result.assert_outcomes(passed=passed, skipped=2 - passed)
