@@ -437,3 +437,7 @@ def test_the_committed_page_is_what_the_committed_series_says():
     series = series_bytes(folder / "aa.jsonl.xz")
     assert hashlib.sha256(series).hexdigest() == found.series.sha256
     assert found.series.hours >= 2
+    journals = [read_live(path) for path in sorted(folder.glob("live-*.jsonl"))]
+    assert [(live.header, live.gates) for live in found.live] == [(j.header, len(j.gates)) for j in journals]
+    lived = sum(effect.live.outcomes.regress.gates for effect in found.effects if effect.live)
+    assert lived == sum(len(journal.gates) for journal in journals) > 0
