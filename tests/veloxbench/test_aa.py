@@ -283,6 +283,7 @@ def test_live_gates_are_counted_by_slowdown(rates):
     assert live[0.05].outcomes == outcomes([live_gate().result()])
     assert live[0.05].outcomes.cost.starts == (13, 13)
     assert live[0.05].measured[0] == pytest.approx(math.expm1(0.05))
+    assert [journal.void_share for journal in rates.live] == [1 / 13]
 
 
 def test_live_gates_of_another_benchmark_or_slowdown_are_refused(series_file):
@@ -335,7 +336,7 @@ def test_the_record_survives_its_file(rates, tmp_path):
     path = tmp_path / "error-rates.json"
     path.write_text(rates.model_dump_json())
     assert read_error_rates(path) == rates
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 3}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 2}))
     with pytest.raises(IntegrityError, match="error rates"):
         read_error_rates(path)
 

@@ -116,7 +116,7 @@ def _live_line(journal: LiveSummary) -> str:
     pinned = "" if header.core is None else f", both sides on core {header.core}"
     return (
         f"{journal.gates} gates on {header.hardware['chip']}{pinned}, with {header.implementation}; load "
-        f"{journal.load:.1f} in the median"
+        f"{journal.load:.1f} in the median, {_percent(journal.void_share)} of the starts void"
     )
 
 

@@ -123,17 +123,20 @@ class SeriesSummary(_Frozen):
 
 
 class LiveSummary(_Frozen):
-    """What a journal of live gates ran on: its header, how many there are, and the machine's median load."""
+    """What a journal of live gates ran on: its header, how many gates, how restless the machine was."""
 
     header: SeriesHeader
     gates: int
     load: float
+    """The machine's load, median over the gates."""
+    void_share: float
+    """Share of all starts of which most blocks were void."""
 
 
 class ErrorRates(_Frozen):
     """The measured error rates of the timing gate; every documented figure comes from here."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     series: SeriesSummary
     gate: dict[str, JsonValue]
     clock: Clock
@@ -293,8 +296,14 @@ def _lived(gates: Sequence[LiveGate]) -> Lived | None:
 
 
 def _live_summary(journal: LiveJournal) -> LiveSummary:
-    load = float(np.median([gate.load for gate in journal.gates]))
-    return LiveSummary(header=journal.header, gates=len(journal.gates), load=load)
+    voids = sum(gate.voids for gate in journal.gates)
+    starts = voids + sum(len(gate.log_ratios) for gate in journal.gates)
+    return LiveSummary(
+        header=journal.header,
+        gates=len(journal.gates),
+        load=float(np.median([gate.load for gate in journal.gates])),
+        void_share=voids / starts,
+    )
 
 
 def _scatter(starts: Sequence[Start], spec: TimingSpec) -> tuple[float, float]:
