@@ -24,14 +24,15 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
 
-from veloxbench import environment
-from veloxbench.adapter import CacheUnderTest
-from veloxbench.corpora import load_text, token_block
+from veloxbench.inputs.corpora import load_text, token_block
+from veloxbench.inputs.models import load_model, resolve_model
+from veloxbench.measure import machine
 from veloxbench.measure.divergence import worker_pool
+from veloxbench.measure.protocol import Chunked, feed
 from veloxbench.measure.quality import ArmCaches, run_arm
 from veloxbench.measure.reference import lockstep
-from veloxbench.models import load_model, resolve_model
-from veloxbench.protocol import Chunked, feed
+from veloxbench.methods.cache_under_test import CacheUnderTest
+from veloxbench.records import provenance
 from veloxquant_mlx.allocators.ratequant import Sensitivities, calibrate_layer_sensitivities, fit_distortion_curve
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
@@ -127,7 +128,7 @@ def measure(name: str, protocol: Chunked, num_samples: int) -> dict[str, Any]:
     block = token_block(
         load_text("wikitext-2"), tokenizer, n_sequences=protocol.sequences, length=protocol.n_tokens + 1
     )
-    commit, dirty = environment.git_state()
+    commit, dirty = provenance.git_state()
     return {
         "model": name,
         "weights_sha256": handle.weights_sha256,
@@ -142,9 +143,9 @@ def measure(name: str, protocol: Chunked, num_samples: int) -> dict[str, Any]:
         "provenance": {
             "commit": commit,
             "dirty": dirty,
-            "versions": environment.versions(),
-            "hardware": environment.hardware(),
-            "state": environment.machine_state(),
+            "versions": provenance.versions(),
+            "hardware": machine.hardware(),
+            "state": provenance.machine_state(),
         },
     }
 

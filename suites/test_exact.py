@@ -1,6 +1,6 @@
 """Codes, bytes and allocations on fixed inputs, as ``veloxbench run --suites exact`` measures them."""
 
-from veloxbench.records import Record
+from veloxbench.records.record import Record
 
 SUITE = "exact"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from veloxbench.verdicts import Finding, Verdict, overall, sentence
+from veloxbench.gate.verdicts import Finding, Verdict, overall, sentence
 
 SUITE = "gate"
 

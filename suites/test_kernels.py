@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxbench.records import Record
+from veloxbench.records.record import Record
 from veloxquant_kernels.kernel import why_no_metal
 from veloxquant_mlx.cache.base import KVCacheConfig, PackedKVCache
 from veloxquant_mlx.cache.fused import FusedKVCache

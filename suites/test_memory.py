@@ -1,7 +1,7 @@
 """Resident bytes of every arm, as ``veloxbench run --suites memory`` measures them."""
 
-from veloxbench.plan import REFERENCE
-from veloxbench.records import Record
+from veloxbench.records.record import Record
+from veloxbench.run.plan import REFERENCE
 
 SUITE = "memory"
 

@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from veloxbench.corpora import load_text, token_block
+from veloxbench.inputs.corpora import load_text, token_block
+from veloxbench.inputs.models import resolve_model
 from veloxbench.measure import quality
 from veloxbench.measure.divergence import worker_pool
+from veloxbench.measure.protocol import Chunked, feed
 from veloxbench.measure.reference import ReferenceCache, vocabulary_of
-from veloxbench.methods import make_arm
-from veloxbench.models import resolve_model
-from veloxbench.plan import REFERENCE
-from veloxbench.protocol import Chunked, feed
-from veloxbench.runner import Session
-from veloxbench.stats import ratio_interval
+from veloxbench.methods.registry import make_arm
+from veloxbench.records.intervals import ratio_interval
+from veloxbench.run.plan import REFERENCE
+from veloxbench.run.session import Session
 
 PROTOCOL = Chunked(8, 256, chunk=64, score_from=64)
 PAIRS = 4

@@ -2,8 +2,8 @@
 
 import math
 
-from veloxbench.plan import REFERENCE
-from veloxbench.records import Record
+from veloxbench.records.record import Record
+from veloxbench.run.plan import REFERENCE
 
 SUITE = "perplexity"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from veloxbench.records import Record
+from veloxbench.records.record import Record
 
 SUITE = "throughput"
 

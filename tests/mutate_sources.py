@@ -91,13 +91,13 @@ BASELINE = [sys.executable, "-m", "veloxbench.cli", "baseline"]
 EXACT_GATE = """
 import sys
 from pathlib import Path
-from veloxbench.cli import _run
+from veloxbench.cli.app import _run
 if code := _run(["run", "--profile", "gate", "--suites", "exact", "--out", sys.argv[1]]):
     sys.exit(code)
-from veloxbench.baselines import Baselines, read_baselines
-from veloxbench.gate import judge
-from veloxbench.store import read_records
-from veloxbench.verdicts import exit_code, sentence
+from veloxbench.gate.baselines import Baselines, read_baselines
+from veloxbench.gate.gate import judge
+from veloxbench.records.store import read_records
+from veloxbench.gate.verdicts import exit_code, sentence
 files = [file for file in read_baselines(Path("baselines")).files if file.suite == "exact"]
 records = [record for record in read_records(Path(sys.argv[1])) if record.subject.suite == "exact"]
 findings = judge(records, Baselines(tuple(files), "baselines"), profile="gate")

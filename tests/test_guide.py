@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from veloxbench.errors import UsageError
+from veloxbench.inputs.models import resolve_model
 from veloxbench.methods.ratequant import RECIPES, Recipe
-from veloxbench.models import resolve_model
 from veloxbench.report.guide import BLOCK, PAGES, TABLES, Sources, candidates, fill
 
 ROOT = Path(__file__).parents[1]

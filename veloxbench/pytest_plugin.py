@@ -2,7 +2,7 @@
 
 ``pytest suites`` runs the smoke grid (the default model's real weights cut to four layers) into a temporary
 folder. ``pytest suites --benchmark`` measures a profile into ``results/``, resumes by key, writes
-BENCHMARK_RESULTS.md there, and judges what it measured by ``baselines/`` (veloxbench.gate), each subject an
+BENCHMARK_RESULTS.md there, and judges what it measured by ``baselines/`` (veloxbench.gate.gate), each subject an
 item. A test module names its suite in ``SUITE`` and receives the fixture ``record``; a module without it, as in
 any other project where the package is installed, is left alone.
 """
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from veloxbench.baselines import Baselines
-    from veloxbench.models import ModelHandle
-    from veloxbench.plan import Grid, Measurement
-    from veloxbench.records import Record
-    from veloxbench.runner import Session
-    from veloxbench.verdicts import Finding
+    from veloxbench.gate.baselines import Baselines
+    from veloxbench.gate.verdicts import Finding
+    from veloxbench.inputs.models import ModelHandle
+    from veloxbench.records.record import Record
+    from veloxbench.run.grid import Grid
+    from veloxbench.run.plan import Measurement
+    from veloxbench.run.session import Session
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _grid(config: pytest.Config) -> Grid:
-    from veloxbench.plan import customise, load_grid
+    from veloxbench.run.grid import customise, load_grid
 
     grid = load_grid(config.getoption("--veloxbench-profile") if config.getoption("--benchmark") else "smoke")
     chosen = [name for name in config.getoption("--veloxbench-models").split(",") if name]
@@ -60,7 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("gated_subject", _gated_subjects(metafunc.config))
     if "record" not in metafunc.fixturenames:
         return
-    from veloxbench.plan import cells
+    from veloxbench.run.plan import cells
 
     grid = _grid(metafunc.config)
     places = [
@@ -76,7 +77,7 @@ class SuiteRun:
     """What the items of one pytest session share: the store, and one loaded model at a time."""
 
     def __init__(self, grid: Grid, folder: Path) -> None:
-        from veloxbench.store import open_store
+        from veloxbench.records.store import open_store
 
         self.grid = grid
         self.folder = folder
@@ -88,9 +89,9 @@ class SuiteRun:
 
     def record(self, model: str, index: int) -> Record:
         """The record of a cell: from the store, or measured now and kept."""
-        from veloxbench.models import resolve_model
-        from veloxbench.progress import default_reporter
-        from veloxbench.runner import plan_model
+        from veloxbench.inputs.models import resolve_model
+        from veloxbench.inputs.transfer_progress import default_reporter
+        from veloxbench.run.runner import plan_model
 
         handle = resolve_model(model, reporter=default_reporter())
         if model not in self.plans:
@@ -102,8 +103,9 @@ class SuiteRun:
         return found
 
     def _measured(self, handle: ModelHandle, item: Measurement) -> Record:
-        from veloxbench.run_progress import LineProgress
-        from veloxbench.runner import Session, keep_failure
+        from veloxbench.run.progress import LineProgress
+        from veloxbench.run.runner import keep_failure
+        from veloxbench.run.session import Session
 
         if self.session is None or self.session.handle != handle:
             if self.session is not None:
@@ -119,7 +121,7 @@ class SuiteRun:
 
     def close(self) -> None:
         """Write the pages and free model and store."""
-        from veloxbench.cli import write_pages
+        from veloxbench.cli.app import write_pages
 
         if self.session is not None:
             self.session.close()
@@ -154,16 +156,17 @@ def _gates(config: pytest.Config) -> str | None:
 
 
 def _baselines(config: pytest.Config) -> Baselines:
-    from veloxbench.baselines import read_baselines
+    from veloxbench.gate.baselines import read_baselines
 
     return read_baselines(Path(_gates(config) or ""))
 
 
 def _gated_subjects(config: pytest.Config) -> list[Any]:
     """Every subject that the profile's baselines hold for this machine: each is an item, measured or not."""
-    from veloxbench.baselines import machine_fields
-    from veloxbench.environment import hardware, versions
     from veloxbench.errors import BaselineError
+    from veloxbench.gate.baselines import machine_fields
+    from veloxbench.measure.machine import hardware
+    from veloxbench.records.provenance import versions
 
     if _gates(config) is None:
         return []
@@ -183,7 +186,7 @@ def _gated_subjects(config: pytest.Config) -> list[Any]:
 @pytest.fixture(scope="session")
 def gate_findings(request: pytest.FixtureRequest, suite_run: SuiteRun) -> list[Finding]:
     """What the gate says of everything that this session measured (or found measured)."""
-    from veloxbench.gate import judge
+    from veloxbench.gate.gate import judge
 
     config = request.config
     if _gates(config) is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from veloxbench.sources import cache_dir, sha256_of
+from veloxbench.inputs.sources import cache_dir, sha256_of
 
 VERSION = "0.32.2"
 SHA256 = "1af8a92f6a141c3e2bf5b0369ac4464203a8e2189c47b9e40d3e921e5b3a1fe9"

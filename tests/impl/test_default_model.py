@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from veloxbench.models import load_model, resolve_model
+from veloxbench.inputs.models import load_model, resolve_model
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
 

@@ -364,7 +364,7 @@ def test_the_default_model_decodes_through_the_kernel() -> None:
     """SmolLM2-135M's real weights: each step agrees in its token with the plain path from the same stored state, and
     in its logits to 1e-4 of their spread (fp32 rounding through 30 layers measured 8e-5 at most) wherever both
     stored the same codes: a rounding error may push the new token's code over a boundary in either path."""
-    from veloxbench.models import load_model, resolve_model
+    from veloxbench.inputs.models import load_model, resolve_model
 
     model, tokenizer = load_model(resolve_model("smollm2-135m"))
     tokens = mx.array([tokenizer.encode("The key-value cache of a language model holds, for every token it has read,")])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from mlx_lm_sources import test_source as mlx_lm_test_source
 
-from veloxbench.models import resolve_model
+from veloxbench.inputs.models import resolve_model
 from veloxquant_mlx.cache.base import (
     BatchPackedKVCache,
     LayerSpec,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from veloxbench.models import resolve_model
+from veloxbench.inputs.models import resolve_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from veloxbench.report.markdown import newest
-from veloxbench.store import read_records
+from veloxbench.records.store import read_records
+from veloxbench.report.page import newest
 from veloxquant_kernels.kernel import FOLDER
 from veloxquant_kernels.pack_codes import packed_words
 

@@ -6,7 +6,7 @@ import re
 import mlx.core as mx
 import pytest
 
-from veloxbench.cli import _run as veloxbench
+from veloxbench.cli.app import _run as veloxbench
 from veloxquant_kernels import emulator, kernel, verify
 from veloxquant_kernels.kernel import FOLDER, metal_text, shipped_kernels
 

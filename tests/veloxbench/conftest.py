@@ -52,7 +52,7 @@ def cut_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from veloxbench.models import load_model, resolve_model
+    from veloxbench.inputs.models import load_model, resolve_model
 
     handle = resolve_model("smollm2-135m")
     model, _ = load_model(handle, n_layers=2)

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from veloxbench.plan import load_grid
-from veloxbench.records import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
+from veloxbench.records.record import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
+from veloxbench.run.grid import load_grid
 
 NOW = datetime.now(UTC) - timedelta(days=1)
 HARDWARE = {"chip": "AMD EPYC", "machine": "x86_64", "physical_cores": 2, "device": "cpu", "rounding": "r"}

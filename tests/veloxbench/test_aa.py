@@ -14,10 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from veloxbench.aa.live import LiveGate, LiveJournal, read_live, run_live
-from veloxbench.aa.page import plot, render
-from veloxbench.aa.record import Setup, check_same
-from veloxbench.aa.resample import (
+from veloxbench.cli.app import _run
+from veloxbench.compare.timed_decode import DecodeSpec
+from veloxbench.compare.timing_blocks import TimedBlock
+from veloxbench.compare.timing_test import Block, Start, TimingSpec, mirrored_order, run_gate
+from veloxbench.errors import ExitCode, IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.gate.verdicts import Verdict
+from veloxbench.trials.timing_live import LiveGate, LiveJournal, read_live, run_live
+from veloxbench.trials.timing_page import plot, render
+from veloxbench.trials.timing_record import Setup, check_same
+from veloxbench.trials.timing_resample import (
     STRETCH,
     ErrorRates,
     Rate,
@@ -28,7 +34,7 @@ from veloxbench.aa.resample import (
     resampled_gates,
     starts_of,
 )
-from veloxbench.aa.series import (
+from veloxbench.trials.timing_series import (
     BASE,
     Segment,
     SeriesHeader,
@@ -38,12 +44,6 @@ from veloxbench.aa.series import (
     series_bytes,
     slot_name,
 )
-from veloxbench.cli import _run
-from veloxbench.decode_timing import DecodeSpec
-from veloxbench.errors import ExitCode, IntegrityError, UnfitEnvironmentError, UsageError
-from veloxbench.timing_gate import Block, Start, TimingSpec, mirrored_order, run_gate
-from veloxbench.timing_pairs import TimedBlock
-from veloxbench.verdicts import Verdict
 
 ROOT = Path(__file__).parents[2]
 SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.10)

@@ -9,10 +9,11 @@ from mlx_lm.models import lfm2
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
-from veloxbench import adapter
-from veloxbench.adapter import CacheUnderTest
 from veloxbench.errors import EngagementError
-from veloxbench.protocol import Chunked, feed
+from veloxbench.measure.protocol import Chunked, feed
+from veloxbench.measure import account
+from veloxbench.methods import cache_under_test as adapter
+from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache
 from veloxquant_mlx.quantizers.per_head import PerHead
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
@@ -29,15 +30,15 @@ def _filled(inner, tokens: int, head_dim: int = 64) -> CacheUnderTest:
 @pytest.mark.parametrize("tokens", [1, 255, 256, 257])
 def test_fp16_reads_exactly_sixteen_bits_at_any_fill(tokens):
     """Used bytes follow the tokens, allocated bytes the buffer's steps of 256."""
-    [layer] = adapter.engagement([_filled(KVCache(), tokens)], [True], KVCache)
-    assert adapter.bits_per_value([layer]) == 16.0
-    assert adapter.allocated_bits_per_value([layer]) == 16.0 * -(-tokens // 256) * 256 / tokens
+    [layer] = account.engagement([_filled(KVCache(), tokens)], [True], KVCache)
+    assert account.bits_per_value([layer]) == 16.0
+    assert account.allocated_bits_per_value([layer]) == 16.0 * -(-tokens // 256) * 256 / tokens
 
 
 def test_affine_costs_its_scales_and_biases():
     """Four bits in groups of 64 with fp16 scale and bias are 4.5 bits per value (field's own formula)."""
-    [layer] = adapter.engagement([_filled(QuantizedKVCache(group_size=64, bits=4), 100)], [True], QuantizedKVCache)
-    assert adapter.bits_per_value([layer]) == 4.5
+    [layer] = account.engagement([_filled(QuantizedKVCache(group_size=64, bits=4), 100)], [True], QuantizedKVCache)
+    assert account.bits_per_value([layer]) == 4.5
     assert (layer.key_bits, layer.value_bits) == (4.0, 4.0)
     assert layer.stored_dtypes == ["float16", "uint32"]
 
@@ -46,10 +47,10 @@ def test_heads_of_different_widths_report_their_mean():
     """Keys at 2, 4 and 3 bits and values at 1, 1 and 2 engage at 3 and 4/3 bits; a width per block has no figure."""
     heads = [tuple(TurboQuantMSE(bits) for bits in widths) for widths in ((2, 4, 3), (1, 1, 2))]
     cache = PackedKVCache(LayerSpec(PerHead(heads[0]), PerHead(heads[1])))
-    [layer] = adapter.engagement([_filled(cache, 10)], [True], PackedKVCache)
+    [layer] = account.engagement([_filled(cache, 10)], [True], PackedKVCache)
     assert (layer.key_bits, layer.value_bits) == (3.0, 4 / 3)
     adaptive = PackedKVCache(LayerSpec(TurboQuantProdAdaptive(), TurboQuantMSE(2)))
-    assert adapter.code_bits(adaptive) == (None, 2.0)
+    assert account.code_bits(adaptive) == (None, 2.0)
 
 
 def test_a_rotating_cache_counts_what_it_still_holds():
@@ -57,9 +58,9 @@ def test_a_rotating_cache_counts_what_it_still_holds():
     cache = _filled(RotatingKVCache(max_size=16), 8)
     for _ in range(32):
         cache.update_and_fetch(mx.zeros((2, 3, 1, 64)), mx.zeros((2, 3, 1, 64)))
-    [layer] = adapter.engagement([cache], [True], RotatingKVCache)
+    [layer] = account.engagement([cache], [True], RotatingKVCache)
     assert layer.tokens == 16
-    assert adapter.bits_per_value([layer]) == 16.0
+    assert account.bits_per_value([layer]) == 16.0
 
 
 def test_a_hidden_copy_is_found():
@@ -73,19 +74,19 @@ def test_a_hidden_copy_is_found():
             return []
 
     with pytest.raises(EngagementError, match="values"):
-        adapter.engagement([_filled(Hiding(), 10)], [True], Hiding)
+        account.engagement([_filled(Hiding(), 10)], [True], Hiding)
 
 
 def test_a_claimed_layer_in_another_class_is_an_error():
     """fp16 where the method claims quantized storage is an error, not a result."""
     with pytest.raises(EngagementError, match="layer 0 is held by KVCache"):
-        adapter.engagement([_filled(KVCache(), 10)], [True], QuantizedKVCache)
+        account.engagement([_filled(KVCache(), 10)], [True], QuantizedKVCache)
 
 
 def test_a_claimed_layer_that_stored_nothing_is_an_error():
     """A cache that no token reached did not take part."""
     with pytest.raises(EngagementError, match="with 0 tokens"):
-        adapter.engagement([CacheUnderTest(KVCache())], [True], KVCache)
+        account.engagement([CacheUnderTest(KVCache())], [True], KVCache)
 
 
 def test_the_adapter_keeps_mlx_lms_choice_of_attention():
@@ -119,6 +120,6 @@ def test_a_hybrid_model_reads_and_writes_its_other_states():
         assert (theirs is None) == (ours is None)
         if theirs is not None:
             np.testing.assert_array_equal(np.array(theirs.logits), np.array(ours.logits))
-    convolution, attention = adapter.engagement(wrapped, [False, True], KVCache)
+    convolution, attention = account.engagement(wrapped, [False, True], KVCache)
     assert (convolution.cache_class, convolution.n_values) == ("ArraysCache", 0)
-    assert (attention.tokens, adapter.bits_per_value([attention])) == (16, 16.0)
+    assert (attention.tokens, account.bits_per_value([attention])) == (16, 16.0)

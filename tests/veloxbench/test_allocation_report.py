@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from gate_records import SOMEWHERE
 
-from veloxbench.records import Estimate, MethodRef, ModelRef, Record, Subject, TextRef
+from veloxbench.records.record import Estimate, MethodRef, ModelRef, Record, Subject, TextRef
 from veloxbench.report.allocation import comparisons
-from veloxbench.report.markdown import newest, render
+from veloxbench.report.page import newest, render
 
 
 def arm(name, target, bits, kld, text="t", **parameters):

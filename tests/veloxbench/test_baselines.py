@@ -10,12 +10,20 @@ from pathlib import Path
 import pytest
 from gate_records import HARDWARE, MODEL, NOW, VERSIONS, damage, quality_record, run_records
 
-from veloxbench import environment
-from veloxbench.baselines import QUALITY_LIFE, BaselineFile, chip_family, fingerprint, fingerprint_id, read_baselines
-from veloxbench.cli import _run as veloxbench
+from veloxbench.cli.app import _run as veloxbench
 from veloxbench.errors import BaselineError
-from veloxbench.plan import cells, load_grid
-from veloxbench.store import JOURNAL, LAST_RUN
+from veloxbench.gate.baselines import (
+    QUALITY_LIFE,
+    BaselineFile,
+    chip_family,
+    fingerprint,
+    fingerprint_id,
+    read_baselines,
+)
+from veloxbench.records import provenance
+from veloxbench.records.store import JOURNAL, LAST_RUN
+from veloxbench.run.grid import load_grid
+from veloxbench.run.plan import cells
 
 
 def write_records(folder: Path, records) -> Path:
@@ -233,7 +241,7 @@ def test_what_is_wrong_with_a_baseline_is_no_unknown_machine(project, monkeypatc
     (path,) = [path for path in files_of(project) if '"quality"' in path.read_text()]
     match wrong:
         case "expired":
-            monkeypatch.setattr("veloxbench.baselines.QUALITY_LIFE", timedelta(days=-1))
+            monkeypatch.setattr("veloxbench.gate.baselines.QUALITY_LIFE", timedelta(days=-1))
             path.unlink()
             assert command_of(project, "baseline", "approve", "--reason", "long ago") == 0
         case "edited":
@@ -329,8 +337,8 @@ def test_the_measured_projects_checkout_is_looked_at(project, tmp_path_factory):
     commit = subprocess.run(
         ["git", "-C", str(project), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     )
-    assert environment.project_state(project) == (commit.stdout.strip(), True)
-    assert environment.project_state(tmp_path_factory.mktemp("outside")) == (None, None)
+    assert provenance.project_state(project) == (commit.stdout.strip(), True)
+    assert provenance.project_state(tmp_path_factory.mktemp("outside")) == (None, None)
 
 
 def test_approve_needs_a_reason(project, capsys):

@@ -16,15 +16,15 @@ from filelock import FileLock
 from gate_records import damage, run_records
 
 import veloxbench
-from veloxbench.cli import _run
-from veloxbench.compare import Plan, compare_revisions
-from veloxbench.decode_timing import DecodeSpec
+from veloxbench.cli.app import _run
+from veloxbench.compare.compare import Plan, compare_revisions
+from veloxbench.compare.revisions import Revision, prepare, unmet_dependencies
+from veloxbench.compare.side import Worker, WorkerError, WorkFailed
+from veloxbench.compare.timed_decode import DecodeSpec
+from veloxbench.compare.timing_test import TimingSpec
 from veloxbench.errors import ExitCode
-from veloxbench.revisions import Revision, prepare, unmet_dependencies
-from veloxbench.store import JOURNAL, LAST_RUN
-from veloxbench.timing_gate import TimingSpec
-from veloxbench.verdicts import Verdict, exit_code
-from veloxbench.worker import Worker, WorkerError, WorkFailed
+from veloxbench.gate.verdicts import Verdict, exit_code
+from veloxbench.records.store import JOURNAL, LAST_RUN
 
 ROOT = Path(__file__).parents[2]
 CENTROIDS = "impl/veloxquant_mlx/quantizers/lloyd_max.py"
@@ -204,7 +204,7 @@ def sides(monkeypatch, tmp_path):
             pass
 
     crashes = []
-    monkeypatch.setattr("veloxbench.compare.start", lambda side, revision, threads: Side(side))
+    monkeypatch.setattr("veloxbench.compare.compare.start", lambda side, revision, threads: Side(side))
 
     def findings(where):
         crashes[:] = [where]
@@ -224,9 +224,9 @@ def plans(monkeypatch):
     """What ``compare`` would do, without doing it."""
     kept = []
     monkeypatch.setattr(
-        "veloxbench.compare.compare_revisions", lambda base, head, plan, message: kept.append(plan) or []
+        "veloxbench.compare.compare.compare_revisions", lambda base, head, plan, message: kept.append(plan) or []
     )
-    monkeypatch.setattr("veloxbench.revisions.prepare", lambda name, repository: None)
+    monkeypatch.setattr("veloxbench.compare.revisions.prepare", lambda name, repository: None)
     return kept
 
 

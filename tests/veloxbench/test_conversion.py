@@ -12,11 +12,11 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 from tokenizers import Tokenizer
 
-from veloxbench.corpora import load_text, token_block
 from veloxbench.errors import IntegrityError, UsageError
-from veloxbench.gguf_conversion import convert_llama2c, gguf_config, halves_from_pairs
-from veloxbench.models import known_models, load_model, resolve_model
-from veloxbench.progress import SilentReporter
+from veloxbench.inputs.corpora import load_text, token_block
+from veloxbench.inputs.gguf import convert_llama2c, gguf_config, halves_from_pairs
+from veloxbench.inputs.models import known_models, load_model, resolve_model
+from veloxbench.inputs.transfer_progress import SilentReporter
 
 # Largest error of mlx-lm's fp32 logits against an fp64 pass. NumPy's own fp32 pass over the same tokens rounds as
 # often, in another order, and is the noise floor (1.6e-4, 5.8e-5, 7.0e-5 on the three models); mlx-lm measured

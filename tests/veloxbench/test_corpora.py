@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from mlx_lm.utils import load_tokenizer
 
-from veloxbench.corpora import EVALUATION_SHARE, Text, known_corpora, load_text, token_block
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError
-from veloxbench.models import resolve_model
-from veloxbench.sources import cache_dir
+from veloxbench.inputs.corpora import EVALUATION_SHARE, Text, known_corpora, load_text, token_block
+from veloxbench.inputs.models import resolve_model
+from veloxbench.inputs.sources import cache_dir
 
 STORY = "".join(f"Sentence number {i} says something about the number {i * i}.\n" for i in range(500))
 

@@ -7,11 +7,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxbench import damages
-from veloxbench.cli import _run
-from veloxbench.damages import GATES, Study, exact_changes, measure, reaches, trials
+from veloxbench.cli.app import _run
 from veloxbench.errors import ExitCode
-from veloxbench.methods.damaged import (
+from veloxbench.gate.verdicts import Verdict
+from veloxbench.inputs.models import resolve_model
+from veloxbench.inputs.transfer_progress import SilentReporter
+from veloxbench.measure.protocol import Chunked
+from veloxbench.trials import damages
+from veloxbench.trials.damaged import (
     BASES,
     CENTROID,
     DAMAGES,
@@ -23,11 +26,8 @@ from veloxbench.methods.damaged import (
     strikes,
     undamaged,
 )
-from veloxbench.models import resolve_model
-from veloxbench.progress import SilentReporter
-from veloxbench.protocol import Chunked
-from veloxbench.report.damages import render
-from veloxbench.verdicts import Verdict
+from veloxbench.trials.damages import GATES, Study, exact_changes, measure, reaches, trials
+from veloxbench.trials.damages_page import render
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 
 ROOT = Path(__file__).parents[2]

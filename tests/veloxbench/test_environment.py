@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import veloxbench
-from veloxbench.environment import harness_hash
+from veloxbench.records.provenance import harness_hash
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxbench.gate import ROUNDING
+from veloxbench.gate.gate import ROUNDING
 from veloxbench.measure.exact import DIGEST_HEX, N_SKETCHES, FixedInputs, digest, lattice_vectors, measure, sketch
-from veloxbench.methods.exact_cases import cases
+from veloxbench.measure.exact_cases import cases
 from veloxquant_mlx.methods import METHODS
 from veloxquant_mlx.quantizers import turboquant_mse
 from veloxquant_mlx.transforms.rotation import rotation_matrix
@@ -20,7 +20,7 @@ from veloxquant_mlx.transforms.rotation import rotation_matrix
 EVERYTHING = """
 import json, veloxbench
 from veloxbench.measure.exact import measure
-from veloxbench.methods.exact_cases import cases
+from veloxbench.measure.exact_cases import cases
 found = {}
 for case in cases():
     if case.method in ("affine", "kivi", "pack_codes", "pack_trits", "ratequant"):

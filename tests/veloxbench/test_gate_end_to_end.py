@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from veloxbench import environment
-from veloxbench.cli import _run as veloxbench
-from veloxbench.store import LAST_RUN, read_records
+from veloxbench.cli.app import _run as veloxbench
+from veloxbench.records import provenance
+from veloxbench.records.store import LAST_RUN, read_records
 from veloxquant_mlx.quantizers import turboquant_mse
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def approved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.toml").write_text(GRID)
     with pytest.MonkeyPatch.context() as patch:
         # the tests' own checkout may have changes; whose it is does not matter here
-        patch.setattr(environment, "git_state", lambda: ("c" * 40, False))
+        patch.setattr(provenance, "git_state", lambda: ("c" * 40, False))
         assert run(folder, "results") == 0
     assert veloxbench(["baseline", "approve", "--reason", "first", *places(folder, "results")]) == 0
     return folder

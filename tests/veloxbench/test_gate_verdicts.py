@@ -9,19 +9,12 @@ import pytest
 from gate_records import HARDWARE, MODEL, NOW, N, damage, quality_record, run_records
 from scipy import stats
 
-from veloxbench.baselines import from_records
 from veloxbench.errors import ExitCode
-from veloxbench.gate import (
-    ALPHA,
-    BUDGETS,
-    MIN_SEQUENCES,
-    POWER,
-    judge,
-    paired_test,
-    smallest_detectable,
-)
-from veloxbench.stats import holm_levels
-from veloxbench.verdicts import Verdict, exit_code, overall, sentence
+from veloxbench.gate.baselines import from_records
+from veloxbench.gate.gate import BUDGETS, MIN_SEQUENCES, judge
+from veloxbench.gate.paired_test import ALPHA, POWER, paired_test, smallest_detectable
+from veloxbench.gate.verdicts import Verdict, exit_code, overall, sentence
+from veloxbench.records.intervals import holm_levels
 
 SIMULATED = 2000
 

@@ -7,11 +7,12 @@ import re
 import pytest
 from gate_records import NOW, damage, run_records
 
-from veloxbench.baselines import Approval, approve, propose
-from veloxbench.cli import _run as veloxbench
+from veloxbench.cli.app import _run as veloxbench
+from veloxbench.gate.approval import approve, propose
+from veloxbench.gate.baselines import Approval
+from veloxbench.gate.verdicts import Finding, Verdict
+from veloxbench.records.store import JOURNAL
 from veloxbench.report.github import ANNOTATIONS, SUMMARY_BYTES, annotation_lines, publish, summary
-from veloxbench.store import JOURNAL
-from veloxbench.verdicts import Finding, Verdict
 
 
 def finding(verdict=Verdict.REGRESS, subject="smollm2-135m turboquant_mse 4", reason="KLD rose by 12%", **fields):

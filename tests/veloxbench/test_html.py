@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from veloxbench.cli import _run as veloxbench
-from veloxbench.records import Estimate, Record
+from veloxbench.cli.app import _run as veloxbench
+from veloxbench.records.record import Estimate, Record
+from veloxbench.records.store import read_records
 from veloxbench.report.html import plots, render_html
-from veloxbench.report.markdown import REFERENCE, newest, render
+from veloxbench.report.page import REFERENCE, newest, render
 from veloxbench.report.plots import speed_plot
-from veloxbench.store import read_records
 
 RECORDS = Path(__file__).parents[2] / "records"
 

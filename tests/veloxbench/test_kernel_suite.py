@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from veloxbench.adapter import CacheUnderTest, engagement
-from veloxbench.cli import _run as veloxbench
+from veloxbench.cli.app import _run as veloxbench
+from veloxbench.inputs.models import load_model, resolve_model
+from veloxbench.measure.account import engagement
 from veloxbench.measure.kernels import HeadShape, Traffic, head_shape, measure, refusal
-from veloxbench.models import load_model, resolve_model
-from veloxbench.store import read_records
+from veloxbench.methods.cache_under_test import CacheUnderTest
+from veloxbench.records.store import read_records
 from veloxquant_kernels import emulator
 from veloxquant_kernels.emulator import build
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache

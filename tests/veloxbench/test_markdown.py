@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from gate_records import SOMEWHERE
 
-from veloxbench.records import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
-from veloxbench.report.markdown import render
-from veloxbench.stats import ratio_interval
-from veloxbench.store import read_records
+from veloxbench.records.intervals import ratio_interval
+from veloxbench.records.record import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
+from veloxbench.records.store import read_records
+from veloxbench.report.page import render
 
 RECORDS = Path(__file__).parents[2] / "records"
 

@@ -9,7 +9,7 @@ import pytest
 
 from veloxbench.errors import ExitCode, VeloxError
 from veloxbench.measure import memory
-from veloxbench.methods import make_arm
+from veloxbench.methods.registry import make_arm
 
 WINDOW, TOKENS, DECODED = 64, 128, 4
 VOCABULARY = 512
@@ -26,7 +26,7 @@ def sliding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from mlx.utils import tree_flatten
     from mlx_lm.models import gemma3_text
 
-    from veloxbench.models import resolve_model
+    from veloxbench.inputs.models import resolve_model
 
     config = {
         "model_type": "gemma3_text",

@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 
 import veloxbench.methods.ratequant
-from veloxbench import methods
-from veloxbench.adapter import arrays_of, bits_per_value, engagement
 from veloxbench.errors import EngagementError, UsageError
-from veloxbench.methods import BuildContext, Geometry, all_methods, build, geometry, get_method, make_arm, parse_method
+from veloxbench.measure.account import bits_per_value, engagement
+from veloxbench.methods import registry as methods
+from veloxbench.methods.cache_under_test import arrays_of
+from veloxbench.methods.registry import (
+    BuildContext,
+    Geometry,
+    all_methods,
+    build,
+    geometry,
+    get_method,
+    make_arm,
+    parse_method,
+)
 from veloxbench.methods.veloxquant import storage_formula
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance, Sensitivities
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
@@ -28,7 +38,7 @@ ARMS = [
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory):
-    from veloxbench.models import load_model, resolve_model
+    from veloxbench.inputs.models import load_model, resolve_model
 
     handle = resolve_model("smollm2-135m")
     model, tokenizer = load_model(handle, n_layers=2)

@@ -12,11 +12,11 @@ from mlx_lm.utils import quantize_model, save_model
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from veloxbench import models as models_module
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError
-from veloxbench.models import UNKNOWN_CONTEXT, known_models, load_model, resolve_model
-from veloxbench.progress import SilentReporter
-from veloxbench.sources import cache_dir, sha256_of
+from veloxbench.inputs import models as models_module
+from veloxbench.inputs.models import UNKNOWN_CONTEXT, known_models, load_model, resolve_model
+from veloxbench.inputs.sources import cache_dir, sha256_of
+from veloxbench.inputs.transfer_progress import SilentReporter
 
 HIDDEN, LAYERS, VOCABULARY = 32, 3, 64
 

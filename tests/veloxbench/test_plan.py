@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from veloxbench.corpora import Text
 from veloxbench.errors import UsageError
-from veloxbench.models import ModelHandle
-from veloxbench.plan import cells, customise, load_grid, measurements, parse_grid
+from veloxbench.inputs.corpora import Text
+from veloxbench.inputs.models import ModelHandle
+from veloxbench.run.grid import customise, load_grid, parse_grid
+from veloxbench.run.plan import cells, measurements
 
 GRID = """
 summary = "lists"
@@ -30,7 +31,7 @@ def test_a_list_of_parameters_is_measured_at_each_value():
     assert {arm.parameters["unit"] for arm in arms} == {"head"}
 
 
-@pytest.mark.parametrize("file", [f.name for f in (resources.files("veloxbench") / "grids").iterdir()])
+@pytest.mark.parametrize("file", [f.name for f in (resources.files("veloxbench.run") / "grids").iterdir()])
 def test_every_profile_names_arms_that_exist(file):
     """Methods, parameters and targets of each grid of the package are known."""
     assert load_grid(file.removesuffix(".toml")).arm_list()

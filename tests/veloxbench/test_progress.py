@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from veloxbench.progress import LineReporter, RichReporter, default_reporter, step
+from veloxbench.inputs.transfer_progress import LineReporter, RichReporter, default_reporter, step
 
 
 def test_lines_where_there_is_no_terminal(capsys):

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from veloxbench.adapter import CacheUnderTest
 from veloxbench.errors import UsageError
+from veloxbench.measure.protocol import Chunked, Decode, feed
 from veloxbench.measure.quality import rows_per_step
-from veloxbench.protocol import Chunked, Decode, feed
+from veloxbench.methods.cache_under_test import CacheUnderTest
 
 
 @pytest.fixture(scope="module")
 def model():
-    from veloxbench.models import load_model, resolve_model
+    from veloxbench.inputs.models import load_model, resolve_model
 
     return load_model(resolve_model("smollm2-135m"), n_layers=4)[0]
 

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_tokenizer
 
-from veloxbench.corpora import load_text, token_block
+from veloxbench.inputs.corpora import load_text, token_block
+from veloxbench.inputs.models import resolve_model
 from veloxbench.measure import quality
 from veloxbench.measure.divergence import worker_pool
+from veloxbench.measure.protocol import Chunked, feed
 from veloxbench.measure.reference import ReferenceCache, vocabulary_of
-from veloxbench.methods import make_arm
-from veloxbench.models import resolve_model
-from veloxbench.plan import REFERENCE
-from veloxbench.protocol import Chunked, feed
-from veloxbench.runner import Session
+from veloxbench.methods.registry import make_arm
+from veloxbench.run.plan import REFERENCE
+from veloxbench.run.session import Session
 
 pytestmark = pytest.mark.slow
 

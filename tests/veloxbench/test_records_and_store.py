@@ -8,8 +8,8 @@ from gate_records import SOMEWHERE
 from pydantic import ValidationError
 
 from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
-from veloxbench.records import Estimate, MethodRef, ModelRef, Record, Subject, TextRef, json_schema
-from veloxbench.store import JOURNAL, open_store, read_records
+from veloxbench.records.record import Estimate, MethodRef, ModelRef, Record, Subject, TextRef, json_schema
+from veloxbench.records.store import JOURNAL, open_store, read_records
 
 ROOT = Path(__file__).parents[2]
 

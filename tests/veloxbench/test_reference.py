@@ -6,11 +6,11 @@ import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from scipy.special import rel_entr, softmax
 
-from veloxbench.adapter import CacheUnderTest
-from veloxbench.corpora import load_text, token_block
+from veloxbench.inputs.corpora import load_text, token_block
 from veloxbench.measure import divergence, quality
+from veloxbench.measure.protocol import Chunked, feed
 from veloxbench.measure.reference import ReferenceCache, lockstep
-from veloxbench.protocol import Chunked, feed
+from veloxbench.methods.cache_under_test import CacheUnderTest
 
 PROTOCOL = Chunked(2, 128, chunk=64, score_from=64)
 
@@ -18,7 +18,7 @@ PROTOCOL = Chunked(2, 128, chunk=64, score_from=64)
 @pytest.fixture(scope="module")
 def real():
     """The default model whole, on real text: logits of the fp16 and the 8-bit arm."""
-    from veloxbench.models import load_model, resolve_model
+    from veloxbench.inputs.models import load_model, resolve_model
 
     model, tokenizer = load_model(resolve_model("smollm2-135m"))
     tokens = token_block(load_text("bundled"), tokenizer, n_sequences=2, length=129).tokens
@@ -72,7 +72,7 @@ def test_kept_and_lockstep_references_are_the_same(real, pool, tmp_path):
 
 
 def _fake_steps(n_rows: int, vocabulary: int):
-    from veloxbench.protocol import ScoredLogits
+    from veloxbench.measure.protocol import ScoredLogits
 
     logits = mx.array(np.random.default_rng(0).standard_normal((1, n_rows, vocabulary)).astype(np.float32))
     yield ScoredLogits(0, logits, np.zeros((1, n_rows), np.int32))

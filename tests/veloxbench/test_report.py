@@ -6,9 +6,9 @@ from datetime import timedelta
 import pytest
 from gate_records import HARDWARE, MODEL, NOW, quality_record
 
-from veloxbench.records import FailedMeasurement, Record, TextRef
+from veloxbench.records.record import FailedMeasurement, Record, TextRef
 from veloxbench.report.html import plots, render_html
-from veloxbench.report.markdown import render
+from veloxbench.report.page import render
 
 
 def elsewhere(record: Record, **changes) -> Record:

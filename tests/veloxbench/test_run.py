@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from veloxbench.cli import _run as veloxbench
-from veloxbench.store import JOURNAL, read_records
+from veloxbench.cli.app import _run as veloxbench
+from veloxbench.records.store import JOURNAL, read_records
 
 N_KILLS = 20
 
@@ -106,7 +106,16 @@ def test_a_crash_is_kept_for_the_page_until_it_is_measured(cut_model, grid_file,
 def test_killed_twenty_times_it_loses_nothing_and_measures_nothing_twice(cut_model, grid_file, tmp_path):
     """kill -9 at seeded moments: every restart goes on, finished records stay, keys and ids are unique."""
     rng = random.Random(0)
-    command = [sys.executable, "-m", "veloxbench.cli", "run", "--profile", str(grid_file), "--models", str(cut_model)]
+    command = [
+        sys.executable,
+        "-m",
+        "veloxbench.cli",
+        "run",
+        "--profile",
+        str(grid_file),
+        "--models",
+        str(cut_model),
+    ]
     kills, folder_number, finished_runs = 0, 0, 0
     while kills < N_KILLS or finished_runs == 0:
         out = tmp_path / f"out{folder_number}"

@@ -16,9 +16,9 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 
-from veloxbench import sources
 from veloxbench.errors import ExitCode, IntegrityError, UnfitEnvironmentError
-from veloxbench.sources import HubFile, NpmMember, PinnedFile, WheelMember, cache_dir, fetch, sha256_of
+from veloxbench.inputs import sources
+from veloxbench.inputs.sources import HubFile, NpmMember, PinnedFile, WheelMember, cache_dir, fetch, sha256_of
 
 CONTENT = np.random.default_rng(7).bytes(3_000_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

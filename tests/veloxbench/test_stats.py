@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from veloxbench import stats
+from veloxbench.records import intervals as stats
 
 
 def test_mean_interval_is_student_t():

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from veloxbench.errors import ExitCode, UsageError
-from veloxbench.timing_gate import (
+from veloxbench.compare.timing_test import (
     Block,
     Start,
     TimingSpec,
@@ -16,7 +15,8 @@ from veloxbench.timing_gate import (
     run_gate,
     slowdown_bounds,
 )
-from veloxbench.verdicts import Verdict, exit_code
+from veloxbench.errors import ExitCode, UsageError
+from veloxbench.gate.verdicts import Verdict, exit_code
 
 SPEC = TimingSpec()
 

@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxbench.methods import Arm
-from veloxbench.records import Estimate, MethodRef, ModelRef, content_hash
+from veloxbench.methods.registry import Arm
+from veloxbench.records.record import Estimate, MethodRef, ModelRef, content_hash
 
 N_SKETCHES = 8
 DIGEST_HEX = 12

@@ -13,7 +13,7 @@ from typing import Any
 
 from veloxbench.errors import UsageError
 from veloxbench.measure.quality import Measured
-from veloxbench.records import Estimate
+from veloxbench.records.record import Estimate
 from veloxquant_kernels.emulator import CompilerNotFound, find_compiler
 from veloxquant_kernels.fused_attention import unsupported
 from veloxquant_kernels.traffic import decode_traffic

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from veloxbench.errors import EngagementError, ExitCode, UsageError, VeloxError
-from veloxbench.records import Estimate, LayerEngagement
+from veloxbench.records.record import Estimate, LayerEngagement
 
 PREFILL_CHUNK = 512
 GIB = 2**30
@@ -97,9 +97,10 @@ def measure_in_this_process(request: Request) -> Reply:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from veloxbench.adapter import arrays_of, engagement, static_bytes
-    from veloxbench.methods import BuildContext, build, geometry, get_method, make_arm
-    from veloxbench.models import load_model, resolve_model
+    from veloxbench.inputs.models import load_model, resolve_model
+    from veloxbench.measure.account import engagement, static_bytes
+    from veloxbench.methods.cache_under_test import arrays_of
+    from veloxbench.methods.registry import BuildContext, build, geometry, get_method, make_arm
 
     phases: list[Phase] = []
 
@@ -231,7 +232,7 @@ def metrics(reply: Reply, method: str, budget_gib: float) -> tuple[dict[str, Est
     Raises:
         EngagementError: from :func:`check_formula`.
     """
-    from veloxbench.adapter import allocated_bits_per_value, bits_per_value
+    from veloxbench.measure.account import allocated_bits_per_value, bits_per_value
 
     check_formula(reply.filled, reply.formula_filled, method)
     check_formula(reply.final, reply.formula_final, method)

@@ -14,11 +14,12 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
-from veloxbench.adapter import CacheUnderTest, allocated_bits_per_value, bits_per_value, engagement
+from veloxbench.measure.account import allocated_bits_per_value, bits_per_value, engagement
 from veloxbench.measure.divergence import PositionStats, ReferenceRows, compare
-from veloxbench.protocol import Protocol, feed
-from veloxbench.records import Estimate, LayerEngagement
-from veloxbench.stats import mean_interval, quantile_interval
+from veloxbench.measure.protocol import Protocol, feed
+from veloxbench.methods.cache_under_test import CacheUnderTest
+from veloxbench.records.intervals import mean_interval, quantile_interval
+from veloxbench.records.record import Estimate, LayerEngagement
 
 Tick = Callable[[int], None]
 """Called with the number of tokens just processed."""

@@ -18,9 +18,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from veloxbench.inputs.sources import cache_lock
 from veloxbench.measure.divergence import ReferenceRows, as_rows, reference_rows
-from veloxbench.protocol import ScoredLogits
-from veloxbench.sources import cache_lock
+from veloxbench.measure.protocol import ScoredLogits
 
 DEFAULT_CAP_BYTES = 4 * 2**30
 _ROWS, _STATS, _META = "log_probs.f16", "stats.npz", "meta.json"

@@ -18,11 +18,11 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
-from veloxbench.adapter import arrays_of
 from veloxbench.errors import UsageError
 from veloxbench.measure.quality import Measured
-from veloxbench.records import Estimate
-from veloxbench.stats import median_interval, ratio_interval
+from veloxbench.methods.cache_under_test import arrays_of
+from veloxbench.records.intervals import median_interval, ratio_interval
+from veloxbench.records.record import Estimate
 
 PREFILL_CHUNK = 2048  # mlx-lm's own prefill step
 

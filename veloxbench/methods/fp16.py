@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from veloxbench.methods import BuildContext, Geometry, register
+from veloxbench.methods.registry import BuildContext, Geometry, register
 
 
 def _formula(cache: Any, tokens: int, geometry: Geometry) -> Fraction:

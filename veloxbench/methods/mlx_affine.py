@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_lm.models.cache import QuantizedKVCache
 
-from veloxbench.methods import BuildContext, Geometry, plain_caches, register
+from veloxbench.methods.registry import BuildContext, Geometry, plain_caches, register
 
 
 def _formula(cache: QuantizedKVCache, tokens: int, geometry: Geometry) -> Fraction:

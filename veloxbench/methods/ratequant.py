@@ -11,10 +11,10 @@ from typing import Any
 
 import veloxquant_kernels
 import veloxquant_mlx
-from veloxbench.environment import source_hash
-from veloxbench.methods import BuildContext, register
+from veloxbench.methods.registry import BuildContext, register
 from veloxbench.methods.veloxquant import implementation, storage_formula
-from veloxbench.records import content_hash
+from veloxbench.records.provenance import source_hash
+from veloxbench.records.record import content_hash
 from veloxquant_mlx.allocators.curves import Weighting
 from veloxquant_mlx.allocators.ratequant import (
     DistortionCurves,

@@ -11,9 +11,9 @@ from typing import Any
 
 import veloxquant_kernels
 import veloxquant_mlx
-from veloxbench.environment import source_hash
 from veloxbench.errors import EngagementError
-from veloxbench.methods import BuildContext, Geometry, register
+from veloxbench.methods.registry import BuildContext, Geometry, register
+from veloxbench.records.provenance import source_hash
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
 

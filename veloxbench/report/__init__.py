@@ -1,1 +1,1 @@
-"""Reports: written from records alone; no number in them is typed by hand."""
+"""Pages from records and verdicts: no number is typed by hand, and nothing here measures."""

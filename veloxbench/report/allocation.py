@@ -12,8 +12,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from veloxbench.records import Estimate, Record, content_hash
-from veloxbench.stats import mean_interval
+from veloxbench.records.intervals import mean_interval
+from veloxbench.records.record import Estimate, Record, content_hash
 
 METHOD = "ratequant"
 CONTROL = "shuffle"

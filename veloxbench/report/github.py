@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, TextIO
 
-from veloxbench.verdicts import WORST_FIRST, Finding, Verdict, overall
+from veloxbench.gate.verdicts import WORST_FIRST, Finding, Verdict, overall
 
 SUMMARY_BYTES: Final = 1 << 20
 """Most that one step may write to its summary."""

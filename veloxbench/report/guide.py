@@ -17,11 +17,11 @@ import numpy as np
 from tabulate import tabulate
 
 from veloxbench.errors import UsageError
-from veloxbench.records import Record
+from veloxbench.records.intervals import mean_interval
+from veloxbench.records.record import Record
+from veloxbench.records.store import read_records
 from veloxbench.report.allocation import METHOD, comparisons, is_control, places
-from veloxbench.report.markdown import GUIDE_CLAIMS, format_estimate, latest, newest
-from veloxbench.stats import mean_interval
-from veloxbench.store import read_records
+from veloxbench.report.page import GUIDE_CLAIMS, format_estimate, latest, newest
 
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SENSITIVITY = "sensitivity.json"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
-from veloxbench.records import FailedMeasurement, Record
+from veloxbench.records.record import FailedMeasurement, Record
 from veloxbench.report.allocation import places
-from veloxbench.report.markdown import by_model, newest, render
+from veloxbench.report.page import by_model, newest, render
 from veloxbench.report.plots import quality_plot, speed_plot
 
 
@@ -27,7 +27,7 @@ def render_html(records: Sequence[Record], failures: Sequence[FailedMeasurement]
     """The whole page.
 
     Args:
-        records: as for :func:`veloxbench.report.markdown.render`, which writes every figure that stands here.
+        records: as for :func:`veloxbench.report.page.render`, which writes every figure that stands here.
         failures: likewise.
     """
     text = re.sub(r"<!--.*?-->\n*", "", render(records, failures), flags=re.DOTALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
-from veloxbench.verdicts import Finding, Verdict
+from veloxbench.gate.verdicts import Finding, Verdict
 
 
 def junit(findings: Sequence[Finding]) -> str:

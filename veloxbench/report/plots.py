@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from veloxbench.records import Estimate, MethodRef, Record
-from veloxbench.report.markdown import REFERENCE, paired_ratio
+from veloxbench.records.record import Estimate, MethodRef, Record
+from veloxbench.report.page import REFERENCE, paired_ratio
 
 # Okabe and Ito's colours keep apart for readers with any colour vision; the marker repeats the distinction.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -1,0 +1,5 @@
+"""``python -m veloxbench.cli``."""
+
+from veloxbench.cli import main
+
+main()

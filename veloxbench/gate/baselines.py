@@ -1,0 +1,399 @@
+"""Baselines: what a gate compares with, kept as raw samples in ``baselines/<fingerprint>/<suite>.json``.
+
+A fingerprint holds what must be equal for a comparison to mean anything, and no more, so that a new commit
+finds its baseline. The implementation under test is never in it. By tier:
+
+- ``exact`` (bytes, codes, allocations): weights, tokenizer, text, protocol; for codes the kind of device. Holds on
+  every machine.
+- ``quality``: the same, and the chip family, the device, MLX's minor version and the order of fp32 sums
+  (:func:`veloxbench.measure.machine.rounding`): another order draws the quantization noise anew.
+
+Stored timings gate nothing: another day of the same machine differs by more than a regression does.
+A file is written whole by :func:`approve` alone, and carries the hash of its content.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from veloxbench.errors import BaselineError
+from veloxbench.records.record import Finite, Record, Suite, content_hash
+from veloxbench.records.store import validation_reason
+
+StoredTier = Literal["exact", "quality"]
+FOLDER = Path("baselines")
+
+QUALITY_LIFE = timedelta(days=365)
+"""Quality is measured anew at least this often; bytes and codes do not age."""
+
+EXACT_METRICS: Mapping[Suite, tuple[str, ...]] = {
+    "perplexity": ("bits_per_value", "allocated_bits_per_value", "engaged_layers"),
+    "memory": (
+        "bits_per_value",
+        "allocated_bits_per_value",
+        "filled_bits_per_value",
+        "filled_allocated_bits_per_value",
+        "cache_bytes",
+        "static_bytes",
+        "weight_bytes",
+        "tokens_in_budget",
+        "engaged_layers",
+    ),
+}
+"""Metrics of measuring suites that are equal wherever the fingerprint is; peaks are the allocator's, not ours."""
+
+WHOLLY_EXACT: tuple[str, ...] = ("exact", "kernels")
+"""Suites that read no clock and no allocator: every metric is exact."""
+
+QUALITY_SAMPLES = ("kld_mean", "delta_nll")
+REFERENCE_SAMPLES = ("nll",)
+"""What is gated of an arm, and of the fp16 reference, per sequence."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Snapshot(_Frozen):
+    """The gated part of one record."""
+
+    record_id: str
+    measured: datetime
+    commit: str | None
+    status: Literal["measured", "unsupported"]
+    metrics: dict[str, Finite] = Field(default_factory=dict)
+    samples: dict[str, list[Finite]] = Field(default_factory=dict)
+
+
+class Entry(_Frozen):
+    """One subject's baseline: as last approved, and as at the last release, from which drift is counted."""
+
+    subject: str
+    approved: Snapshot
+    released: Snapshot | None = Field(description="absent: the same as approved")
+    approval: int = Field(description="index of the approval that set it")
+
+    @property
+    def at_release(self) -> Snapshot:
+        """The value from which drift is counted."""
+        return self.released or self.approved
+
+
+class Approval(_Frozen):
+    """Who changed the baseline, when and why."""
+
+    who: str
+    when: datetime
+    why: str
+    commit: str | None
+    release: str | None = None
+
+
+class BaselineFile(_Frozen):
+    """One ``<fingerprint>/<suite>.json``."""
+
+    schema_version: Literal[1] = 1
+    tier: StoredTier
+    suite: Suite
+    fingerprint: dict[str, JsonValue]
+    profiles: tuple[str, ...]
+    """A run of one of these profiles must produce every entry."""
+    expires: date | None
+    """The earliest last day of its entries (:meth:`expired`); None: they do not age."""
+    approvals: tuple[Approval, ...]
+    entries: tuple[Entry, ...]
+    content_sha256: str
+
+    @model_validator(mode="after")
+    def _hash_matches(self) -> BaselineFile:
+        if self.content_sha256 != self.content_id():
+            raise ValueError("its content hash does not match: it was edited by hand")
+        if not self.entries:
+            raise ValueError("it has no entries")
+        return self
+
+    def content_id(self) -> str:
+        """sha256 of the canonical JSON without the hash itself."""
+        return content_hash(self.model_dump(mode="json", exclude={"content_sha256"}))
+
+    @classmethod
+    def create(cls, **fields: object) -> BaselineFile:
+        """A validated file with its hash computed."""
+        draft = cls.model_construct(content_sha256="", **fields)  # type: ignore[arg-type]
+        return cls.model_validate({**draft.model_dump(mode="json"), "content_sha256": draft.content_id()})
+
+    @property
+    def place(self) -> str:
+        """``<fingerprint>/<suite>.json``."""
+        return f"{fingerprint_id(self.fingerprint)}/{self.suite}.json"
+
+    @property
+    def by_subject(self) -> dict[str, Entry]:
+        """Entries by the name of what was measured."""
+        return {entry.subject: entry for entry in self.entries}
+
+    def expired(self, day: date) -> dict[str, date]:
+        """Entries that are too old on a day, with their last day: each counts from its own measurement."""
+        if self.expires is None:
+            return {}
+        last = {entry.subject: _last_day(entry) for entry in self.entries}
+        return {subject: of_entry for subject, of_entry in last.items() if of_entry < day}
+
+    @property
+    def machine(self) -> dict[str, JsonValue]:
+        """The part of the fingerprint that says where it holds; empty: everywhere."""
+        return {name: self.fingerprint[name] for name in MACHINE_FIELDS if name in self.fingerprint}
+
+    def holds_on(self, machine: Mapping[str, JsonValue]) -> bool:
+        """Whether a machine (its :func:`machine_fields`) is one of those."""
+        return all(machine.get(name) == value for name, value in self.machine.items())
+
+    def to_text(self) -> str:
+        """The file's text, a list of samples on one line so that a diff can be read."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True)
+        return re.sub(r"\[[-+\d.eE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
+
+
+def _last_day(entry: Entry) -> date:
+    return entry.approved.measured.date() + QUALITY_LIFE
+
+
+MACHINE_FIELDS = ("chip_family", "device", "mlx", "rounding")
+
+
+def chip_family(hardware: Mapping[str, JsonValue]) -> str:
+    """``x86-64``, ``apple-silicon`` or ``arm64``."""
+    machine = str(hardware.get("machine", "")).lower()
+    if machine in ("x86_64", "amd64"):
+        return "x86-64"
+    if machine in ("arm64", "aarch64"):
+        return "apple-silicon" if "apple" in str(hardware.get("chip", "")).lower() else "arm64"
+    return machine or "unknown"
+
+
+def machine_fields(hardware: Mapping[str, JsonValue], versions: Mapping[str, str]) -> dict[str, JsonValue]:
+    """Chip family, device, MLX's minor version and the order of fp32 sums of a machine."""
+    return {
+        "chip_family": chip_family(hardware),
+        "device": hardware.get("device"),
+        "mlx": ".".join(versions.get("mlx", "unknown").split(".")[:2]),
+        "rounding": hardware.get("rounding"),
+    }
+
+
+def fingerprint(record: Record, tier: StoredTier) -> dict[str, JsonValue]:
+    """What must be equal for a comparison in this tier; the implementation under test is not in it."""
+    subject = record.subject
+    fields: dict[str, JsonValue] = {
+        "tier": tier,
+        "suite": subject.suite,
+        "protocol": subject.protocol,
+        "model": subject.model.name,
+        "weights_sha256": subject.model.weights_sha256,
+        "tokenizer_sha256": subject.model.tokenizer_sha256,
+        "config_sha256": subject.model.config_sha256,
+        "n_layers": subject.model.n_layers,
+        "tokens_sha256": subject.text.tokens_sha256,
+        "settings": subject.settings,
+    }
+    machine = machine_fields(record.provenance.hardware, record.provenance.versions)
+    if tier == "quality":
+        return {**fields, **machine}
+    # codes on fixed inputs are those of one kind of device: a GPU may divide to another last bit
+    return {**fields, "device": machine["device"]} if subject.suite == "exact" else fields
+
+
+def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
+    """The folder's name."""
+    return content_hash(dict(fields))[:16]
+
+
+def subject_name(record: Record) -> str:
+    """``smollm2-135m chunked turboquant_mse 4``: the same before and after a change of code."""
+    return f"{record.subject.model.name} {record.subject.protocol} {record.subject.method.label}"
+
+
+def gated_metrics(record: Record, tier: StoredTier) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the metrics and of the samples that a tier gates in records of this suite."""
+    suite = record.subject.suite
+    if tier == "exact":
+        if suite in WHOLLY_EXACT:
+            return tuple(record.metrics), tuple(record.samples)
+        return EXACT_METRICS.get(suite, ()), ()
+    if suite != "perplexity":
+        return (), ()
+    return (), REFERENCE_SAMPLES if record.subject.method.target is None else QUALITY_SAMPLES
+
+
+def snapshot(record: Record, tier: StoredTier) -> Snapshot | None:
+    """The part of a record that a tier gates; None where it gates nothing of it."""
+    metrics, samples = gated_metrics(record, tier)
+    if not metrics and not samples:
+        return None
+    return Snapshot(
+        record_id=record.id,
+        measured=record.provenance.started,
+        commit=record.provenance.commit,
+        status=record.status,
+        metrics={name: record.metrics[name].value for name in metrics if name in record.metrics},
+        samples={name: record.samples[name] for name in samples if name in record.samples},
+    )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Snapshots that share a fingerprint: what one baseline file is compared with."""
+
+    tier: StoredTier
+    suite: Suite
+    fingerprint: Mapping[str, JsonValue]
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """The fingerprint's hash."""
+        return fingerprint_id(self.fingerprint)
+
+    @property
+    def described(self) -> str:
+        """For sentences: suite, model and protocol."""
+        return f"{self.suite} of {self.fingerprint['model']}, {self.fingerprint['protocol']}"
+
+
+def of_newest_code(records: Iterable[Record]) -> list[Record]:
+    """Records of the code that was measured last, oldest first.
+
+    A folder of results may hold an earlier commit's records; one of those must not stand in for a benchmark
+    that crashed in this one. Where a run left its keys
+    (:func:`veloxbench.records.store.read_last_run`) they say more, for a return to earlier code measures nothing
+    anew; this serves records without them.
+    """
+    ordered = sorted(records, key=lambda record: record.provenance.started)
+    newest = {_package(record): record.subject.method.implementation for record in ordered}
+    harness = ordered[-1].subject.harness if ordered else ""
+    return [
+        record
+        for record in ordered
+        if record.subject.harness == harness and record.subject.method.implementation == newest[_package(record)]
+    ]
+
+
+def _package(record: Record) -> str:
+    return record.subject.method.implementation.partition(" ")[0]
+
+
+def grouped(records: Iterable[Record]) -> list[Group]:
+    """The gated parts of the newest code's records, by tier and fingerprint."""
+    groups: dict[str, Group] = {}
+    for record in of_newest_code(records):
+        for tier in ("exact", "quality"):
+            part = snapshot(record, tier)
+            if part is None:
+                continue
+            fields = fingerprint(record, tier)
+            group = groups.setdefault(fingerprint_id(fields), Group(tier, record.subject.suite, fields))
+            group.snapshots[subject_name(record)] = part
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The files of a folder, or what stands in for them."""
+
+    files: tuple[BaselineFile, ...]
+    origin: str
+    tiers: tuple[StoredTier, ...] = get_args(StoredTier)
+    """The tiers that are judged by them."""
+
+    def of_tiers(self, tiers: Sequence[str]) -> Baselines:
+        """Those of some tiers, to judge these alone."""
+        chosen = tuple(tier for tier in self.tiers if tier in tiers)
+        return Baselines(tuple(file for file in self.files if file.tier in chosen), self.origin, chosen)
+
+    def find(self, group: Group) -> BaselineFile | None:
+        """The file that a group is compared with."""
+        return next((file for file in self.files if file.fingerprint == dict(group.fingerprint)), None)
+
+    def of_profile(self, profile: str | None) -> tuple[BaselineFile, ...]:
+        """Files whose entries a run of this profile must produce; all of them for None."""
+        return tuple(file for file in self.files if profile is None or profile in file.profiles)
+
+
+def read_baselines(folder: Path) -> Baselines:
+    """Every baseline below a folder, verified.
+
+    Raises:
+        BaselineError: no folder, an empty one, a file that is not valid or was edited by hand, or one that
+            lies under another fingerprint; names it.
+    """
+    if not folder.is_dir():
+        raise BaselineError(f"there is no baseline folder {folder}; `veloxbench baseline approve` makes one")
+    paths = sorted(folder.glob("*/*.json"))
+    if not paths:
+        raise BaselineError(f"the baseline folder {folder} is empty; `veloxbench baseline approve` fills it")
+    return Baselines(tuple(_read_file(path) for path in paths), str(folder))
+
+
+def _read_file(path: Path) -> BaselineFile:
+    try:
+        file = BaselineFile.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
+        raise BaselineError(f"{path} cannot be used as a baseline: {reason}") from error
+    if f"{path.parent.name}/{path.name}" != file.place:
+        raise BaselineError(f"{path} is the baseline {file.place}; it was moved by hand")
+    return file
+
+
+def from_records(records: Iterable[Record], origin: str, profile: str = "compared") -> Baselines:
+    """Baselines that live in memory: the base of a comparison of two runs."""
+    now = datetime.now(UTC)
+    approval = Approval(who="", when=now, why=f"base of a comparison: {origin}", commit=None)
+    files = [
+        merged(None, group, approval, profile=profile, release=None, drop_missing=False, ages=False)
+        for group in grouped(records)
+    ]
+    return Baselines(tuple(files), origin)
+
+
+def merged(
+    old: BaselineFile | None,
+    group: Group,
+    approval: Approval,
+    *,
+    profile: str,
+    release: str | None,
+    drop_missing: bool,
+    ages: bool = True,
+) -> BaselineFile:
+    """The file ``old`` with a group's snapshots taken in; entries that did not move keep their approval."""
+    known = {} if old is None else old.by_subject
+    approvals = (*(() if old is None else old.approvals), approval)
+    entries = {} if drop_missing else dict(known)
+    for name, part in group.snapshots.items():
+        before = known.get(name)
+        released = None if before is None or release is not None else before.at_release
+        if released == part:
+            released = None
+        if before is not None and (before.approved, before.released) == (part, released):
+            entries[name] = before
+        else:
+            entries[name] = Entry(subject=name, approved=part, released=released, approval=len(approvals) - 1)
+    profiles = dict.fromkeys([*(() if old is None else old.profiles), profile])
+    return BaselineFile.create(
+        tier=group.tier,
+        suite=group.suite,
+        fingerprint=dict(group.fingerprint),
+        profiles=tuple(profiles),
+        expires=min(map(_last_day, entries.values())) if ages and group.tier == "quality" else None,
+        approvals=approvals,
+        entries=tuple(entries[name] for name in sorted(entries)),
+    )

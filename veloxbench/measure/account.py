@@ -1,0 +1,164 @@
+"""What a layer's cache holds: which class, in which dtypes, how many bits and bytes, every array counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from veloxbench.errors import EngagementError
+from veloxbench.methods.cache_under_test import CacheUnderTest
+from veloxbench.records.record import LayerEngagement
+
+
+@dataclass(frozen=True)
+class HeldArray:
+    """One array that a cache holds for its tokens, and how many of its token slots are in use."""
+
+    name: str
+    array: mx.array
+    used_slots: int
+    slots: int
+
+    @property
+    def used_bytes(self) -> float:
+        """``nbytes`` x used / allocated slots."""
+        return self.array.nbytes * self.used_slots / self.slots if self.slots else 0.0
+
+
+def _reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, mx.array]]:
+    """Every array reachable from an object through attributes, containers and dataclasses."""
+    if isinstance(value, mx.array):
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield path, value
+        return
+    if id(value) in seen or isinstance(value, (str, bytes, int, float, type(None), type)):
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        items = [(str(index), item) for index, item in enumerate(value)]
+    else:
+        items = list(getattr(value, "__dict__", {}).items())
+        if dataclasses.is_dataclass(value):
+            items += [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name)]
+    for name, item in items:
+        yield from _reachable(item, f"{path}.{name}" if path else name, seen)
+
+
+def held_arrays(cache: Any) -> list[HeldArray]:
+    """Every token array of a cache, with the slots in use.
+
+    A cache may say itself what it holds (``held_arrays()`` and ``static_arrays()``); otherwise each array
+    found on it counts, with axis -2 as its token slots, filled up to the cache's ``offset`` or sliding window
+    (mlx-lm's keeps a whole prefill chunk beyond its window until the next token comes).
+
+    Raises:
+        EngagementError: the cache holds an array that its own account leaves out.
+    """
+    found = list(_reachable(cache, "", set()))
+    if hasattr(cache, "held_arrays"):
+        declared = [HeldArray(h.name, h.array, h.used_slots, h.slots) for h in cache.held_arrays()]
+        known = {id(h.array) for h in declared} | {id(array) for array in cache.static_arrays()}
+        missing = [name for name, array in found if id(array) not in known]
+        if missing:
+            raise EngagementError(
+                f"{type(cache).__name__} holds arrays that its account leaves out: {', '.join(missing)}"
+            )
+        return declared
+    tokens = min(int(cache.offset), getattr(cache, "max_size", None) or int(cache.offset))
+    return [HeldArray(name, array, min(tokens, array.shape[-2]), array.shape[-2]) for name, array in found]
+
+
+def static_bytes(caches: Sequence[CacheUnderTest]) -> int:
+    """Bytes of calibration tables and codebooks that do not grow with tokens, each array counted once."""
+    arrays = {
+        id(array): array.nbytes
+        for cache in caches
+        if hasattr(cache.inner, "static_arrays")
+        for array in cache.inner.static_arrays()
+    }
+    return sum(arrays.values())
+
+
+def engagement(
+    caches: Sequence[CacheUnderTest], claimed: Sequence[bool], expected: type | tuple[type, ...]
+) -> list[LayerEngagement]:
+    """What holds each layer, in which dtypes, bits and bytes.
+
+    Args:
+        caches: one per layer, after tokens went through them.
+        claimed: whether the method says that it holds the layer.
+        expected: the cache class (or classes) of the method.
+    Raises:
+        EngagementError: a claimed layer is held by another class, or stored nothing.
+    """
+    layers = []
+    for index, (cache, claim) in enumerate(zip(caches, claimed, strict=True)):
+        inner = cache.inner
+        is_attention = cache.n_values_per_token > 0
+        held = held_arrays(inner) if is_attention else []
+        tokens = max((h.used_slots for h in held), default=0)
+        if hasattr(inner, "held_arrays"):  # its slots may be blocks of tokens
+            tokens = int(inner.size())
+        engaged = isinstance(inner, expected) and tokens > 0
+        if claim and not engaged:
+            raise EngagementError(
+                f"layer {index} is held by {type(inner).__name__} with {tokens} tokens, "
+                f"not by the method that claims it"
+            )
+        key_bits, value_bits = code_bits(inner)
+        layers.append(
+            LayerEngagement(
+                layer=index,
+                cache_class=type(inner).__name__,
+                claimed=claim,
+                engaged=engaged and claim,
+                key_bits=key_bits,
+                value_bits=value_bits,
+                stored_dtypes=sorted({str(h.array.dtype).removeprefix("mlx.core.") for h in held}),
+                tokens=tokens,
+                n_values=tokens * cache.n_values_per_token,
+                used_bytes=sum(h.used_bytes for h in held),
+                allocated_bytes=sum(h.array.nbytes for h in held),
+                attention=getattr(inner, "attention", None),
+            )
+        )
+    return layers
+
+
+def code_bits(inner: Any) -> tuple[float | None, float | None]:
+    """Code widths of keys and values: a quantized cache's own where it has one, or those of the dtype it stores.
+
+    Where every KV head has a quantizer of its own, the width is their mean.
+    """
+    if hasattr(inner, "spec"):
+        return _code_bits(inner.spec.keys), _code_bits(inner.spec.values)
+    if hasattr(inner, "bits"):
+        return float(inner.bits), float(inner.bits)
+    keys = getattr(inner, "keys", None)
+    if isinstance(keys, mx.array):
+        return keys.dtype.size * 8.0, inner.values.dtype.size * 8.0
+    return None, None
+
+
+def _code_bits(quantizer: Any) -> float | None:
+    parts = getattr(quantizer, "quantizers", (quantizer,))
+    widths = [part.code_bits for part in parts if hasattr(part, "code_bits")]
+    return statistics.fmean(widths) if len(widths) == len(parts) else None
+
+
+def bits_per_value(layers: Sequence[LayerEngagement]) -> float:
+    """Resident bits of the stored tokens per cached K and V value, over all attention layers."""
+    return 8 * sum(layer.used_bytes for layer in layers) / sum(layer.n_values for layer in layers)
+
+
+def allocated_bits_per_value(layers: Sequence[LayerEngagement]) -> float:
+    """The same with whole buffers: caches grow in steps."""
+    return 8 * sum(layer.allocated_bytes for layer in layers) / sum(layer.n_values for layer in layers)

@@ -1,0 +1,258 @@
+"""The registry of caches under test. A method is one file in this package (or an entry point of the
+group ``veloxbench.methods``) that decorates a factory with :func:`register`; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from veloxbench import methods
+from veloxbench.errors import UsageError, unknown_name
+from veloxbench.methods.cache_under_test import CacheUnderTest, arrays_of
+from veloxbench.records.record import MethodRef
+
+TargetMeaning = Literal["code_bits", "bits_per_value"]
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a factory may use: the loaded model and, for methods that calibrate, its tokenizer and files."""
+
+    model: Module
+    tokenizer: Any
+    model_id: str
+    """Hash of the weights; with ``n_layers`` (None for all) it names the calibration artefacts."""
+    n_layers: int | None
+    cache_folder: Path
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One attention layer's stored shape: what a storage formula needs besides the method."""
+
+    n_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    @property
+    def n_values(self) -> int:
+        """Keys' and values' elements of one token."""
+        return self.n_kv_heads * (self.head_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered way to hold keys and values.
+
+    Attributes:
+        factory: ``(context, target, **parameters) -> caches``, one per layer.
+        cache_classes: the classes that hold the layers which the method claims.
+        targets: the targets that it can meet; ``None`` for the fp16 reference, which has none.
+        target_means: ``code_bits`` (the real cost is higher: scales count) or ``bits_per_value``.
+        formula: ``(cache, tokens, geometry) -> bytes`` that a claimed layer's cache should hold after that many
+            tokens of one sequence, from its configuration (and the widths it chose, where it chooses): the arrays
+            must agree exactly.
+        implementation: version or source hash, part of every record's key.
+        foreign: not ours: a refusal in the one-token probe is a finding ("not supported"), not a crash.
+    """
+
+    name: str
+    summary: str
+    factory: Callable[..., list[Any]]
+    cache_classes: tuple[type, ...]
+    targets: tuple[float, ...] | None
+    target_means: TargetMeaning | None
+    formula: Callable[..., Fraction]
+    implementation: Callable[[], str]
+    foreign: str | None = None
+
+    def parameter_defaults(self) -> dict[str, Any]:
+        """The factory's own keyword parameters with their defaults."""
+        parameters = inspect.signature(self.factory).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method at one target with its parameters: one row of a table."""
+
+    method: str
+    target: float | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def ref(self) -> MethodRef:
+        """The arm as it stands in a record's key."""
+        method = get_method(self.method)
+        return MethodRef(
+            name=self.method,
+            target=self.target,
+            target_means=method.target_means,
+            parameters=dict(self.parameters),
+            implementation=method.implementation(),
+        )
+
+    @property
+    def label(self) -> str:
+        """Name, target and non-default parameters."""
+        return self.ref().label
+
+
+_REGISTRY: dict[str, Method] = {}
+
+
+def register(
+    name: str,
+    *,
+    summary: str,
+    cache_classes: tuple[type, ...],
+    targets: tuple[float, ...] | None,
+    target_means: TargetMeaning | None,
+    formula: Callable[..., Fraction],
+    implementation: Callable[[], str],
+    foreign: str | None = None,
+) -> Callable[[Callable[..., list[Any]]], Callable[..., list[Any]]]:
+    """Register the decorated factory as a method; a second one of the same name raises ``ValueError``."""
+
+    def decorate(factory: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        if name in _REGISTRY:
+            raise ValueError(f"method {name!r} is registered twice")
+        _REGISTRY[name] = Method(
+            name, summary, factory, cache_classes, targets, target_means, formula, implementation, foreign
+        )
+        return factory
+
+    return decorate
+
+
+@functools.cache
+def _discover() -> None:
+    for module in pkgutil.iter_modules(methods.__path__):
+        importlib.import_module(f"{methods.__name__}.{module.name}")
+    for entry_point in importlib.metadata.entry_points(group="veloxbench.methods"):
+        entry_point.load()
+
+
+def all_methods() -> dict[str, Method]:
+    """Every registered method by name."""
+    _discover()
+    return dict(_REGISTRY)
+
+
+def get_method(name: str) -> Method:
+    """The method of that name; ``UsageError`` with near matches otherwise."""
+    methods = all_methods()
+    if name not in methods:
+        raise unknown_name("method", name, methods)
+    return methods[name]
+
+
+def make_arm(name: str, target: float | None = None, **parameters: Any) -> Arm:
+    """A checked arm.
+
+    Raises:
+        UsageError: unknown method or parameter, or a target that the method cannot meet.
+    """
+    method = get_method(name)
+    defaults = method.parameter_defaults()
+    for key in parameters:
+        if key not in defaults:
+            raise (
+                unknown_name(f"parameter of {name}", key, defaults)
+                if defaults
+                else UsageError(f"{name} has no parameters, but {key}={parameters[key]} was given")
+            )
+    if (target is None) != (method.targets is None):
+        raise UsageError(
+            f"{name} {'needs a target' if target is None else f'has no targets, but {target:g} was given'}"
+        )
+    if target is not None and method.targets is not None and target not in method.targets:
+        reachable = ", ".join(f"{t:g}" for t in method.targets)
+        raise UsageError(f"{name} cannot meet target {target:g} ({method.target_means}); it has {reachable}")
+    return Arm(name, target, {key: value for key, value in parameters.items() if value != defaults[key]})
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """``name`` or ``name:key=value:key=value`` as typed on the command line."""
+    name, *pairs = text.split(":")
+    parameters: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise UsageError(f"{text!r}: write parameters as {name}:key=value")
+        parameters[key] = _number(value)
+    return name.strip(), parameters
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def build(context: BuildContext, arm: Arm) -> tuple[list[CacheUnderTest], list[bool]]:
+    """The arm's caches, wrapped, and for each layer whether the method claims to hold it.
+
+    Raises:
+        UsageError: the model has no attention layer that the method can hold.
+    """
+    method = get_method(arm.method)
+    caches = method.factory(context, arm.target, **{**method.parameter_defaults(), **arm.parameters})
+    claimed = [isinstance(cache, method.cache_classes) for cache in caches]
+    if not any(claimed):
+        kinds = ", ".join(sorted({type(cache).__name__ for cache in caches}))
+        raise UsageError(
+            f"{arm.method}: the model has no standard attention layers that it can hold (its caches: {kinds})"
+        )
+    return [CacheUnderTest(cache) for cache in caches], claimed
+
+
+def plain_caches(model: Module, replace: Callable[[int], Any]) -> list[Any]:
+    """The model's own caches, each plain ``KVCache`` replaced by ``replace(layer)``."""
+    own = make_prompt_cache(model)
+    return [replace(layer) if type(cache) is KVCache else cache for layer, cache in enumerate(own)]
+
+
+def probe(context: BuildContext, arm: Arm) -> str | None:
+    """Feed two tokens, one at a time, through the arm; the reason if a foreign implementation refuses them."""
+    method = get_method(arm.method)
+    caches, _ = build(context, arm)
+    try:
+        for token in (0, 1):
+            logits = context.model(mx.array([[token]]), cache=caches)
+            mx.eval(logits, [arrays_of(cache) for cache in caches])
+    except (ValueError, RuntimeError, TypeError) as error:
+        if method.foreign is None:
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"not supported by {method.foreign}: {first}"
+    return None
+
+
+def geometry(caches: Sequence[CacheUnderTest], model: Module) -> list[Geometry | None]:
+    """Stored shape of each attention layer, read from a one-token pass of the reference cache."""
+    own = [CacheUnderTest(cache) for cache in make_prompt_cache(model)]
+    mx.eval(model(mx.array([[0]]), cache=own))
+    shapes: list[Geometry | None] = []
+    for cache in own:
+        keys, values = getattr(cache.inner, "keys", None), getattr(cache.inner, "values", None)
+        if isinstance(keys, mx.array) and isinstance(values, mx.array):
+            shapes.append(Geometry(keys.shape[1], keys.shape[-1], values.shape[-1]))
+        else:
+            shapes.append(None)
+    return shapes

@@ -1,0 +1,115 @@
+"""Where numbers come from: the hashes of the code, versions, the machine's state, and the checkouts around them."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+
+import veloxbench
+
+PACKAGES = ("mlx", "mlx-lm", "numpy", "scipy", "transformers", "tokenizers", "veloxbench")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that may move a number."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def machine_state() -> dict[str, Any]:
+    """Load, free memory and power at this moment: context for a timing, never part of a key."""
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    return {
+        "load_1min": round(psutil.getloadavg()[0], 2),
+        "available_gib": round(psutil.virtual_memory().available / 2**30, 1),
+        "on_battery": None if battery is None else not battery.power_plugged,
+    }
+
+
+@functools.cache
+def source_hash(*packages: ModuleType) -> str:
+    """Hash of the Python syntax trees and kernel bodies below the packages: comments do not count."""
+    digest = hashlib.sha256()
+    for package in packages:
+        root = Path(str(package.__file__)).parent
+        files = sorted(root.rglob("*.py")) + sorted(root.rglob("*.metal"))
+        for file in files:
+            text = file.read_text()
+            digest.update(str(file.relative_to(root)).encode())
+            digest.update((ast.dump(ast.parse(text)) if file.suffix == ".py" else text).encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def harness_hash() -> str:
+    """Hash of the modules of the harness that produce numbers (not of its front doors and reports).
+
+    Weights, token blocks and settings have their own hashes in a record's key; how a model is loaded, a cache built
+    and a measurement carried out have this one alone.
+    """
+    root = Path(veloxbench.__file__).parent
+    files = [root / place for place in ("records/intervals.py", "inputs/models.py", "run/session.py")]
+    rooms = [sorted((root / room).glob("*.py")) for room in ("measure", "methods")]
+    return _source_hash([*files, *itertools.chain(*rooms)])
+
+
+def timing_hash() -> str:
+    """Hash of what a timed sample depends on besides the implementation: benchmark, canary, order, processes."""
+    room = Path(veloxbench.__file__).parent / "compare"
+    return _source_hash([room / f"{name}.py" for name in ("timed_decode", "timing_blocks", "side")])
+
+
+def _source_hash(files: Sequence[Path]) -> str:
+    trees = [ast.dump(ast.parse(file.read_text())) for file in files]
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
+
+
+def git(place: Path, *arguments: str) -> str | None:
+    """What git prints in a folder, without the last newlines; None where it fails or is not there."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(place), *arguments], capture_output=True, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip() if done.returncode == 0 else None
+
+
+@functools.cache
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit and dirtiness of the checkout that this code runs from; ``(None, None)`` outside one."""
+    root = Path(veloxbench.__file__).parent
+    if git(root, "ls-files", "--error-unmatch", str(root / "__init__.py")) is None:
+        return None, None
+    return _checkout(root)
+
+
+@functools.cache
+def project_state(place: Path) -> tuple[str | None, bool | None]:
+    """Commit and dirtiness of the checkout around a working directory, where that is another than this code's own."""
+    top, root = (git(folder, "rev-parse", "--show-toplevel") for folder in (place, Path(veloxbench.__file__).parent))
+    if top is None or (top == root and git_state() != (None, None)):
+        return None, None
+    return _checkout(Path(top))
+
+
+def _checkout(root: Path) -> tuple[str | None, bool | None]:
+    status = git(root, "status", "--porcelain", "--untracked-files=no")
+    return git(root, "rev-parse", "HEAD"), None if status is None else bool(status)

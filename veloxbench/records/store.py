@@ -1,0 +1,165 @@
+"""The crash-safe journal: one record per line, appended whole and synced, never rewritten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
+
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.records.journal import append_line, cut_torn_tail, whole_lines, write_text
+from veloxbench.records.record import FailedMeasurement, Record
+
+Line = TypeVar("Line", bound=BaseModel)
+
+JOURNAL = "records.jsonl"
+FAILURES = "failures.ndjson"
+"""What crashed, one line each, beside the records; not ``.jsonl``, which are records. A later record supersedes it."""
+LAST_RUN = "last-run.json"
+"""Keys of the records that the last run into the folder was to make, measured by it or before."""
+
+
+def read_records(path: Path) -> list[Record]:
+    """Every record of a journal file, or of all ``*.jsonl`` files of a folder, in order.
+
+    A last line without its newline was being written when the process died; it is not a record.
+
+    Raises:
+        IntegrityError: any other line that is not a valid record, or two records with one key; names
+            file and line. A damaged journal is never read around.
+    """
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
+    records: dict[str, Record] = {}
+    for file in files:
+        for number, record in _lines(file, Record, "record"):
+            if record.key in records:
+                raise IntegrityError(f"{file}:{number} measures key {record.key[:12]} a second time")
+            records[record.key] = record
+    return list(records.values())
+
+
+def read_failures(path: Path) -> list[FailedMeasurement]:
+    """What crashed in the runs of a folder, or of the folder of a journal file; superseded or not, in order.
+
+    Raises:
+        IntegrityError: a line is not valid; names file and line.
+    """
+    file = (path if path.is_dir() else path.parent) / FAILURES
+    return [failure for _, failure in _lines(file, FailedMeasurement, "failure")] if file.exists() else []
+
+
+def _lines(file: Path, kind: type[Line], name: str) -> Iterator[tuple[int, Line]]:
+    for number, line in enumerate(whole_lines(file.read_bytes()), start=1):
+        try:
+            yield number, kind.model_validate_json(line.decode())
+        except (ValidationError, UnicodeDecodeError) as error:
+            reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
+            raise IntegrityError(f"{file}:{number} is not a valid {name}: {reason}") from error
+
+
+def read_last_run(path: Path) -> list[Record]:
+    """The records of the last run into a folder (or of its journal); all of them where no run left its keys there.
+
+    Raises:
+        IntegrityError: a damaged journal, or a damaged list of keys.
+    """
+    records = read_records(path)
+    plan = (path if path.is_dir() else path.parent) / LAST_RUN
+    if not (path.is_dir() or path.name == JOURNAL) or not plan.exists():
+        return records
+    try:
+        keys = set(json.loads(plan.read_text(encoding="utf-8"))["keys"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
+    return [record for record in records if record.key in keys]
+
+
+def validation_reason(error: ValidationError) -> str:
+    """The first thing wrong, with the field where it is."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
+
+
+class Store:
+    """The journal of one output folder, open for appending. Use :func:`open_store`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / JOURNAL
+        self._set_torn_tail_aside()
+        self._records = {record.key: record for record in read_records(self.path)}
+
+    def _set_torn_tail_aside(self) -> None:
+        if not self.path.exists():
+            return
+        torn = cut_torn_tail(self.path)
+        if torn:
+            with self.path.with_suffix(".torn").open("ab") as aside:
+                aside.write(torn + b"\n")
+
+    def get(self, key: str) -> Record | None:
+        """The record measured for this key, if any."""
+        return self._records.get(key)
+
+    def records(self) -> list[Record]:
+        """All records, in the order in which they were measured."""
+        return list(self._records.values())
+
+    def begin(self, keys: Sequence[str]) -> None:
+        """Note beside the records what a run is to make: these, and no others of the folder, are judged."""
+        write_text(self.path.with_name(LAST_RUN), json.dumps({"keys": list(keys)}, indent=1) + "\n")
+
+    def append(self, record: Record) -> None:
+        """Add a record durably: one write, then fsync.
+
+        Raises:
+            UsageError: the key is already recorded.
+            UnfitEnvironmentError: the line could not be written.
+        """
+        if record.key in self._records:
+            raise UsageError(
+                f"key {record.key[:12]} ({record.subject.method.label}) is already recorded in {self.path}"
+            )
+        written = Record.from_line(record.to_line())  # as every later reader will see it
+        append_line(self.path, written.to_line())
+        self._records[record.key] = written
+
+    def append_failure(self, failure: FailedMeasurement) -> None:
+        """Add what crashed, durably, for the page."""
+        file = self.path.with_name(FAILURES)
+        if file.exists():
+            cut_torn_tail(file)
+        append_line(file, failure.model_dump_json() + "\n")
+
+    def failures(self) -> list[FailedMeasurement]:
+        """What crashed in this folder so far, superseded or not."""
+        return read_failures(self.path)
+
+
+@contextmanager
+def open_store(folder: Path) -> Iterator[Store]:
+    """Open the journal of ``folder`` for one writer.
+
+    Raises:
+        UnfitEnvironmentError: the folder cannot be written, or another run is writing to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UnfitEnvironmentError(
+            f"another run is writing to {folder}; wait for it or choose another --out"
+        ) from error
+    except OSError as error:
+        raise UnfitEnvironmentError(f"cannot write to the output folder {folder}: {error.strerror or error}") from error
+    try:
+        yield Store(folder)
+    finally:
+        lock.release()

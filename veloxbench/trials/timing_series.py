@@ -1,0 +1,219 @@
+"""A recorded A/A series: one journal of blocks in which base and head are the same code, plain and slowed down.
+
+The file holds JSON lines, each written whole and synced: a header, a ``segment`` line at every start of the two
+processes, then the blocks of that start. A ``.xz`` file (for committing) is read like the plain one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import lzma
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+
+from veloxbench.compare.timed_decode import DecodeSpec
+from veloxbench.compare.timing_blocks import TimedBlock
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.records import journal as durable
+from veloxbench.records.journal import cut_torn_tail, whole_lines
+from veloxbench.records.store import validation_reason
+
+BASE = "base"
+"""The slot of the base side; every other slot is the head side's, named by :func:`slot_name`."""
+
+MAX_LAUNCH_S = 60.0
+"""A longer time between two starts is a recorder that was stopped: no gate is drawn across it."""
+
+
+def slot_name(slowdown: float) -> str:
+    """``head+5%``; the plain head is ``head+0%``."""
+    return f"head+{100 * slowdown:g}%"
+
+
+class SeriesHeader(BaseModel):
+    """What a series, or a journal of live gates, times and how: it does not change while the file grows.
+
+    Attributes:
+        extra_rows: slowdown -> rows of extra work in every step of that slot.
+        implementation: hash of the code that both sides run.
+        harness: hash of the code that times them; None in series that were begun before it was kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["series"] = "series"
+    schema_version: Literal[1] = 1
+    decode: DecodeSpec
+    extra_rows: dict[float, int]
+    threads: int
+    core: int | None
+    implementation: str
+    harness: str | None = None
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    hardware: dict[str, JsonValue]
+
+    @property
+    def slowdowns(self) -> list[float]:
+        """Slowdowns of the head's slots, in order; 0 is A/A."""
+        return sorted(self.extra_rows)
+
+
+class Segment(BaseModel):
+    """Both processes were started anew; ``seed`` drew the orders from here on, ``first`` is the side started first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["segment"] = "segment"
+    started: float
+    seed: int
+    first: str = BASE
+    state: dict[str, JsonValue]
+
+
+Line = Annotated[SeriesHeader | Segment | TimedBlock, Field(discriminator="kind")]
+_LINE: TypeAdapter[SeriesHeader | Segment | TimedBlock] = TypeAdapter(Line)
+
+
+@dataclass(frozen=True)
+class Started:
+    """One start of a series: its blocks, and the wall time that it took until the first of them."""
+
+    blocks: tuple[TimedBlock, ...]
+    launch_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Launch and blocks; a pause between blocks (a sleeping machine) is not counted."""
+        return self.launch_seconds + sum(block.seconds for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Series:
+    """A whole series in memory: runs of starts that followed each other."""
+
+    header: SeriesHeader
+    runs: tuple[tuple[Started, ...], ...]
+
+    @property
+    def starts(self) -> tuple[Started, ...]:
+        """All of them in order."""
+        return tuple(start for run in self.runs for start in run)
+
+    @property
+    def seconds(self) -> float:
+        """Recorded time in all."""
+        return sum(start.seconds for start in self.starts)
+
+
+def series_bytes(path: Path) -> bytes:
+    """The journal's bytes, decompressed."""
+    return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+
+
+def read_series(path: Path) -> Series:
+    """A series from its journal.
+
+    Raises:
+        UsageError: there is no such file.
+        IntegrityError: a line that is not valid, or no header; names file and line. A last line without its newline
+            was being written when the process died; it is left out.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no series at {path}; `veloxbench aa record --out {path}` records one")
+    lines = []
+    for number, text in enumerate(whole_lines(series_bytes(path)), start=1):
+        try:
+            lines.append(_LINE.validate_json(text))
+        except ValidationError as error:
+            raise IntegrityError(f"{path}:{number} is not a line of a series: {validation_reason(error)}") from error
+    if not lines or not isinstance(lines[0], SeriesHeader):
+        raise IntegrityError(f"{path} does not begin with the header of a series")
+    starts: list[list[TimedBlock]] = []
+    for number, line in enumerate(lines[1:], start=2):
+        if isinstance(line, SeriesHeader):
+            raise IntegrityError(f"{path}:{number} is a second header")
+        if isinstance(line, Segment):
+            starts.append([])
+        elif not starts:
+            raise IntegrityError(f"{path}:{number} is a block before any start")
+        else:
+            starts[-1].append(line)
+    return Series(lines[0], _runs([blocks for blocks in starts if blocks]))
+
+
+def _runs(starts: list[list[TimedBlock]]) -> tuple[tuple[Started, ...], ...]:
+    """Starts that followed each other; one after a stop is taken to have cost what the others did."""
+    gaps = [
+        after[0].started - (before[-1].started + before[-1].seconds) for before, after in itertools.pairwise(starts)
+    ]
+    launches = [gap for gap in gaps if gap <= MAX_LAUNCH_S]
+    usual = sum(launches) / len(launches) if launches else 0.0
+    runs: list[list[Started]] = []
+    for blocks, gap in zip(starts, [None, *gaps], strict=False):
+        follows = gap is not None and gap <= MAX_LAUNCH_S
+        if not follows:
+            runs.append([])
+        runs[-1].append(Started(tuple(blocks), gap if gap is not None and follows else usual))
+    return tuple(map(tuple, runs))
+
+
+class Journal:
+    """A series' file, open for appending by one process. Use :func:`open_journal`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.series: Series | None = None
+        if path.exists() and path.stat().st_size:
+            self.series = read_series(path)
+
+    def append(self, line: SeriesHeader | Segment | TimedBlock) -> None:
+        """Add a line, see :func:`append_line`."""
+        append_line(self.path, line)
+
+
+def append_line(path: Path, line: BaseModel) -> None:
+    """Write a line whole and sync it.
+
+    Raises:
+        UnfitEnvironmentError: the disk does not take it.
+    """
+    durable.append_line(path, json.dumps(line.model_dump(mode="json"), separators=(",", ":")) + "\n")
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[Journal]:
+    """Open a series for appending; raises as :func:`sole_writer`."""
+    with sole_writer(path):
+        yield Journal(path)
+
+
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Hold a file for appending, its torn last line (a writer was killed) taken away.
+
+    Raises:
+        UnfitEnvironmentError: its folder cannot be written, or another process records into it.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UnfitEnvironmentError(f"another process is recording into {path}") from error
+    except OSError as error:
+        raise UnfitEnvironmentError(f"cannot write to {path.parent}: {error.strerror or error}") from error
+    try:
+        if path.exists():
+            cut_torn_tail(path)
+        yield
+    finally:
+        lock.release()
