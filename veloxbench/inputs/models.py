@@ -282,13 +282,7 @@ def _resolve_known(spec: ModelSpec, reporter: Reporter, accept_licence: bool) ->
         if handle is None:
             weights = fetch(spec.weights, reporter)
             tokenizer = fetch(spec.tokenizer, reporter) if spec.tokenizer else None
-            _convert(spec, weights, tokenizer, reporter)
-            handle = _converted(spec)
-    if handle is None:
-        raise UnfitEnvironmentError(
-            f"{spec.directory} changes as soon as it is written: the disk fails, or another program writes there; "
-            "set VELOXBENCH_CACHE to another directory"
-        )
+            handle = _convert(spec, weights, tokenizer, reporter)
     return handle
 
 
@@ -299,13 +293,14 @@ def _converted(spec: ModelSpec) -> ModelHandle | None:
         hashes = _hashes(spec.directory)
         if any(noted[name] != digest for name, digest in hashes.items()):
             return None
-        config = json.loads((spec.directory / "config.json").read_text(encoding="utf-8"))
-        return _handle(spec, hashes, vocabulary=config["vocab_size"])
+        return _handle(spec, hashes)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # a damaged note says nothing
 
 
-def _handle(spec: ModelSpec, hashes: Mapping[str, str], vocabulary: int | None) -> ModelHandle:
+def _handle(spec: ModelSpec, hashes: Mapping[str, str]) -> ModelHandle:
+    """The handle of a converted model, which the program describes, not a note beside it."""
+    _, vocabulary = _stated_sizes(spec.directory)
     return ModelHandle(
         name=spec.name,
         directory=spec.directory,
@@ -326,7 +321,7 @@ def _hashes(directory: Path) -> dict[str, str]:
     }
 
 
-def _convert(spec: ModelSpec, weights: Path, tokenizer: Path | None, reporter: Reporter) -> None:
+def _convert(spec: ModelSpec, weights: Path, tokenizer: Path | None, reporter: Reporter) -> ModelHandle:
     """Into a directory beside the final one, which then takes its place."""
     unfinished = spec.directory.with_name(spec.directory.name + ".unfinished")
     with writable_cache():
@@ -338,9 +333,11 @@ def _convert(spec: ModelSpec, weights: Path, tokenizer: Path | None, reporter: R
                 convert_gguf(weights, unfinished, reporter, tokenizer_json=tokenizer)
             else:
                 convert_llama2c(weights, unfinished, reporter)
-        note = {"name": spec.name, "source": spec.source, "licence": spec.licence, **_hashes(unfinished)}
+        hashes = _hashes(unfinished)
+        note = {"name": spec.name, "source": spec.source, "licence": spec.licence, **hashes}
         (unfinished / _HANDLE_FILE).write_text(json.dumps(note, indent=2), encoding="utf-8")
         move_into_place(unfinished, spec.directory)
+    return _handle(spec, hashes)
 
 
 def _resolve_hub(name: str) -> ModelHandle:
@@ -532,7 +529,9 @@ def _loading(handle: ModelHandle, *files: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic of `tokenizers` is no Exception
         reason = first_line(error)
-        if not isinstance(error, (ValueError, RuntimeError, OSError)):
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own, which is never run"
+        elif not isinstance(error, (ValueError, RuntimeError, OSError)):
             reason = f"{type(error).__name__}: {reason}"
         place = _damaged_json(handle.directory, files)
         raise UsageError(

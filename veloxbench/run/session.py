@@ -191,7 +191,12 @@ class Session:
         assert isinstance(task, (Chunked, Decode))
         key = self._reference_key(item)
         if self.references.has(key):
-            return self.references.read(key, quality.rows_per_step(task, len(tokens)))
+            rows = quality.rows_per_step(task, len(tokens))
+            return self.references.read(key, rows, lambda: self._recompute_reference(item))
+        return self._compute_reference(item, self.arm(REFERENCE))
+
+    def _recompute_reference(self, item: Measurement) -> Iterator[ReferenceRows]:
+        self.progress.message("the fp16 reference that was kept is damaged or gone: it is computed again")
         return self._compute_reference(item, self.arm(REFERENCE))
 
     def _compute_reference(self, item: Measurement, arm: quality.ArmCaches) -> Iterator[ReferenceRows]:

@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as mlx_load_model
 from mlx_lm.utils import quantize_model, save_model
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError
