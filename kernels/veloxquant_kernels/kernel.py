@@ -55,7 +55,7 @@ def resolve_backend(backend: Backend | None) -> Backend:
 @functools.cache
 def metal_text(stem: str) -> str:
     """The shipped text of ``<stem>.metal``."""
-    return (FOLDER / f"{stem}.metal").read_text()
+    return (FOLDER / f"{stem}.metal").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,8 @@ def measure(request: Request) -> Reply:
         [sys.executable, "-m", "veloxbench.measure.memory"],
         input=request.model_dump_json(),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode != 0:
@@ -275,7 +276,7 @@ def request_tokens(block: NDArray[np.int32], tokens: int, decode_steps: int) -> 
 
 def _main() -> int:
     try:
-        reply = measure_in_this_process(Request.model_validate_json(sys.stdin.read()))
+        reply = measure_in_this_process(Request.model_validate_json(sys.stdin.buffer.read()))
     except VeloxError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)

@@ -51,7 +51,7 @@ def source_hash(*packages: ModuleType) -> str:
         root = Path(str(package.__file__)).parent
         files = sorted(root.rglob("*.py")) + sorted(root.rglob("*.metal"))
         for file in files:
-            text = file.read_text()
+            text = file.read_text(encoding="utf-8")
             digest.update(str(file.relative_to(root)).encode())
             digest.update((ast.dump(ast.parse(text)) if file.suffix == ".py" else text).encode())
     return digest.hexdigest()
@@ -77,7 +77,7 @@ def timing_hash() -> str:
 
 
 def _source_hash(files: Sequence[Path]) -> str:
-    trees = [ast.dump(ast.parse(file.read_text())) for file in files]
+    trees = [ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()
 
 
@@ -85,7 +85,12 @@ def git(place: Path, *arguments: str) -> str | None:
     """What git prints in a folder, without the last newlines; None where it fails or is not there."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(place), *arguments], capture_output=True, text=True, check=False, timeout=60
+            ["git", "-C", str(place), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            timeout=60,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
