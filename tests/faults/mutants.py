@@ -512,7 +512,7 @@ class Tally:
 
 
 def campaign(names: list[str], count: int, seed: int) -> dict[str, Tally]:
-    """Try ``count`` mutants of every format in child processes: one that dies or hangs is a failure, the next goes on."""
+    """Try ``count`` mutants of every format in children: one that dies or hangs is a failure, and the next goes on."""
     tallies = {name: Tally(Counter(), []) for name in names}
     for name in names:
         start = 0
