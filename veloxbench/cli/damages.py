@@ -36,6 +36,7 @@ def damages(
     from veloxbench.inputs.models import resolve_model
     from veloxbench.inputs.transfer_progress import default_reporter
     from veloxbench.measure.protocol import Chunked
+    from veloxbench.measure.suite import get_suite
     from veloxbench.records.journal import write_text
     from veloxbench.run.grid import load_grid
     from veloxbench.trials.damages import Study, journal_of, reaches, trials
@@ -44,7 +45,7 @@ def damages(
 
     grid = load_grid(profile)
     if measure:
-        protocol = next((p for p in grid.protocols if isinstance(p, Chunked)), None)
+        protocol = next((p for p in grid.tasks(get_suite("perplexity")) if isinstance(p, Chunked)), None)
         if protocol is None:
             raise UsageError(f"profile {profile!r} has no chunked protocol to measure damages with")
         reporter = default_reporter()

@@ -48,11 +48,11 @@ def read_run(path: Path, profile: str) -> list[Record]:
     """
     from veloxbench.records.store import read_last_run
     from veloxbench.run.grid import load_grid
-    from veloxbench.run.plan import of_grid
+    from veloxbench.run.plan import records_of
 
     grid = load_grid(profile)
     records = read_last_run(path)
-    found = of_grid(grid, records)
+    found = records_of(grid, records)
     if not found:
         other = f" ({len(records)} of other profiles)" if records else ""
         raise UsageError(

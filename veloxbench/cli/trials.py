@@ -30,8 +30,7 @@ Threads = Annotated[int, typer.Option(help="BLAS threads of each side; kept in t
 Model = Annotated[str, typer.Option(help="A name from `veloxbench models`, or a directory.")]
 Depth = Annotated[int, typer.Option(help="Tokens in the cache before the timed steps.")]
 Steps = Annotated[int, typer.Option(help="Timed decode steps of a sample.")]
-Method = Annotated[str, typer.Option(help="The cache whose decode is timed, from `veloxbench methods`.")]
-Target = Annotated[float | None, typer.Option(help="Its target; fp16 has none.")]
+ArmText = Annotated[str, typer.Option(help="The cache whose decode is timed, as `turboquant_mse@4`.")]
 
 
 @aa.command()
@@ -43,8 +42,7 @@ def record(
     model: Model = "smollm2-135m",
     depth: Depth = 128,
     steps: Steps = 3,
-    method: Method = "turboquant_mse",
-    target: Target = 4.0,
+    arm: ArmText = "turboquant_mse@4",
 ) -> None:
     """Record a live A/A series of decode samples, with slowdowns of 2, 3, 5 and 10% made by real extra work.
 
@@ -57,7 +55,7 @@ def record(
     from veloxbench.trials.timing_record import RecordSpec, to_stderr
     from veloxbench.trials.timing_record import record as record_series
 
-    setup = _setup(core, threads, model, depth, steps, method, target)
+    setup = _setup(core, threads, model, depth, steps, arm)
     record_series(RecordSpec(setup, hours), out, to_stderr)
 
 
@@ -76,8 +74,7 @@ def live(
     model: Model = "smollm2-135m",
     depth: Depth = 128,
     steps: Steps = 3,
-    method: Method = "turboquant_mse",
-    target: Target = 4.0,
+    arm: ArmText = "turboquant_mse@4",
 ) -> None:
     """Run whole gates live: the same code on both sides, and head slowed down by real extra work, calibrated first.
 
@@ -90,7 +87,7 @@ def live(
     from veloxbench.trials.timing_live import run_live
     from veloxbench.trials.timing_record import to_stderr
 
-    setup = _setup(core, threads, model, depth, steps, method, target)
+    setup = _setup(core, threads, model, depth, steps, arm)
     run_live(setup, out, _shares(slowdown), gates, TimingSpec(), default_clock(), to_stderr)
 
 
@@ -154,16 +151,14 @@ def report(
     deliver(render(found), out, check, "veloxbench aa report", rates, {PLOT: plot(found)})
 
 
-def _setup(
-    core: int | None, threads: int, model: str, depth: int, steps: int, method: str, target: float | None
-) -> Setup:
+def _setup(core: int | None, threads: int, model: str, depth: int, steps: int, arm_text: str) -> Setup:
     from veloxbench.compare.timed_decode import DecodeSpec
+    from veloxbench.methods.registry import checked
+    from veloxbench.records.arm import Arm
     from veloxbench.trials.timing_record import Setup
 
-    decode = DecodeSpec(
-        model=model, method=method, target=None if method == "fp16" else target, depth=depth, steps=steps
-    )
-    return Setup(decode, threads, core)
+    arm = checked(Arm.parse(arm_text))
+    return Setup(DecodeSpec(model=model, arm=arm, depth=depth, steps=steps), threads, core)
 
 
 def _shares(text: str) -> list[float]:
@@ -267,18 +262,8 @@ def compare(
 
 def _timed(text: str, model: str) -> dict[str, DecodeSpec]:
     from veloxbench.compare.timed_decode import DecodeSpec
-    from veloxbench.errors import UsageError
-    from veloxbench.methods.registry import make_arm, parse_method
+    from veloxbench.methods.registry import checked
+    from veloxbench.records.arm import Arm
 
-    found = {}
-    for part in text.split(","):
-        method, _, target = part.strip().partition("@")
-        name, parameters = parse_method(method)
-        try:
-            arm = make_arm(name, float(target) if target else None, **parameters)
-        except ValueError as error:
-            raise UsageError(f"--timed {part!r} must be METHOD@TARGET, for example turboquant_mse@4") from error
-        found[f"decode of {arm.label}"] = DecodeSpec(
-            model=model, method=arm.method, target=arm.target, parameters=dict(arm.parameters)
-        )
-    return found
+    arms = [checked(Arm.parse(part)) for part in text.split(",")]
+    return {f"decode of {arm}": DecodeSpec(model=model, arm=arm) for arm in arms}

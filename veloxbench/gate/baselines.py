@@ -24,38 +24,16 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from veloxbench.errors import BaselineError
-from veloxbench.records.record import Finite, Record, Suite, content_hash
-from veloxbench.records.store import validation_reason
+from veloxbench.errors import BaselineError, validation_reason
+from veloxbench.records.arm import REFERENCE, from_earlier_label
+from veloxbench.records.record import Finite, Record, content_hash
+from veloxbench.records.suites import suite_row
 
 StoredTier = Literal["exact", "quality"]
-FOLDER = Path("baselines")
+SCHEMA_VERSION = 2
 
 QUALITY_LIFE = timedelta(days=365)
 """Quality is measured anew at least this often; bytes and codes do not age."""
-
-EXACT_METRICS: Mapping[Suite, tuple[str, ...]] = {
-    "perplexity": ("bits_per_value", "allocated_bits_per_value", "engaged_layers"),
-    "memory": (
-        "bits_per_value",
-        "allocated_bits_per_value",
-        "filled_bits_per_value",
-        "filled_allocated_bits_per_value",
-        "cache_bytes",
-        "static_bytes",
-        "weight_bytes",
-        "tokens_in_budget",
-        "engaged_layers",
-    ),
-}
-"""Metrics of measuring suites that are equal wherever the fingerprint is; peaks are the allocator's, not ours."""
-
-WHOLLY_EXACT: tuple[str, ...] = ("exact", "kernels")
-"""Suites that read no clock and no allocator: every metric is exact."""
-
-QUALITY_SAMPLES = ("kld_mean", "delta_nll")
-REFERENCE_SAMPLES = ("nll",)
-"""What is gated of an arm, and of the fp16 reference, per sequence."""
 
 
 class _Frozen(BaseModel):
@@ -100,9 +78,9 @@ class Approval(_Frozen):
 class BaselineFile(_Frozen):
     """One ``<fingerprint>/<suite>.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     tier: StoredTier
-    suite: Suite
+    suite: str
     fingerprint: dict[str, JsonValue]
     profiles: tuple[str, ...]
     """A run of one of these profiles must produce every entry."""
@@ -208,7 +186,7 @@ def fingerprint(record: Record, tier: StoredTier) -> dict[str, JsonValue]:
     if tier == "quality":
         return {**fields, **machine}
     # codes on fixed inputs are those of one kind of device: a GPU may divide to another last bit
-    return {**fields, "device": machine["device"]} if subject.suite == "exact" else fields
+    return {**fields, "device": machine["device"]} if suite_row(subject.suite).device_bound else fields
 
 
 def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
@@ -217,20 +195,21 @@ def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
 
 
 def subject_name(record: Record) -> str:
-    """``smollm2-135m chunked turboquant_mse 4``: the same before and after a change of code."""
+    """``smollm2-135m chunked turboquant_mse@4``: the same before and after a change of code."""
     return f"{record.subject.model.name} {record.subject.protocol} {record.subject.method.label}"
 
 
 def gated_metrics(record: Record, tier: StoredTier) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the metrics and of the samples that a tier gates in records of this suite."""
-    suite = record.subject.suite
+    """Names of the metrics and of the samples that a tier gates in records of this suite.
+
+    Raises:
+        UsageError: a suite that is not known here.
+    """
+    row = suite_row(record.subject.suite)
     if tier == "exact":
-        if suite in WHOLLY_EXACT:
-            return tuple(record.metrics), tuple(record.samples)
-        return EXACT_METRICS.get(suite, ()), ()
-    if suite != "perplexity":
-        return (), ()
-    return (), REFERENCE_SAMPLES if record.subject.method.target is None else QUALITY_SAMPLES
+        return (tuple(record.metrics), tuple(record.samples)) if row.exact is None else (row.exact, ())
+    is_reference = record.subject.method.name == REFERENCE.name
+    return (), tuple(row.per_sequence_of_reference if is_reference else row.per_sequence)
 
 
 def snapshot(record: Record, tier: StoredTier) -> Snapshot | None:
@@ -253,7 +232,7 @@ class Group:
     """Snapshots that share a fingerprint: what one baseline file is compared with."""
 
     tier: StoredTier
-    suite: Suite
+    suite: str
     fingerprint: Mapping[str, JsonValue]
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
 
@@ -350,7 +329,18 @@ def _read_file(path: Path) -> BaselineFile:
         raise BaselineError(f"{path} cannot be used as a baseline: {reason}") from error
     if f"{path.parent.name}/{path.name}" != file.place:
         raise BaselineError(f"{path} is the baseline {file.place}; it was moved by hand")
-    return file
+    return file if file.schema_version == SCHEMA_VERSION else _respelled(file)
+
+
+def _respelled(file: BaselineFile) -> BaselineFile:
+    """A file of the first version, whose subjects were written in the earlier form, ``turboquant_mse 4 (sinks=4)``."""
+    prefix = f"{file.fingerprint['model']} {file.fingerprint['protocol']} "
+    entries = [
+        entry.model_copy(update={"subject": prefix + from_earlier_label(entry.subject.removeprefix(prefix)).label})
+        for entry in file.entries
+    ]
+    fields = {name: getattr(file, name) for name in BaselineFile.model_fields if name != "content_sha256"}
+    return BaselineFile.create(**{**fields, "schema_version": SCHEMA_VERSION, "entries": tuple(entries)})
 
 
 def from_records(records: Iterable[Record], origin: str, profile: str = "compared") -> Baselines:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
-from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError, validation_reason
 from veloxbench.records.journal import append_line, cut_torn_tail, whole_lines, write_text
 from veloxbench.records.record import FailedMeasurement, Record
 
@@ -77,14 +77,6 @@ def read_last_run(path: Path) -> list[Record]:
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
     return [record for record in records if record.key in keys]
-
-
-def validation_reason(error: ValidationError) -> str:
-    """The first thing wrong, with the field where it is."""
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
 
 
 class Store:

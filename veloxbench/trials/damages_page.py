@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter
 from tabulate import tabulate
 
-from veloxbench.gate.gate import BUDGETS
 from veloxbench.gate.verdicts import Verdict
+from veloxbench.records.suites import suite_row
 from veloxbench.report.plots import COLOURS, new_axes, svg
 from veloxbench.trials.damages import GATES, Reach, Study, Trial
 
@@ -77,7 +77,7 @@ def _limits(reaches: Mapping[str, Reach], n_gate: int) -> str:
     rows = []
     for base, found in reaches.items():
         shares = [("none" if x is None else f"{x:.2g} ({x / found.kld:.0%})") for x in (found.per_gate, found.pooled)]
-        margin = BUDGETS["kld_mean"].margin(found.kld)
+        margin = suite_row("perplexity").per_sequence["kld_mean"].margin(found.kld)
         rows.append((base, f"{found.kld:.4g}", f"{margin:.2g}", f"{found.spread:.2g}", *shares))
     headers = ("base", "KLD", "margin", "spread", f"{n_gate} sequences detect", f"{GATES * n_gate} sequences detect")
     table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
