@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from veloxbench.errors import BaselineError, ExitCode, UsageError, VeloxError, unknown_name
+from veloxbench.errors import BaselineError, ExitCode, VeloxError, unknown_name
 
 if TYPE_CHECKING:
     from veloxbench.gate.approval import Proposal
@@ -44,22 +44,13 @@ def read_run(path: Path, profile: str) -> list[Record]:
     """The records of a profile's last run.
 
     Raises:
-        UsageError: no such profile, or no record of it: zero benchmarks is no pass.
+        UsageError: no such profile, no record of it (zero benchmarks is no pass), or records of other code.
     """
     from veloxbench.records.store import read_last_run
     from veloxbench.run.grid import load_grid
-    from veloxbench.run.plan import records_of
+    from veloxbench.run.plan import current_records
 
-    grid = load_grid(profile)
-    records = read_last_run(path)
-    found = records_of(grid, records)
-    if not found:
-        other = f" ({len(records)} of other profiles)" if records else ""
-        raise UsageError(
-            f"there are no records of the profile {profile!r} at {path}{other}: nothing was measured, "
-            f"so nothing can be judged; `veloxbench run --profile {profile} --out {path}` measures"
-        )
-    return found
+    return current_records(load_grid(profile), profile, read_last_run(path), path)
 
 
 def gate(

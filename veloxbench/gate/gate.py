@@ -26,14 +26,11 @@ from veloxbench.gate.baselines import (
     grouped,
     machine_fields,
 )
-from veloxbench.gate.paired_test import ALPHA, FALSE_PASS, Paired, paired_test, smallest_detectable
+from veloxbench.gate.paired_test import ALPHA, FALSE_PASS, MIN_SEQUENCES, Paired, paired_test, smallest_detectable
 from veloxbench.gate.verdicts import Finding, Verdict
 from veloxbench.records.intervals import holm_levels
 from veloxbench.records.record import Record
 from veloxbench.records.suites import REDRAW_POSITIONS, suite_row
-
-MIN_SEQUENCES = 16
-"""Fewer sequences cannot reach significance after Holm: 16 have 65536 sign flips."""
 
 ROUNDING = 2.0**-13
 """Sums of floats agree to this share of their root mean square.

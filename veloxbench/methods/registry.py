@@ -23,6 +23,7 @@ from veloxbench import methods
 from veloxbench.errors import UsageError, unknown_name
 from veloxbench.methods.cache_under_test import CacheUnderTest, arrays_of
 from veloxbench.records.arm import Arm
+from veloxbench.records.provenance import code_hash
 from veloxbench.records.record import MethodRef
 
 TargetMeaning = Literal["code_bits", "bits_per_value"]
@@ -97,20 +98,41 @@ def register(
     targets: tuple[float, ...] | None,
     target_means: TargetMeaning | None,
     formula: Callable[..., Fraction],
-    implementation: Callable[[], str],
+    implementation: Callable[[], str] | None = None,
     foreign: str | None = None,
 ) -> Callable[[Callable[..., list[Any]]], Callable[..., list[Any]]]:
-    """Register the decorated factory as a method; a second one of the same name raises ``ValueError``."""
+    """Register the decorated factory as a method.
+
+    Args:
+        name: under which grids and the command line find it.
+        summary: one line for ``veloxbench methods``.
+        cache_classes: the classes that hold the layers which the method claims.
+        targets: those that it can meet; None for a method without any.
+        target_means: whether a target is a code width or an upper limit of bits_per_value.
+        formula: ``(cache, tokens, geometry) -> bytes``, see :class:`Method`.
+        implementation: what tells one state of the code from another, part of every record's key. Left out, it is a
+            hash of everything in the packages that define the factory and the cache classes, so that an edited cache
+            is measured again; a version string that stays while the code changes makes old records pass for new ones.
+        foreign: whose implementation it is, where a refusal is a finding and not a crash.
+
+    Raises:
+        ValueError: a second method of the same name.
+    """
 
     def decorate(factory: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         if name in _REGISTRY:
             raise ValueError(f"method {name!r} is registered twice")
-        _REGISTRY[name] = Method(
-            name, summary, factory, cache_classes, targets, target_means, formula, implementation, foreign
-        )
+        made = implementation or functools.cache(lambda: _code_of(factory, cache_classes))
+        _REGISTRY[name] = Method(name, summary, factory, cache_classes, targets, target_means, formula, made, foreign)
         return factory
 
     return decorate
+
+
+def _code_of(factory: Callable[..., list[Any]], cache_classes: tuple[type, ...]) -> str:
+    package = factory.__module__.partition(".")[0]
+    theirs = [cls for cls in cache_classes if cls.__module__.partition(".")[0] not in ("mlx_lm", "mlx")]
+    return f"{package} {code_hash(factory, *theirs)[:16]}"
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from veloxbench.errors import UsageError
@@ -10,9 +11,9 @@ from veloxbench.inputs.corpora import NO_TEXT, Text, TokenBlock, token_block
 from veloxbench.inputs.models import ModelHandle
 from veloxbench.measure.machine import machine_class
 from veloxbench.measure.suite import Cell, Measurement, get_suite
-from veloxbench.records.arm import REFERENCE
-from veloxbench.records.provenance import harness_hash
-from veloxbench.records.record import NO_MODEL, ModelRef, Record, Subject, content_hash
+from veloxbench.records.arm import REFERENCE, Arm
+from veloxbench.records.provenance import changed_since, harness_hash, project_state
+from veloxbench.records.record import NO_MODEL, ModelRef, Provenance, Record, Subject, content_hash
 from veloxbench.run.grid import Grid
 
 SEED = 0
@@ -80,11 +81,65 @@ def _measurement(cell: Cell, model: ModelRef, block: TokenBlock) -> Measurement:
     return Measurement(subject, cell, block)
 
 
+def current_records(grid: Grid, profile: str, records: Sequence[Record], origin: Path) -> list[Record]:
+    """The records of a run of this grid, made by the code that is here.
+
+    Raises:
+        UsageError: there are none, or one of them was made by other code: that is not this code's result.
+    """
+    run = f"`veloxbench run --profile {profile} --out {origin}` measures"
+    chosen = records_of(grid, records)
+    if not chosen:
+        other = f" ({len(records)} of other profiles)" if records else ""
+        raise UsageError(
+            f"there are no records of the profile {profile!r} at {origin}{other}: nothing was measured, so nothing can "
+            f"be judged; {run}"
+        )
+    others = [(record, why) for record in chosen if (why := other_code(record)) is not None]
+    if others:
+        record, why = others[0]
+        raise UsageError(
+            f"{len(others)} of the {len(chosen)} records at {origin} are of other code than this (first: "
+            f"{record.subject.protocol} {record.subject.method.label}: {why}); {run}"
+        )
+    return chosen
+
+
 def records_of(grid: Grid, records: Iterable[Record]) -> list[Record]:
     """The records that a run of this grid makes, whatever the code and the model."""
     places = {_place(cell.suite, cell.protocol, cell.arm.label, settings(cell)) for cell in cells(grid)}
     subjects = ((record, record.subject) for record in records)
     return [record for record, of in subjects if _place(of.suite, of.protocol, of.method.label, of.settings) in places]
+
+
+def other_code(record: Record) -> str | None:
+    """What makes a record one of other code or another checkout than is here, or None."""
+    subject, made = record.subject, record.provenance
+    if subject.harness != harness_hash():
+        return f"the measuring code is {harness_hash()[:12]} here and was {subject.harness[:12]}"
+    try:
+        here = get_suite(subject.suite).ref(Arm(**subject.method.model_dump(include=set(Arm.model_fields))))
+    except (UsageError, KeyError) as error:
+        return f"{subject.method.label} cannot be measured here any more: {error}"
+    if here.implementation != subject.method.implementation:
+        return f"the implementation is {here.implementation} here and was {subject.method.implementation}"
+    return other_checkout(made)
+
+
+def other_checkout(made: Provenance) -> str | None:
+    """How the project's checkout differs from the one that a record was made in, or None."""
+    here, was = project_state(Path.cwd()), (made.project_commit, made.project_dirty)
+    if here == was:
+        return None
+    if made.project_commit is not None and not made.project_dirty and not here[1]:
+        changed = changed_since(made.project_commit, Path.cwd())
+        if changed == []:  # another commit of the same code
+            return None
+    states = [
+        "none" if commit is None else f"commit {commit[:12]}{' with changes' if dirty else ''}"
+        for commit, dirty in (here, was)
+    ]
+    return f"the project's checkout is {states[0]} here and was {states[1]}"
 
 
 def _place(suite: str, protocol: str, arm: str, settings: dict[str, Any]) -> str:

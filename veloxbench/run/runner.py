@@ -20,7 +20,7 @@ from veloxbench.records.record import NO_MODEL, FailedMeasurement, Record
 from veloxbench.records.store import Store
 from veloxbench.run import estimate
 from veloxbench.run.grid import Grid
-from veloxbench.run.plan import measurements, measurements_without_model
+from veloxbench.run.plan import measurements, measurements_without_model, other_checkout
 from veloxbench.run.progress import Progress
 from veloxbench.run.session import measure, opened
 
@@ -71,13 +71,23 @@ class Run:
         reporter: of downloads and conversions.
         progress: of measurements.
         accept_licence: download models whose licence must be accepted first.
+        fresh: measure everything anew, whatever the store has.
     """
 
     def __init__(
-        self, grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, accept_licence: bool = False
+        self,
+        grid: Grid,
+        store: Store,
+        reporter: Reporter,
+        progress: Progress,
+        *,
+        accept_licence: bool = False,
+        fresh: bool = False,
     ) -> None:
         self.grid, self.store, self.reporter, self.progress = grid, store, reporter, progress
         self.accept_licence = accept_licence
+        self._fresh = fresh
+        self._made: set[str] = set()
         self.failures: list[Failure] = []
         self._plans: dict[str, Plan] = {}
         self._loaded: tuple[ModelHandle, Bench] | None = None
@@ -124,7 +134,7 @@ class Run:
         Raises:
             Exception: the measurement's own, after it was kept among the store's failures.
         """
-        kept = self.store.get(item.subject.key)
+        kept = self.recorded(item)
         if kept is not None:
             return kept
         self.progress.begin(f"{plan.name} {item.label}")
@@ -135,15 +145,23 @@ class Run:
             self.failures.append(_kept_failure(item, error, self.store))
             raise
         self.store.append(record)
+        self._made.add(record.key)
         self.progress.recorded(record)
         return record
+
+    def recorded(self, item: Measurement) -> Record | None:
+        """The record that the store has of a measurement, where it is of this checkout and not to be made anew."""
+        kept = self.store.get(item.subject.key)
+        if kept is None or kept.key in self._made:
+            return kept
+        return None if self._fresh or other_checkout(kept.provenance) else kept
 
     def all(self) -> Outcome:
         """Measure everything that the store does not have yet; what crashes is reported, and the others go on."""
         measured = 0
         # every model and text is there, and every window fits, before the first minute is spent
         for plan in [self.plan(model) for model in self.models]:
-            pending = [item for item in plan.items if self.store.get(item.subject.key) is None]
+            pending = [item for item in plan.items if self.recorded(item) is None]
             if not pending:
                 self.progress.plan(plan.name, len(plan.items), len(plan.items), 0.0, "all of it is recorded already")
                 continue
@@ -172,9 +190,17 @@ class Run:
         self.close()
 
 
-def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, accept_licence: bool = False) -> Outcome:
+def run(
+    grid: Grid,
+    store: Store,
+    reporter: Reporter,
+    progress: Progress,
+    *,
+    accept_licence: bool = False,
+    fresh: bool = False,
+) -> Outcome:
     """Measure everything in the grid that the store does not have yet; arguments as for :class:`Run`."""
-    with Run(grid, store, reporter, progress, accept_licence=accept_licence) as carried:
+    with Run(grid, store, reporter, progress, accept_licence=accept_licence, fresh=fresh) as carried:
         return carried.all()
 
 
