@@ -347,8 +347,8 @@ def _read_file(path: Path) -> BaselineFile:
     late = [entry for entry in file.entries if entry.approved.measured > datetime.now(UTC) + timedelta(days=1)]
     if late:
         raise BaselineError(
-            f"{path}: {late[0].subject} says that it was measured on {late[0].approved.measured:%Y-%m-%d}: the clock was "
-            "wrong then, or is now; measure and approve it again"
+            f"{path}: {late[0].subject} says that it was measured on {late[0].approved.measured:%Y-%m-%d}: the "
+            "clock was wrong then, or is now; measure and approve it again"
         )
     return file if file.schema_version == SCHEMA_VERSION else _respelled(file)
 

@@ -86,7 +86,7 @@ def read_last_run(path: Path) -> list[Record]:
         raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
     if not planned:
         raise UsageError(
-            f"the last run into {plan.parent} ended before it knew what to measure, so that nothing there is its result; "
+            f"the last run into {plan.parent} ended before it knew what to measure: nothing there is its result; "
             "run it again"
         )
     return [record for record in records if record.key in keys]
