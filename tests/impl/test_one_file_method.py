@@ -61,15 +61,17 @@ import veloxquant_mlx.quantizers
 veloxquant_mlx.quantizers.__path__.append(sys.argv[1])  # as if the file lay in the folder
 sys.path.append(sys.argv[2])
 from impl_inputs import tiny_llama
-from veloxbench.methods import BuildContext, all_methods, build, make_arm
+from veloxbench.methods import BuildContext, all_methods
+from veloxbench.methods.registry import build, checked
+from veloxbench.records.arm import Arm
 method = all_methods()["signs"]
-arm = make_arm("signs", 1.0, factor=0.5, sinks=1)
+arm = checked(Arm.parse("signs@1:factor=0.5:sinks=1"))
 caches, claimed = build(BuildContext(tiny_llama(), None, "", None, None), arm)
 spec = caches[0].inner.spec
 print(json.dumps({
     "summary": method.summary, "targets": method.targets, "means": method.target_means,
     "defaults": method.parameter_defaults(), "label": arm.label, "claimed": claimed,
-    "keys": spec.keys.spec(), "sinks": spec.sinks, "default": make_arm("signs", 1.0, factor=1.0).label,
+    "keys": spec.keys.spec(), "sinks": spec.sinks, "default": checked(Arm.parse("signs@1:factor=1.0")).label,
 }))
 """
 
@@ -85,11 +87,11 @@ def test_the_harness_measures_a_method_that_is_one_new_file(tmp_path: Path) -> N
         "targets": [1.0],
         "means": "code_bits",
         "defaults": {"sinks": 0, "value_bits": None, "window": 0, "factor": 1.0},
-        "label": "signs 1 (factor=0.5, sinks=1)",
+        "label": "signs@1:factor=0.5:sinks=1",
         "claimed": [True] * 3,
         "keys": {"quantizer": "signs", "factor": 0.5},
         "sinks": 1,
-        "default": "signs 1",
+        "default": "signs@1",
     }
 
 
