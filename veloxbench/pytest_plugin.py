@@ -121,7 +121,7 @@ class SuiteRun:
 
     def close(self) -> None:
         """Write the pages and free model and store."""
-        from veloxbench.cli.app import write_pages
+        from veloxbench.report.files import write_pages
 
         if self.session is not None:
             self.session.close()

@@ -22,7 +22,8 @@ from veloxbench.gate.baselines import WHOLLY_EXACT, from_records
 from veloxbench.gate.gate import judge
 from veloxbench.gate.verdicts import Finding, Tier, Verdict
 from veloxbench.records.record import Record
-from veloxbench.records.store import LAST_RUN, read_last_run, read_records
+from veloxbench.records.selection import read_last_run
+from veloxbench.records.store import LAST_RUN, read_records
 
 
 def compare_records(base: Path, head: Path, message: Callable[[str], None]) -> list[Finding]:

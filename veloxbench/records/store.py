@@ -62,23 +62,6 @@ def _lines(file: Path, kind: type[Line], name: str) -> Iterator[tuple[int, Line]
             raise IntegrityError(f"{file}:{number} is not a valid {name}: {reason}") from error
 
 
-def read_last_run(path: Path) -> list[Record]:
-    """The records of the last run into a folder (or of its journal); all of them where no run left its keys there.
-
-    Raises:
-        IntegrityError: a damaged journal, or a damaged list of keys.
-    """
-    records = read_records(path)
-    plan = (path if path.is_dir() else path.parent) / LAST_RUN
-    if not (path.is_dir() or path.name == JOURNAL) or not plan.exists():
-        return records
-    try:
-        keys = set(json.loads(plan.read_text(encoding="utf-8"))["keys"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
-    return [record for record in records if record.key in keys]
-
-
 def validation_reason(error: ValidationError) -> str:
     """The first thing wrong, with the field where it is."""
     first = error.errors()[0]

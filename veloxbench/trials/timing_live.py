@@ -78,7 +78,7 @@ def read_live(path: Path) -> LiveJournal:
         IntegrityError: a line that is neither, or out of place, naming file and line.
     """
     if not path.is_file():
-        raise UsageError(f"there are no live gates at {path}; `veloxbench aa live --out {path}` runs them")
+        raise UsageError(f"there are no live gates at {path}; `veloxbench trial timing live --out {path}` runs them")
     header, gates = None, []
     for number, text in enumerate(whole_lines(path.read_bytes()), start=1):
         try:

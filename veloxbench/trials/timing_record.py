@@ -6,7 +6,6 @@ rounds as a gate takes blocks in a start, both sides are started anew.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -231,8 +230,3 @@ class _Progress:
             f"canary {drift:.2%}, load {self._recent[-1].load:g}"
         )
         self._recent, self._told = [], time.monotonic()
-
-
-def to_stderr(text: str) -> None:
-    """One line for the user."""
-    print(text, file=sys.stderr, flush=True)

@@ -341,14 +341,14 @@ def _summary(series: Series, digest: str, clock: Clock, spec: TimingSpec) -> Ser
 
 
 def read_error_rates(path: Path) -> ErrorRates:
-    """A record that ``veloxbench aa resample`` wrote.
+    """A record that ``veloxbench trial timing resample`` wrote.
 
     Raises:
         UsageError: there is none.
         IntegrityError: it is not valid.
     """
     if not path.is_file():
-        raise UsageError(f"there are no error rates at {path}; `veloxbench aa resample` makes them")
+        raise UsageError(f"there are no error rates at {path}; `veloxbench trial timing resample` makes them")
     try:
         return ErrorRates.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
