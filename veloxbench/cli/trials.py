@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from veloxbench.trials.timing_record import Setup
 
 trial = typer.Typer(
-    name="trial", no_args_is_help=True, rich_markup_mode="markdown", help="The gates tried: what do they notice?"
+    name="trial",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Experiments on the gates themselves: what they notice, and how often they are wrong.",
 )
 timing = typer.Typer(
     name="timing",
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="The timing gate measured by experiment: how often it cries wolf, and how small a slowdown it sees.",
+    help="How often the timing gate raises a false alarm, and how small a slowdown it notices, by experiment.",
 )
 trial.add_typer(timing)
 

@@ -37,7 +37,7 @@ class Sources:
 
     @classmethod
     def read(cls, folder: Path) -> Sources:
-        """All of a folder of records; without its file nothing is known of the depth."""
+        """A folder's records and, where it has that file, what was measured by depth."""
         file = folder / SENSITIVITY
         return cls(read_records(folder), json.loads(file.read_text(encoding="utf-8")) if file.exists() else [])
 

@@ -18,12 +18,12 @@ PLOT = "damages.svg"
 _SMALLEST_SHOWN = 0.1  # percent: a logarithmic axis has no zero
 
 
-def render(study: Study, found: Sequence[Trial], reaches: Mapping[str, Reach], n_arms: int) -> str:
+def render(study: Study, judged: Sequence[Trial], reaches: Mapping[str, Reach], n_arms: int) -> str:
     """The page.
 
     Args:
         study: the measured samples.
-        found: its damages judged.
+        judged: its damages, with what the gates said.
         reaches: what gates on each base can detect.
         n_arms: arms of the gate's profile.
     """
@@ -31,17 +31,17 @@ def render(study: Study, found: Sequence[Trial], reaches: Mapping[str, Reach], n
     parts = [
         _preamble(study, n_arms, n_gate),
         _limits(reaches, n_gate),
-        _table(found, n_gate),
-        _claim(found, reaches, n_gate),
+        _table(judged, n_gate),
+        _claim(judged, reaches, n_gate),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def plot(found: Sequence[Trial], reaches: Mapping[str, Reach]) -> str:
+def plot(judged: Sequence[Trial], reaches: Mapping[str, Reach]) -> str:
     """How many gates call a damage a regression, by its true size beside what a gate detects, as SVG."""
     figure, axes = new_axes()
     for index, (base, limits) in enumerate(reaches.items()):
-        harmful = [trial for trial in found if trial.damage.base == base and trial.damage.harmful]
+        harmful = [trial for trial in judged if trial.damage.base == base and trial.damage.harmful]
         sizes = [max(100 * trial.share, _SMALLEST_SHOWN) for trial in harmful]
         shares = [sum(verdict is Verdict.REGRESS for verdict in trial.gates) / GATES for trial in harmful]
         look: dict[str, Any] = {"color": COLOURS[index], "linestyle": "none"}
@@ -75,10 +75,12 @@ def _preamble(study: Study, n_arms: int, n_gate: int) -> str:
 
 def _limits(reaches: Mapping[str, Reach], n_gate: int) -> str:
     rows = []
-    for base, found in reaches.items():
-        shares = [("none" if x is None else f"{x:.2g} ({x / found.kld:.0%})") for x in (found.per_gate, found.pooled)]
-        margin = BUDGETS["kld_mean"].margin(found.kld)
-        rows.append((base, f"{found.kld:.4g}", f"{margin:.2g}", f"{found.spread:.2g}", *shares))
+    for base, limits in reaches.items():
+        shares = [
+            ("none" if x is None else f"{x:.2g} ({x / limits.kld:.0%})") for x in (limits.per_gate, limits.pooled)
+        ]
+        margin = BUDGETS["kld_mean"].margin(limits.kld)
+        rows.append((base, f"{limits.kld:.4g}", f"{margin:.2g}", f"{limits.spread:.2g}", *shares))
     headers = ("base", "KLD", "margin", "spread", f"{n_gate} sequences detect", f"{GATES * n_gate} sequences detect")
     table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
     return (
@@ -92,7 +94,7 @@ def _limits(reaches: Mapping[str, Reach], n_gate: int) -> str:
     )
 
 
-def _table(found: Sequence[Trial], n_gate: int) -> str:
+def _table(judged: Sequence[Trial], n_gate: int) -> str:
     rows = [
         (
             trial.damage.summary,
@@ -103,7 +105,7 @@ def _table(found: Sequence[Trial], n_gate: int) -> str:
             f"{len(trial.exact)} metrics differ" if trial.exact else "equal",
             _caught(trial),
         )
-        for trial in found
+        for trial in judged
     ]
     headers = (
         "damage",
@@ -129,16 +131,16 @@ def _caught(trial: Trial) -> str:
     return ", ".join(tiers) or "nothing"
 
 
-def _claim(found: Sequence[Trial], reaches: Mapping[str, Reach], n_gate: int) -> str:
+def _claim(judged: Sequence[Trial], reaches: Mapping[str, Reach], n_gate: int) -> str:
     def above(trial: Trial, limit: float | None) -> bool:
         return limit is not None and trial.true.value > limit
 
-    single = [trial for trial in found if above(trial, reaches[trial.damage.base].per_gate)]
-    pooled = [trial for trial in found if above(trial, reaches[trial.damage.base].pooled)]
+    single = [trial for trial in judged if above(trial, reaches[trial.damage.base].per_gate)]
+    pooled = [trial for trial in judged if above(trial, reaches[trial.damage.base].pooled)]
     verdicts = [verdict for trial in single for verdict in trial.gates]
-    harmful = [trial for trial in found if trial.damage.harmful]
+    harmful = [trial for trial in judged if trial.damage.harmful]
     passed = sum(verdict is Verdict.PASS for trial in harmful for verdict in trial.gates)
-    controls = [verdict for trial in found if not trial.damage.harmful for verdict in trial.gates]
+    controls = [verdict for trial in judged if not trial.damage.harmful for verdict in trial.gates]
     return (
         "## What follows\n\n"
         f"- {len(single)} of the {len(harmful)} damages are truly larger than what {n_gate} sequences detect. The "

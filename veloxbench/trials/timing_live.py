@@ -51,7 +51,7 @@ class LiveGate(BaseModel):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(spec).items()}
 
     def result(self) -> GateResult:
-        """As the gate gave it (the p-values are not kept: the log ratios give them)."""
+        """The result that the gate gave (the p-values are not kept: the log ratios give them)."""
         verdict = None if self.verdict is Verdict.INCONCLUSIVE else self.verdict
         metric = MetricResult(BENCHMARK, verdict, self.log_ratios, 1.0, 1.0)
         return GateResult((metric,), len(self.log_ratios), self.voids, self.seconds, self.stopped)
