@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from veloxbench.measure.suite import get_suite
-from veloxbench.methods import get_method
+from veloxbench.methods.registry import get_method
 from veloxbench.records.provenance import harness_hash
 from veloxbench.records.record import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
 from veloxbench.run.grid import load_grid

@@ -11,8 +11,8 @@ from scipy import stats
 
 from veloxbench.errors import ExitCode
 from veloxbench.gate.baselines import Baselines, from_records
-from veloxbench.gate.gate import MIN_SEQUENCES, judge
-from veloxbench.gate.paired_test import ALPHA, POWER, paired_test, smallest_detectable
+from veloxbench.gate.gate import judge
+from veloxbench.gate.paired_test import ALPHA, MIN_SEQUENCES, POWER, paired_test, smallest_detectable
 from veloxbench.gate.verdicts import Verdict, exit_code, overall, sentence
 from veloxbench.records.intervals import holm_levels
 from veloxbench.records.suites import suite_row

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from veloxbench.cli.app import _run as veloxbench
 from veloxbench.inputs.models import load_model, resolve_model
 from veloxbench.measure.account import engagement
-from veloxbench.measure.kernels import HeadShape, Traffic, head_shape, refusal
+from veloxbench.measure.kernels import HeadShape, Traffic, count, head_shape, refusal
 from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxbench.records.store import read_records
 from veloxquant_kernels import emulator
