@@ -28,7 +28,8 @@ from veloxbench.measure.reference import ReferenceCache
 from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxbench.methods.registry import BuildContext, build, get_method, probe, reference_of
 from veloxbench.records.arm import Arm
-from veloxbench.records.record import Estimate, LayerEngagement, MethodRef, Subject, TextRef
+from veloxbench.records.provenance import code_hash, harness_hash
+from veloxbench.records.record import Estimate, LayerEngagement, MethodRef, Subject, TextRef, content_hash
 from veloxbench.records.suites import SuiteRow, all_suites, suite_row
 
 Tick = Callable[[int], None]
@@ -180,6 +181,11 @@ class Suite(ABC):
     def units(self, cell: Cell) -> int:
         """How many units ``tick`` will be told of; 0 where nothing is told before the end."""
         return 0
+
+    def harness(self) -> str:
+        """Hash of the measuring code, which is part of every key: this project's, and that of a package of one's own."""
+        own = type(self).__module__.startswith(f"{measure.__name__}.")
+        return harness_hash() if own else content_hash([harness_hash(), code_hash(type(self))])
 
     def ref(self, arm: Arm) -> MethodRef:
         """The arm as it stands in a record's key."""

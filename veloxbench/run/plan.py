@@ -13,7 +13,7 @@ from veloxbench.inputs.models import ModelHandle
 from veloxbench.measure.machine import machine_class
 from veloxbench.measure.suite import Cell, Measurement, get_suite
 from veloxbench.records.arm import REFERENCE, Arm
-from veloxbench.records.provenance import changed_since, harness_hash, project_state
+from veloxbench.records.provenance import changed_since, project_state
 from veloxbench.records.record import NO_MODEL, ModelRef, Provenance, Record, Subject, content_hash
 from veloxbench.run.grid import Grid
 
@@ -79,7 +79,7 @@ def _measurement(cell: Cell, model: ModelRef, block: TokenBlock) -> Measurement:
         method=suite.ref(cell.arm),
         text=suite.text(cell, block),
         settings=settings(cell),
-        harness=harness_hash(),
+        harness=suite.harness(),
         machine_class=machine_class(suite.row.moved_by),
     )
     return Measurement(subject, cell, block)
@@ -126,10 +126,11 @@ def other_code(record: Record, *, any_checkout: bool = False) -> str | None:
     subject, made = record.subject, record.provenance
     if made.started > datetime.now(UTC) + CLOCK_SLACK:
         return f"it says that it was measured on {made.started:%Y-%m-%d}: the clock was wrong then, or is now"
-    if subject.harness != harness_hash():
-        return f"the measuring code is {harness_hash()[:12]} here and was {subject.harness[:12]}"
     try:
-        here = get_suite(subject.suite).ref(Arm(**subject.method.model_dump(include=set(Arm.model_fields))))
+        suite = get_suite(subject.suite)
+        if subject.harness != suite.harness():
+            return f"the measuring code is {suite.harness()[:12]} here and was {subject.harness[:12]}"
+        here = suite.ref(Arm(**subject.method.model_dump(include=set(Arm.model_fields))))
     except (UsageError, KeyError) as error:
         return f"{subject.method.label} cannot be measured here any more: {error}"
     if here.implementation != subject.method.implementation:

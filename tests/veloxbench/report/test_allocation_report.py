@@ -55,7 +55,7 @@ def test_each_rival_gets_the_verdict_of_its_paired_interval():
     verdicts = {name: c.verdict for name, c in found.items()}
     assert verdicts == {
         "mean of 2 shuffles (2 of them worse)": "better than",
-        "other 1.6": "undecided against",
+        "other@1.6": "undecided against",
         "uniform@2": "worse than",  # the next dearer width, not 4.25 bits and not the cheaper 1.25
     }
     shuffles = found["mean of 2 shuffles (2 of them worse)"].worse_by
