@@ -183,7 +183,7 @@ class Suite(ABC):
         return 0
 
     def harness(self) -> str:
-        """Hash of the measuring code, which is part of every key: this project's, and that of a package of one's own."""
+        """Hash of the measuring code, part of every key: this project's, and that of a package of one's own."""
         own = type(self).__module__.startswith(f"{measure.__name__}.")
         return harness_hash() if own else content_hash([harness_hash(), code_hash(type(self))])
 
