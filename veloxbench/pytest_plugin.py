@@ -146,12 +146,10 @@ def _gated_subjects(config: pytest.Config) -> list[Any]:
     except BaselineError:
         return []  # the item for the gate as a whole says what is wrong
     machine = machine_fields(hardware(), versions())
-    return [
-        pytest.param((file.tier, entry.subject), id=f"{file.tier}-{entry.subject}".replace(" ", "-"))
-        for file in files
-        if file.holds_on(machine)
-        for entry in file.entries
-    ]
+    subjects = {  # two baselines of one subject differ in rounding: it is judged once
+        (file.tier, entry.subject): None for file in files if file.holds_on(machine) for entry in file.entries
+    }
+    return [pytest.param(subject, id="-".join(subject).replace(" ", "-")) for subject in subjects]
 
 
 @pytest.fixture(scope="session")
@@ -164,6 +162,16 @@ def gate_findings(request: pytest.FixtureRequest, suite_run: SuiteRun) -> list[F
         pytest.skip("gates judge with --benchmark and --veloxbench-baseline")
     profile = config.getoption("--veloxbench-profile")
     return judge(suite_run.produced.values(), _baselines(config), profile=profile)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse several processes: they would measure beside each other, and no gate would see all that was measured.
+
+    Raises:
+        pytest.UsageError: ``--benchmark`` with ``-n``.
+    """
+    if config.getoption("--benchmark") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--benchmark measures in one process: leave -n out (workers would time each other)")
 
 
 @pytest.hookimpl(trylast=True)

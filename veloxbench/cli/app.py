@@ -86,7 +86,7 @@ def run(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="From `veloxbench methods`, as `turboquant_mse@4:sinks=4`; without `@` at every target. fp16 always runs."
+            help="From `veloxbench methods`, as `turboquant_mse@4:sinks=4`; without `@` at every target. fp16 is too."
         ),
     ] = None,
     targets: Annotated[

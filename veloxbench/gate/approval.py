@@ -134,7 +134,7 @@ def propose(
     existing = read_baselines(folder) if any(folder.glob("*/*.json")) else Baselines((), str(folder))
     changes = []
     for group in groups:
-        old = existing.find(group)
+        old = existing.own(group)
         new = merged(old, group, approval, profile=profile, release=approval.release, drop_missing=drop_missing)
         if old is None or (old.entries, old.profiles) != (new.entries, new.profiles):
             changes.append((old, new))

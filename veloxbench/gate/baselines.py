@@ -5,8 +5,9 @@ finds its baseline. The implementation under test is never in it. By tier:
 
 - ``exact`` (bytes, codes, allocations): weights, tokenizer, text, protocol; for codes the kind of device. Holds on
   every machine.
-- ``quality``: the same, and the chip family, the device, MLX's minor version and the order of fp32 sums
-  (:func:`veloxbench.measure.machine.rounding`): another order draws the quantization noise anew.
+- ``quality``: the same, and the chip family, the device and MLX's minor version. Where the order of fp32 sums
+  (:func:`veloxbench.measure.machine.rounding`) is another one, the quantization noise is drawn anew: the baseline
+  holds all the same, its own rounding's first, and the paired test counts that noise.
 
 Stored timings gate nothing: another day of the same machine differs by more than a regression does.
 A file is written whole by :func:`approve` alone, and carries the hash of its content.
@@ -144,7 +145,11 @@ def _last_day(entry: Entry) -> date:
     return entry.approved.measured.date() + QUALITY_LIFE
 
 
-MACHINE_FIELDS = ("chip_family", "device", "mlx", "rounding")
+MACHINE_FIELDS = ("chip_family", "device", "mlx")
+"""Where a quality baseline holds."""
+
+REDRAWN = "rounding"
+"""The field of a fingerprint by which a baseline may differ from what it is compared with."""
 
 
 def chip_family(hardware: Mapping[str, JsonValue]) -> str:
@@ -192,6 +197,11 @@ def fingerprint(record: Record, tier: StoredTier) -> dict[str, JsonValue]:
 def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
     """The folder's name."""
     return content_hash(dict(fields))[:16]
+
+
+def travel_id(fields: Mapping[str, JsonValue]) -> str:
+    """What a baseline shares with everything that may be compared with it: its fingerprint but for the rounding."""
+    return fingerprint_id({name: value for name, value in fields.items() if name != REDRAWN})
 
 
 def subject_name(record: Record) -> str:
@@ -297,9 +307,14 @@ class Baselines:
         chosen = tuple(tier for tier in self.tiers if tier in tiers)
         return Baselines(tuple(file for file in self.files if file.tier in chosen), self.origin, chosen)
 
-    def find(self, group: Group) -> BaselineFile | None:
-        """The file that a group is compared with."""
+    def own(self, group: Group) -> BaselineFile | None:
+        """The file of exactly this fingerprint: the one that an approval rewrites."""
         return next((file for file in self.files if file.fingerprint == dict(group.fingerprint)), None)
+
+    def find(self, group: Group) -> BaselineFile | None:
+        """The file that a group is compared with: its own, or else one of another rounding."""
+        travelled = (file for file in self.files if travel_id(file.fingerprint) == travel_id(group.fingerprint))
+        return self.own(group) or next(travelled, None)
 
     def of_profile(self, profile: str | None) -> tuple[BaselineFile, ...]:
         """Files whose entries a run of this profile must produce; all of them for None."""
@@ -329,6 +344,12 @@ def _read_file(path: Path) -> BaselineFile:
         raise BaselineError(f"{path} cannot be used as a baseline: {reason}") from error
     if f"{path.parent.name}/{path.name}" != file.place:
         raise BaselineError(f"{path} is the baseline {file.place}; it was moved by hand")
+    late = [entry for entry in file.entries if entry.approved.measured > datetime.now(UTC) + timedelta(days=1)]
+    if late:
+        raise BaselineError(
+            f"{path}: {late[0].subject} says that it was measured on {late[0].approved.measured:%Y-%m-%d}: the "
+            "clock was wrong then, or is now; measure and approve it again"
+        )
     return file if file.schema_version == SCHEMA_VERSION else _respelled(file)
 
 

@@ -18,6 +18,7 @@ from pydantic import JsonValue
 
 from veloxbench.gate.baselines import (
     MACHINE_FIELDS,
+    REDRAWN,
     BaselineFile,
     Baselines,
     Entry,
@@ -25,12 +26,16 @@ from veloxbench.gate.baselines import (
     Snapshot,
     grouped,
     machine_fields,
+    travel_id,
 )
 from veloxbench.gate.paired_test import ALPHA, FALSE_PASS, MIN_SEQUENCES, Paired, paired_test, smallest_detectable
 from veloxbench.gate.verdicts import Finding, Verdict
 from veloxbench.records.intervals import holm_levels
 from veloxbench.records.record import Record
 from veloxbench.records.suites import REDRAW_POSITIONS, suite_row
+
+SHOWN = 60
+"""Characters of a value that a message shows."""
 
 ROUNDING = 2.0**-13
 """Sums of floats agree to this share of their root mean square.
@@ -55,6 +60,8 @@ class _Pending:
     drift: Paired
     baseline: tuple[float, ...]
     redraw: float
+    redrawn: bool
+    """The baseline is of another rounding: every change holds a draw of noise."""
     two_sided: bool
     """The fp16 reference's own: it may move neither way."""
 
@@ -106,9 +113,9 @@ def unknown_machine(records: Iterable[Record], baselines: Baselines, profile: st
     if not groups or not files:
         return None
     machine = {name: groups[0].fingerprint[name] for name in MACHINE_FIELDS if name != "mlx"}
-    here = [{**file.fingerprint, **machine} for file in files]
-    known = any(file.fingerprint in here for file in files)
-    if known or any(group.fingerprint not in here for group in groups):
+    here = {travel_id({**file.fingerprint, **machine}) for file in files}
+    known = any(travel_id(file.fingerprint) in here for file in files)
+    if known or any(travel_id(group.fingerprint) not in here for group in groups):
         return None
     return _listed(machine)
 
@@ -117,7 +124,7 @@ def _not_run(
     groups: Sequence[Group], machines: Sequence[dict[str, JsonValue]], baselines: Baselines, profile: str | None
 ) -> list[Finding]:
     """Baselines that no record of the run answers: removed or crashed benchmarks."""
-    answered = {group.id for group in groups}
+    answered = {travel_id(group.fingerprint) for group in groups}
     # the same subject under another fingerprint has its own finding, which names the difference
     elsewhere = {(group.tier, group.suite, name) for group in groups for name in group.snapshots}
     findings: list[Finding] = []
@@ -133,7 +140,7 @@ def _not_run(
             other.setdefault((file.tier, file.suite), file)
             continue
         here.add((file.tier, file.suite))
-        if file.place.partition("/")[0] in answered:
+        if travel_id(file.fingerprint) in answered:
             continue
         findings += [
             _missing(file, entry) for entry in file.entries if (file.tier, file.suite, entry.subject) not in elsewhere
@@ -175,23 +182,30 @@ def _without_baseline(group: Group, baselines: Baselines) -> Finding:
 
     def differences(file: BaselineFile) -> list[str]:
         names = [*file.fingerprint, *(name for name in group.fingerprint if name not in file.fingerprint)]
-        return [name for name in names if file.fingerprint.get(name) != group.fingerprint.get(name)]
+        return [n for n in names if n != REDRAWN and file.fingerprint.get(n) != group.fingerprint.get(n)]
 
     if not alike:
         reason = f"{where}: it has none of the suite {group.suite}"
     else:
         nearest = min(alike, key=lambda file: len(differences(file)))
         changed = "; ".join(
-            f"{name} is {_short(group.fingerprint.get(name))} here and {_short(nearest.fingerprint.get(name))} there"
+            f"{name} is {_around(group.fingerprint.get(name), nearest.fingerprint.get(name))} here and "
+            f"{_around(nearest.fingerprint.get(name), group.fingerprint.get(name))} there"
             for name in differences(nearest)
         )
         reason = f"{where}: the nearest, {nearest.place}, is of something else ({changed})"
     return Finding(group.tier, group.described, "all", Verdict.NO_BASELINE, reason)
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:12] + "…"
+def _around(value: object, other: object) -> str:
+    """A value, a long one cut to where it first differs from the other."""
+    text, rival = str(value), str(other)
+    if len(text) <= SHOWN:
+        return text
+    first = next((i for i, (a, b) in enumerate(zip(text, rival, strict=False)) if a != b), min(len(text), len(rival)))
+    start = max(0, min(first - SHOWN // 4, len(text) - SHOWN))
+    cut = text[start : start + SHOWN]
+    return f"{'…' if start else ''}{cut}{'…' if start + SHOWN < len(text) else ''}"
 
 
 def _compare(group: Group, file: BaselineFile, day: date) -> list[Finding | _Pending]:
@@ -212,7 +226,8 @@ def _compare(group: Group, file: BaselineFile, day: date) -> list[Finding | _Pen
         elif group.tier == "exact":
             found += _exact(name, head, entry.approved)
         else:
-            found += _quality(name, head, entry, file)
+            redrawn = file.fingerprint.get(REDRAWN) != group.fingerprint.get(REDRAWN)
+            found += _quality(name, head, entry, file, redrawn)
     for name in group.snapshots:
         if name not in file.by_subject:
             reason = f"it is not in {file.place}; `veloxbench baseline approve` adds what is new"
@@ -268,7 +283,7 @@ def _scored_positions(file: BaselineFile) -> int:
     return REDRAW_POSITIONS
 
 
-def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile) -> list[Finding | _Pending]:
+def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile, redrawn: bool) -> list[Finding | _Pending]:
     row, positions = suite_row(file.suite), _scored_positions(file)
     found: list[Finding | _Pending] = []
     for metric, base in entry.approved.samples.items():
@@ -295,7 +310,7 @@ def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile) -> lis
             test, fall = paired_test(difference, margin), paired_test(-difference, margin)
             drift = paired_test(np.asarray(values) - released, total)
             redraw = budget.redraw * abs(mean) * math.sqrt(REDRAW_POSITIONS / positions)
-            found.append(_Pending(blank, test, fall, drift, tuple(base), redraw, two_sided))
+            found.append(_Pending(blank, test, fall, drift, tuple(base), redraw, redrawn, two_sided))
     missing = [metric for metric in head.samples if metric not in entry.approved.samples]
     found += [
         Finding("quality", name, metric, Verdict.NO_BASELINE, "the baseline does not have it") for metric in missing
@@ -322,6 +337,13 @@ def _decided(pending: Sequence[_Pending]) -> list[Finding]:
 
 
 def _decide(item: _Pending, level: float, drift_level: float, fall_level: float, n_tests: int) -> Finding:
+    finding = _judged(item, level, drift_level, fall_level, n_tests)
+    if not item.redrawn:
+        return finding
+    return replace(finding, reason=f"{finding.reason} (the baseline is of another rounding: the noise was drawn anew)")
+
+
+def _judged(item: _Pending, level: float, drift_level: float, fall_level: float, n_tests: int) -> Finding:
     test, fall, drift = item.test, item.fall, item.drift
     two_sided = item.two_sided
     low = test.bound(level or ALPHA / n_tests, -1)

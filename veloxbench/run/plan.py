@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from veloxbench.records.record import NO_MODEL, ModelRef, Provenance, Record, Su
 from veloxbench.run.grid import Grid
 
 SEED = 0
+
+CLOCK_SLACK = timedelta(days=1)
+"""By how much the clocks of two machines may differ."""
 
 
 def cells(grid: Grid) -> list[Cell]:
@@ -115,6 +119,8 @@ def records_of(grid: Grid, records: Iterable[Record]) -> list[Record]:
 def other_code(record: Record) -> str | None:
     """What makes a record one of other code or another checkout than is here, or None."""
     subject, made = record.subject, record.provenance
+    if made.started > datetime.now(UTC) + CLOCK_SLACK:
+        return f"it says that it was measured on {made.started:%Y-%m-%d}: the clock was wrong then, or is now"
     if subject.harness != harness_hash():
         return f"the measuring code is {harness_hash()[:12]} here and was {subject.harness[:12]}"
     try:
