@@ -214,7 +214,7 @@ class Perplexity(Suite):
         return int(cell.task.sequences * cell.task.n_scored)
 
     def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
-        """Feed the arm and compare every scored position with the reference; of the reference, measure its noise floor."""
+        """Feed the arm and compare every scored position with the reference; the reference gets its noise floor."""
         bench = needed(bench)
         task, tokens, arm = item.cell.task, item.block.tokens, bench.caches(item.cell.arm)
         if item.cell.arm == REFERENCE:

@@ -41,7 +41,7 @@ class ReferenceCache:
         return n_rows * vocabulary * 2
 
     def fits(self, n_rows: int, vocabulary: int) -> bool:
-        """Whether it may be kept: it fits under the cap beside those being written, and a twentieth of the disk stays free."""
+        """Whether it may be kept: under the cap beside those being written, with a twentieth of the disk left free."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with cache_lock(_NAME):
             unfinished = self._unfinished_bytes()
