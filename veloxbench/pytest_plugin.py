@@ -94,7 +94,7 @@ class SuiteRun:
 
     def close(self) -> None:
         """Write the pages and free model and store."""
-        from veloxbench.cli.app import write_pages
+        from veloxbench.report.files import write_pages
 
         write_pages(self.folder, self.store)
         self.exits.close()

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from veloxbench.records.selection import table_rows
 from veloxbench.records.store import read_records
-from veloxbench.report.page import newest
 from veloxquant_kernels.kernel import FOLDER
 from veloxquant_kernels.pack_codes import packed_words
 
@@ -44,7 +44,7 @@ def test_the_plain_path_on_a_cpu_stays_within_its_limits(record_property):
     times the fp16 step and 1.3 times its prefill, and other widths are recorded too."""
     timed = {
         r.subject.method.target: r
-        for r in newest(read_records(ROOT / "records"))
+        for r in table_rows(read_records(ROOT / "records"))
         if r.subject.suite == "throughput"
         and r.subject.settings["depth"] == 2048
         and r.subject.method.label.startswith("turboquant_mse")

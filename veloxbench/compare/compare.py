@@ -22,7 +22,8 @@ from veloxbench.gate.baselines import from_records
 from veloxbench.gate.gate import judge
 from veloxbench.gate.verdicts import Finding, Tier, Verdict
 from veloxbench.records.record import Record
-from veloxbench.records.store import LAST_RUN, read_last_run, read_records
+from veloxbench.records.selection import read_last_run
+from veloxbench.records.store import LAST_RUN, read_records
 from veloxbench.records.suites import all_suites
 
 

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from veloxbench.errors import BaselineError, validation_reason
 from veloxbench.records.arm import REFERENCE, from_earlier_label
 from veloxbench.records.record import Finite, Record, content_hash
+from veloxbench.records.selection import of_newest_code
 from veloxbench.records.suites import suite_row
 
 StoredTier = Literal["exact", "quality"]
@@ -255,28 +256,6 @@ class Group:
     def described(self) -> str:
         """Suite, model and protocol in words."""
         return f"{self.suite} of {self.fingerprint['model']}, {self.fingerprint['protocol']}"
-
-
-def of_newest_code(records: Iterable[Record]) -> list[Record]:
-    """Records of the code that was measured last, oldest first.
-
-    A folder of results may hold an earlier commit's records; one of those must not stand in for a benchmark
-    that crashed in this one. Where a run left its keys
-    (:func:`veloxbench.records.store.read_last_run`) they say more, for a return to earlier code measures nothing
-    anew; this serves records without them.
-    """
-    ordered = sorted(records, key=lambda record: record.provenance.started)
-    newest = {_package(record): record.subject.method.implementation for record in ordered}
-    harness = ordered[-1].subject.harness if ordered else ""
-    return [
-        record
-        for record in ordered
-        if record.subject.harness == harness and record.subject.method.implementation == newest[_package(record)]
-    ]
-
-
-def _package(record: Record) -> str:
-    return record.subject.method.implementation.partition(" ")[0]
 
 
 def grouped(records: Iterable[Record]) -> list[Group]:

@@ -69,31 +69,6 @@ def _lines(file: Path, kind: type[Line], name: str) -> Iterator[tuple[int, Line]
             raise IntegrityError(f"{file}:{number} is not a valid {name}: {reason}") from error
 
 
-def read_last_run(path: Path) -> list[Record]:
-    """The records of the last run into a folder (or of its journal); all of them where no run left its keys there.
-
-    Raises:
-        IntegrityError: a damaged journal, or a damaged list of keys.
-        UsageError: the last run ended before it knew its keys.
-    """
-    records = read_records(path)
-    plan = (path if path.is_dir() else path.parent) / LAST_RUN
-    if not (path.is_dir() or path.name == JOURNAL) or not plan.exists():
-        return records
-    try:
-        noted = json.loads(plan.read_text(encoding="utf-8"))
-        keys = set(noted["keys"])
-        planned = bool(noted.get("planned", True))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
-    if not planned:
-        raise UsageError(
-            f"the last run into {plan.parent} ended before it knew what to measure: nothing there is its result; "
-            "run it again"
-        )
-    return [record for record in records if record.key in keys]
-
-
 class Store:
     """The journal of one output folder, open for appending. Use :func:`open_store`."""
 

@@ -114,7 +114,7 @@ BASES: Final = {
 
 
 def undamaged(spec: LayerSpec) -> LayerSpec:
-    """No change."""
+    """The specification as it is: the change of a base or a control."""
     return spec
 
 

@@ -231,13 +231,13 @@ def trials(study: Study, n_arms: int) -> list[Trial]:
         study: what was measured.
         n_arms: arms in the gate's profile: the others are unchanged, and count in the correction for many tests.
     """
-    found = []
+    judged = []
     for damage in DAMAGES:
         base, head = study.samples[damage.base], study.samples[damage.name]
         change = _klds(head) - _klds(base)
         findings = [_judged(study, damage.base, *pair, n_arms) for pair in zip(base, head, strict=True)]
         bytes_changed = {f.metric: None for f in findings[0] if f.tier == "exact" and not f.passed}
-        found.append(
+        judged.append(
             Trial(
                 damage=damage,
                 true=mean_interval(change, "nats/token"),
@@ -248,18 +248,18 @@ def trials(study: Study, n_arms: int) -> list[Trial]:
                 exact=(*bytes_changed, *exact_changes(study, damage)),
             )
         )
-    return found
+    return judged
 
 
-def reaches(study: Study, found: Sequence[Trial], n_arms: int) -> dict[str, Reach]:
+def reaches(study: Study, judged: Sequence[Trial], n_arms: int) -> dict[str, Reach]:
     """What the gates can detect on each base that was damaged."""
-    damaged = {trial.damage.base for trial in found}
-    return {base: reach(study, base, found, n_arms) for base in BASES if base in damaged}
+    damaged = {trial.damage.base for trial in judged}
+    return {base: reach(study, base, judged, n_arms) for base in BASES if base in damaged}
 
 
-def reach(study: Study, base: str, found: Sequence[Trial], n_arms: int) -> Reach:
+def reach(study: Study, base: str, judged: Sequence[Trial], n_arms: int) -> Reach:
     """What the gates can detect on a base, given how far any change of codes moves single sequences."""
-    spread = float(np.median([trial.spread for trial in found if trial.damage.base == base and trial.spread > 0]))
+    spread = float(np.median([trial.spread for trial in judged if trial.damage.base == base and trial.spread > 0]))
     margin = _GATED["kld_mean"].margin(float(_klds(study.samples[base]).mean()))
     n_tests = 2 * len(_GATED) * n_arms  # of regression and of drift, each metric of each arm
 

@@ -50,7 +50,7 @@ class LiveGate(BaseModel):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(spec).items()}
 
     def result(self) -> GateResult:
-        """As the gate gave it (the p-values are not kept: the log ratios give them)."""
+        """The result that the gate gave (the p-values are not kept: the log ratios give them)."""
         verdict = None if self.verdict is Verdict.INCONCLUSIVE else self.verdict
         metric = MetricResult(BENCHMARK, verdict, self.log_ratios, 1.0, 1.0)
         return GateResult((metric,), len(self.log_ratios), self.voids, self.seconds, self.stopped)
@@ -77,7 +77,7 @@ def read_live(path: Path) -> LiveJournal:
         IntegrityError: a line that is neither, or out of place, naming file and line.
     """
     if not path.is_file():
-        raise UsageError(f"there are no live gates at {path}; `veloxbench aa live --out {path}` runs them")
+        raise UsageError(f"there are no live gates at {path}; `veloxbench trial timing live --out {path}` runs them")
     header, gates = None, []
     for number, text in enumerate(whole_lines(path.read_bytes()), start=1):
         try:

@@ -127,7 +127,7 @@ def read_series(path: Path) -> Series:
             was being written when the process died; it is left out.
     """
     if not path.is_file():
-        raise UsageError(f"there is no series at {path}; `veloxbench aa record --out {path}` records one")
+        raise UsageError(f"there is no series at {path}; `veloxbench trial timing record --out {path}` records one")
     lines = []
     for number, text in enumerate(whole_lines(series_bytes(path)), start=1):
         try:

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from veloxbench.cli.app import _run as veloxbench
+from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import Estimate, Record
+from veloxbench.records.selection import table_rows
 from veloxbench.records.store import read_records
 from veloxbench.report.html import plots, render_html
-from veloxbench.report.page import REFERENCE, newest, render
+from veloxbench.report.page import render
 from veloxbench.report.plots import speed_plot
 
-RECORDS = Path(__file__).parents[2] / "records"
+RECORDS = Path(__file__).parents[3] / "records"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_section_links_lead_to_headings(records):
 
 def test_plots_are_one_per_protocol_and_model(records):
     """Each model has a plot per quality protocol, its sizes and text, and one of its speed; each is well-formed SVG."""
-    rows = newest(records)
+    rows = table_rows(records)
     quality = {
         (r.subject.model.name, r.subject.protocol, r.subject.text.tokens_sha256, str(r.subject.settings))
         for r in rows
