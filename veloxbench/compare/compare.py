@@ -78,7 +78,7 @@ def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Calla
         WorkerError: a side died.
         UsageError: a side imports another implementation than its own.
     """
-    found: list[Finding] = []
+    judged: list[Finding] = []
     with ExitStack() as stack:
         workers = {
             name: stack.enter_context(start(name, revision, plan.threads))
@@ -88,37 +88,37 @@ def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Calla
             try:
                 hello = workers[name].ask("hello", packages=revision.packages)
             except WorkFailed as error:
-                found.append(_crash(name, f"revision {revision.name}", str(error), "gate"))
+                judged.append(_crash(name, f"revision {revision.name}", str(error), "gate"))
                 continue
             for package, file in hello["files"].items():
                 if not Path(file).resolve().is_relative_to(revision.folder.resolve()):
                     raise UsageError(f"{name} imports {package} from {file}, not from revision {revision.name}")
             message(f"{name}: {revision.name} ({revision.commit[:12]}), {hello['implementation']}")
-        if found:
-            return found
+        if judged:
+            return judged
         if plan.profile is not None:
             records = {}
             for name, revision in (("base", base), ("head", head)):
                 message(f"{name}: measuring the profile {plan.profile}")
                 records[name], failures = _records(workers[name], revision, plan.profile)
-                found += [_crash(name, *failure) for failure in failures]
+                judged += [_crash(name, *failure) for failure in failures]
             if records["base"]:
-                found += judge_records(records["base"], records["head"], f"revision {base.name}")
+                judged += judge_records(records["base"], records["head"], f"revision {base.name}")
         crashed, timed = _what_can_be_timed(workers, plan.timed)
-        found += crashed
+        judged += crashed
     if timed:
         message(
             f"timing {', '.join(timed)} in interleaved blocks, both sides started anew after every "
             f"{plan.spec.blocks_per_start}, in the order of --seed {plan.seed}, which repeats it"
         )
         try:
-            found += _timings({"base": base, "head": head}, timed, plan)
+            judged += _timings({"base": base, "head": head}, timed, plan)
         except WorkFailed as error:
             side = error.worker.partition(" ")[0]  # as `start` named it
-            found += [
+            judged += [
                 _crash(side, f"{decode.model} decode", str(error), "timing", metric) for metric, decode in timed.items()
             ]
-    return found
+    return judged
 
 
 def start(side: str, revision: Revision, threads: int) -> Worker:
@@ -156,16 +156,16 @@ def _crash(side: str, subject: str, reason: str, tier: Tier | None = None, metri
 def _what_can_be_timed(
     workers: dict[str, Worker], asked: dict[str, DecodeSpec]
 ) -> tuple[list[Finding], dict[str, DecodeSpec]]:
-    """Findings of the benchmarks that a side cannot open, and those that both can."""
-    found, timed = [], dict(asked)
+    """Open every timed benchmark on both sides: a finding for each that crashes, and the benchmarks that both have."""
+    crashed, timed = [], dict(asked)
     for side, worker in workers.items():
         for metric, decode in asked.items():
             try:
                 open_decode(worker, metric, decode)
             except WorkFailed as error:
-                found.append(_crash(side, f"{decode.model} decode", str(error), "timing", metric))
+                crashed.append(_crash(side, f"{decode.model} decode", str(error), "timing", metric))
                 timed.pop(metric, None)
-    return found, timed
+    return crashed, timed
 
 
 def _timings(revisions: dict[str, Revision], timed: dict[str, DecodeSpec], plan: Plan) -> list[Finding]:

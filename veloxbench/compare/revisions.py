@@ -161,8 +161,8 @@ def _packages(tree: Path, project: dict[str, Any]) -> list[Path]:
     wheel = project.get("tool", {}).get("hatch", {}).get("build", {}).get("targets", {}).get("wheel", {})
     declared = [tree / path for path in wheel.get("packages", [])]
     root = tree / "src" if (tree / "src").is_dir() else tree
-    found = declared or sorted(init.parent for init in root.glob("*/__init__.py"))
-    return [path for path in found if path.is_dir() and path.name not in (HARNESS, "tests")]
+    folders = declared or sorted(init.parent for init in root.glob("*/__init__.py"))
+    return [path for path in folders if path.is_dir() and path.name not in (HARNESS, "tests")]
 
 
 def unmet_dependencies(dependencies: Sequence[str], name: str) -> list[str]:

@@ -146,7 +146,7 @@ def live_starts(
 
 
 def side_order(rng: np.random.Generator) -> list[str]:
-    """Who is started first, drawn: the first one's memory is not the second one's."""
+    """The order in which the sides are started, drawn, because whichever is started first finds other memory."""
     return list(rng.permutation(["base", "head"]))
 
 

@@ -147,7 +147,7 @@ def _last_day(entry: Entry) -> date:
 
 
 MACHINE_FIELDS = ("chip_family", "device", "mlx")
-"""Where a quality baseline holds."""
+"""The fields of a machine that must be equal for a quality baseline to hold there."""
 
 REDRAWN = "rounding"
 """The field of a fingerprint by which a baseline may differ from what it is compared with."""
@@ -254,7 +254,7 @@ class Group:
 
     @property
     def described(self) -> str:
-        """For sentences: suite, model and protocol."""
+        """Suite, model and protocol in words."""
         return f"{self.suite} of {self.fingerprint['model']}, {self.fingerprint['protocol']}"
 
 
@@ -274,7 +274,7 @@ def grouped(records: Iterable[Record]) -> list[Group]:
 
 @dataclass(frozen=True)
 class Baselines:
-    """The files of a folder, or what stands in for them."""
+    """The baselines of a folder, or those that another run's records make."""
 
     files: tuple[BaselineFile, ...]
     origin: str
@@ -282,7 +282,7 @@ class Baselines:
     """The tiers that are judged by them."""
 
     def of_tiers(self, tiers: Sequence[str]) -> Baselines:
-        """Those of some tiers, to judge these alone."""
+        """The baselines of some tiers, so that only these are judged."""
         chosen = tuple(tier for tier in self.tiers if tier in tiers)
         return Baselines(tuple(file for file in self.files if file.tier in chosen), self.origin, chosen)
 

@@ -56,14 +56,14 @@ class _Pending:
     finding: Finding
     test: Paired
     fall: Paired
-    """Of the opposite change."""
+    """The same test of the opposite question: has it fallen by more than the margin?"""
     drift: Paired
     baseline: tuple[float, ...]
     redraw: float
     redrawn: bool
     """The baseline is of another rounding: every change holds a draw of noise."""
     two_sided: bool
-    """The fp16 reference's own: it may move neither way."""
+    """Whether the metric is the fp16 reference's own, which may move neither way."""
 
 
 def judge(
@@ -82,11 +82,11 @@ def judge(
         One finding per quality metric, one per exact subject (or per exact metric that changed), one per
         thing that is missing on either side. No records give no findings, which is not a pass.
     """
-    found = list(records)
-    if not found:
+    measured = list(records)
+    if not measured:
         return []
-    groups = [group for group in grouped(found) if group.tier in baselines.tiers]
-    machines = [machine_fields(record.provenance.hardware, record.provenance.versions) for record in found]
+    groups = [group for group in grouped(measured) if group.tier in baselines.tiers]
+    machines = [machine_fields(record.provenance.hardware, record.provenance.versions) for record in measured]
     day = datetime.now(UTC).date() if today is None else today
     findings: list[Finding] = []
     pending: list[_Pending] = []
@@ -123,7 +123,7 @@ def unknown_machine(records: Iterable[Record], baselines: Baselines, profile: st
 def _not_run(
     groups: Sequence[Group], machines: Sequence[dict[str, JsonValue]], baselines: Baselines, profile: str | None
 ) -> list[Finding]:
-    """Baselines that no record of the run answers: removed or crashed benchmarks."""
+    """Findings for baselines of which the run has no record: benchmarks that were removed or crashed."""
     answered = {travel_id(group.fingerprint) for group in groups}
     # the same subject under another fingerprint has its own finding, which names the difference
     elsewhere = {(group.tier, group.suite, name) for group in groups for name in group.snapshots}
@@ -176,7 +176,7 @@ def _missing(file: BaselineFile, entry: Entry) -> Finding:
 
 
 def _without_baseline(group: Group, baselines: Baselines) -> Finding:
-    """The nearest baseline's differences, so that the reader knows whether machine, model or text is another."""
+    """The finding that a group has no baseline; it names what differs from the nearest: machine, model or text."""
     alike = [file for file in baselines.files if (file.tier, file.suite) == (group.tier, group.suite)]
     where = f"{len(group.snapshots)} records have no baseline in {baselines.origin}"
 
@@ -209,30 +209,30 @@ def _around(value: object, other: object) -> str:
 
 
 def _compare(group: Group, file: BaselineFile, day: date) -> list[Finding | _Pending]:
-    found: list[Finding | _Pending] = []
+    results: list[Finding | _Pending] = []
     expired = file.expired(day)
     for name, entry in file.by_subject.items():
         head = group.snapshots.get(name)
         if head is None:
-            found.append(_missing(file, entry))
+            results.append(_missing(file, entry))
         elif name in expired:
             reason = f"its baseline in {file.place} expired on {expired[name]}; measure and approve it again"
-            found.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
+            results.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
         elif head.status != entry.approved.status:
             reason = f"the baseline was {entry.approved.status}, this run's record is {head.status}"
-            found.append(Finding(group.tier, name, "all", Verdict.REGRESS, reason))
+            results.append(Finding(group.tier, name, "all", Verdict.REGRESS, reason))
         elif head.status == "unsupported":
-            found.append(Finding(group.tier, name, "all", Verdict.PASS, "not supported, as in the baseline"))
+            results.append(Finding(group.tier, name, "all", Verdict.PASS, "not supported, as in the baseline"))
         elif group.tier == "exact":
-            found += _exact(name, head, entry.approved)
+            results += _exact(name, head, entry.approved)
         else:
             redrawn = file.fingerprint.get(REDRAWN) != group.fingerprint.get(REDRAWN)
-            found += _quality(name, head, entry, file, redrawn)
+            results += _quality(name, head, entry, file, redrawn)
     for name in group.snapshots:
         if name not in file.by_subject:
             reason = f"it is not in {file.place}; `veloxbench baseline approve` adds what is new"
-            found.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
-    return found
+            results.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
+    return results
 
 
 def _exact(name: str, head: Snapshot, base: Snapshot) -> list[Finding]:
@@ -248,9 +248,9 @@ def _exact(name: str, head: Snapshot, base: Snapshot) -> list[Finding]:
                 Finding("exact", name, metric, Verdict.REGRESS, reason, value, expected, value - expected, limit=0.0)
             )
     for sample, expected_values in base.samples.items():
-        unlike = _unlike(head.samples.get(sample), expected_values)
-        if unlike is not None:
-            changed.append(Finding("exact", name, sample, Verdict.REGRESS, unlike))
+        difference = _difference(head.samples.get(sample), expected_values)
+        if difference is not None:
+            changed.append(Finding("exact", name, sample, Verdict.REGRESS, difference))
     new = [*(m for m in head.metrics if m not in base.metrics), *(s for s in head.samples if s not in base.samples)]
     changed += [Finding("exact", name, item, Verdict.NO_BASELINE, "the baseline does not have it") for item in new]
     if changed:
@@ -261,7 +261,7 @@ def _exact(name: str, head: Snapshot, base: Snapshot) -> list[Finding]:
     return [Finding("exact", name, f"{count} metrics", Verdict.PASS, "all equal")]
 
 
-def _unlike(values: Sequence[float] | None, expected: Sequence[float]) -> str | None:
+def _difference(values: Sequence[float] | None, expected: Sequence[float]) -> str | None:
     if values is None:
         return "the run did not produce it"
     if len(values) != len(expected):
@@ -285,12 +285,12 @@ def _scored_positions(file: BaselineFile) -> int:
 
 def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile, redrawn: bool) -> list[Finding | _Pending]:
     row, positions = suite_row(file.suite), _scored_positions(file)
-    found: list[Finding | _Pending] = []
+    results: list[Finding | _Pending] = []
     for metric, base in entry.approved.samples.items():
         values = head.samples.get(metric)
         blank = Finding("quality", name, metric, Verdict.REGRESS, "the run did not produce it")
         if values is None:
-            found.append(blank)
+            results.append(blank)
             continue
         mean = float(np.mean(base))
         two_sided = metric in row.per_sequence_of_reference
@@ -299,10 +299,10 @@ def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile, redraw
         blank = replace(blank, value=float(np.mean(values)), baseline=mean, limit=margin)
         if len(values) != len(base):
             reason = f"{len(values)} sequences cannot be paired with the baseline's {len(base)}"
-            found.append(replace(blank, reason=reason))
+            results.append(replace(blank, reason=reason))
         elif len(values) < MIN_SEQUENCES:
             reason = f"{len(values)} sequences are too few to judge: a gate needs {MIN_SEQUENCES}"
-            found.append(replace(blank, verdict=Verdict.INCONCLUSIVE, reason=reason))
+            results.append(replace(blank, verdict=Verdict.INCONCLUSIVE, reason=reason))
         else:
             released = np.asarray(entry.at_release.samples.get(metric, base))
             total = DRIFT_FACTOR * budget.margin(float(released.mean()))
@@ -310,14 +310,14 @@ def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile, redraw
             test, fall = paired_test(difference, margin), paired_test(-difference, margin)
             drift = paired_test(np.asarray(values) - released, total)
             redraw = budget.redraw * abs(mean) * math.sqrt(REDRAW_POSITIONS / positions)
-            found.append(_Pending(blank, test, fall, drift, tuple(base), redraw, redrawn, two_sided))
+            results.append(_Pending(blank, test, fall, drift, tuple(base), redraw, redrawn, two_sided))
     missing = [metric for metric in head.samples if metric not in entry.approved.samples]
-    found += [
+    results += [
         Finding("quality", name, metric, Verdict.NO_BASELINE, "the baseline does not have it") for metric in missing
     ]
     if not entry.approved.samples:
-        found.append(Finding("quality", name, "all", Verdict.REGRESS, "the baseline has no samples to compare with"))
-    return found
+        results.append(Finding("quality", name, "all", Verdict.REGRESS, "the baseline has no samples to compare with"))
+    return results
 
 
 def _decided(pending: Sequence[_Pending]) -> list[Finding]:

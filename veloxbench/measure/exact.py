@@ -49,13 +49,13 @@ class FixedInputs:
 
     @property
     def sha256(self) -> str:
-        """Of the first case's keys: another generator is another suite."""
+        """Hash of the first case's keys: inputs from another generator make another suite."""
         return hashlib.sha256(self.tensor(0, sum(self.pieces)).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to look at, named as an arm is.
+    """One thing that the suite looks at, named as an arm is.
 
     Attributes:
         produce: its arrays and figures by name. Strings, lists and mappings are digested as JSON.
@@ -92,11 +92,11 @@ def lattice_vectors(shape: tuple[int, ...], seed: int) -> NDArray[np.float16]:
     n = int(np.prod(lead)) * n_pairs
     length = round((3.5 * head_dim) ** 0.5) // 2 * 2 + 1
     rows: list[NDArray[np.int64]] = []
-    found = 0
-    while found < n:  # one in a hundred or so has the length
+    n_drawn = 0
+    while n_drawn < n:  # one in a hundred or so has the length
         drawn = rng.integers(-2, 3, size=(4096, head_dim, 2), dtype=np.int8).sum(axis=-1, dtype=np.int64)
         rows.append(drawn[(drawn**2).sum(axis=-1) == length**2])
-        found += len(rows[-1])
+        n_drawn += len(rows[-1])
     whole = np.concatenate(rows)[:n]
     scaled = whole * 2.0 ** rng.integers(-1, 2, size=(n, 1))
     pairs = scaled.reshape(*lead, n_pairs, 1, head_dim)

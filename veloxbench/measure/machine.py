@@ -81,8 +81,11 @@ def _chip() -> str:
 
 
 def machine_class(moved_by: MovedBy) -> str:
-    """Hash of what moves numbers of a kind: chip, device and library versions for bytes and quality, the whole
-    hardware and all versions for timings, nothing for counts but whether the emulator can count.
+    """Hash of everything of a machine that can move a number of this kind.
+
+    Args:
+        moved_by: ``rounding`` (bytes and quality): chip, device, BLAS and library versions. ``speed`` (timings): all of
+            the hardware and every version. ``counter``: only whether the emulator, which counts, can run.
     """
     if moved_by == "counter":
         return content_hash(["emulator", _has_compiler()])

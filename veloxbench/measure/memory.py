@@ -1,4 +1,4 @@
-"""The memory suite: resident bytes of the stored tokens, against the method's own formula, and the peaks."""
+"""The memory suite: how many bytes the stored tokens take, checked against the method's own formula, and the peaks."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def metrics(reply: Reply, method: str, budget_gib: float) -> tuple[dict[str, Est
     def size(value: float) -> Estimate:
         return Estimate(value=value, unit="bytes")
 
-    found = {
+    figures = {
         "bits_per_value": Estimate(value=bits_per_value(reply.final), unit="bits"),
         "allocated_bits_per_value": Estimate(value=allocated_bits_per_value(reply.final), unit="bits"),
         "filled_bits_per_value": Estimate(value=bits_per_value(reply.filled), unit="bits"),
@@ -123,7 +123,7 @@ def metrics(reply: Reply, method: str, budget_gib: float) -> tuple[dict[str, Est
         for phase in reply.phases
         for field in ("mlx_active", "mlx_peak", "process_resident", "process_peak")
     }
-    return found, samples
+    return figures, samples
 
 
 @measures

@@ -51,7 +51,7 @@ class Phase(BaseModel):
 
 
 class Reply(BaseModel):
-    """What a memory process found."""
+    """What a memory process measured."""
 
     phases: list[Phase]
     filled: list[LayerEngagement]
@@ -70,7 +70,7 @@ class Reply(BaseModel):
 
 
 @contextmanager
-def _resident_peak(found: list[int]) -> Iterator[None]:
+def _resident_peak(peaks: list[int]) -> Iterator[None]:
     """Append the highest resident size of this process while the block runs, sampled every 2 ms."""
     process, stop, peak = psutil.Process(), threading.Event(), [psutil.Process().memory_info().rss]
 
@@ -85,7 +85,7 @@ def _resident_peak(found: list[int]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        found.append(max(peak[0], process.memory_info().rss))
+        peaks.append(max(peak[0], process.memory_info().rss))
 
 
 def measure_in_this_process(request: Request) -> Reply:

@@ -46,7 +46,7 @@ def rows_per_step(protocol: Protocol, n_sequences: int) -> list[int]:
 
 
 def run_reference(reference: Iterator[ReferenceRows], n_sequences: int, tick: Tick) -> NDArray[np.float64]:
-    """Drain the reference; its NLL per sequence and position, ``[S, n_scored]``."""
+    """Read the reference to its end; returns its NLL per sequence and position, ``[S, n_scored]``."""
     parts = []
     for rows in reference:
         parts.append(rows.nll.reshape(n_sequences, -1))
@@ -214,7 +214,7 @@ class Perplexity(Suite):
         return int(cell.task.sequences * cell.task.n_scored)
 
     def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
-        """Feed the arm, compare every scored position with the reference; of the reference itself, its noise floor."""
+        """Feed the arm and compare every scored position with the reference; the reference gets its noise floor."""
         bench = needed(bench)
         task, tokens, arm = item.cell.task, item.block.tokens, bench.caches(item.cell.arm)
         if item.cell.arm == REFERENCE:
@@ -227,7 +227,7 @@ class Perplexity(Suite):
 
 
 def reference_key(item: Measurement) -> str:
-    """Under which the reference's log-probabilities are kept: the key of the reference's own record."""
+    """The name under which the reference's log-probabilities are kept, made from the key of the reference's record."""
     subject = item.subject.model_copy(update={"method": Perplexity().ref(REFERENCE)})
     return content_hash([subject.key, "log-probabilities"])
 

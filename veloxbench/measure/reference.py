@@ -26,7 +26,7 @@ DEFAULT_CAP_BYTES = 4 * 2**30
 _ROWS, _STATS, _META = "log_probs.f16", "stats.npz", "meta.json"
 _PARTIAL, _LOCK = ".partial-", ".lock"
 _NAME = "reference"
-"""Of the lock under which unfinished references begin and are cleared: one not held yet looks abandoned."""
+"""The lock under which references are begun and abandoned ones cleared: one begun without it would look abandoned."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ReferenceCache:
         return n_rows * vocabulary * 2
 
     def fits(self, n_rows: int, vocabulary: int) -> bool:
-        """Whether it may be kept: below the cap beside what is being written, a twentieth of the disk left free."""
+        """Whether it may be kept: under the cap beside those being written, with a twentieth of the disk left free."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with cache_lock(_NAME):
             unfinished = self._unfinished_bytes()

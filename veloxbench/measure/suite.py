@@ -42,9 +42,9 @@ class Cell:
 
     Attributes:
         task: what the suite does with the arm; its fields are the settings in the record's key.
-        sequences: of the text; 0 where none is read.
+        sequences: how many of the text are read; 0 where none is.
         length: tokens per sequence.
-        fed: those of them that the model reads: they must fit its context.
+        fed: those of these tokens that the model reads; they must fit its context.
     """
 
     suite: str
@@ -78,7 +78,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a suite found: metrics, the raw samples behind them, and what held each layer."""
+    """What a suite measured: metrics, the raw samples behind them, and what held each layer."""
 
     metrics: dict[str, Estimate]
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -90,8 +90,8 @@ class Rates:
     """This machine's speed on a model, from three short passes: for estimates only.
 
     Attributes:
-        token_seconds: of a token in a batch of short sequences.
-        step_seconds: of a decode step.
+        token_seconds: what one token takes in a batch of short sequences.
+        step_seconds: what one decode step takes.
         attention_seconds: what each pair of tokens of one long prompt adds (MLX's attention on a processor).
     """
 
@@ -128,7 +128,7 @@ class Bench:
     references: ReferenceCache
     pool: ThreadPoolExecutor
     say: Callable[[str], None]
-    """Takes one line for the user."""
+    """Shows the user one line."""
     kept: dict[str, Any] = field(default_factory=dict)
     """What a suite keeps from one measurement to the next, by a name of its own."""
     refusals: dict[str, str | None] = field(default_factory=dict)

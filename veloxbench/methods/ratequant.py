@@ -40,7 +40,7 @@ class Recipe:
         min_bits: smallest width.
         weighting: how gradients meet errors.
         refined_at: uniform width at which the heads' real contributions correct the forecast; 0 for none.
-        trust: how far they do.
+        trust: how far the correction is followed: 1 wholly, 0.5 half way.
     """
 
     base: str = "turboquant_mse"

@@ -68,7 +68,8 @@ class Method:
             tokens of one sequence, from its configuration (and the widths it chose, where it chooses): the arrays
             must agree exactly.
         implementation: version or source hash, part of every record's key.
-        foreign: not ours: a refusal in the one-token probe is a finding ("not supported"), not a crash.
+        foreign: whose implementation it is, where it is not ours: what it refuses when :func:`probe` asks is reported
+            as "not supported" and is no crash.
     """
 
     name: str
@@ -228,7 +229,7 @@ def probe(context: BuildContext, arm: Arm) -> str | None:
 
 
 def geometry(caches: Sequence[CacheUnderTest], model: Module) -> list[Geometry | None]:
-    """Stored shape of each attention layer, read from a one-token pass of the reference cache."""
+    """The stored shape of each attention layer, None for layers of another kind; one token is fed to read it."""
     own = [CacheUnderTest(cache) for cache in make_prompt_cache(model)]
     mx.eval(model(mx.array([[0]]), cache=own))
     shapes: list[Geometry | None] = []

@@ -25,13 +25,13 @@ PACKAGES = ("mlx", "mlx-lm", "numpy", "scipy", "transformers", "tokenizers", "ve
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that may move a number."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            by_package[package] = "absent"
+    return by_package
 
 
 def machine_state() -> dict[str, Any]:

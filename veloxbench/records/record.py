@@ -54,7 +54,7 @@ class ModelRef(_Frozen):
 
 
 NO_MODEL = ModelRef(name="no model", weights_sha256="", tokenizer_sha256="", config_sha256="")
-"""Of measurements that read none."""
+"""The model of measurements that read none."""
 
 
 class MethodRef(Arm):

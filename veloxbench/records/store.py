@@ -19,7 +19,7 @@ Line = TypeVar("Line", bound=BaseModel)
 
 JOURNAL = "records.jsonl"
 FAILURES = "failures.ndjson"
-"""What crashed, one line each, beside the records; not ``.jsonl``, which are records. A later record supersedes it."""
+"""The file beside the records that has one line for each measurement that crashed. (``.jsonl`` files are records.)"""
 LAST_RUN = "last-run.json"
 """Keys of the records that the last run into the folder was to make, measured by it or before."""
 
@@ -49,7 +49,9 @@ def read_records(path: Path) -> list[Record]:
 
 
 def read_failures(path: Path) -> list[FailedMeasurement]:
-    """What crashed in the runs of a folder, or of the folder of a journal file; superseded or not, in order.
+    """Every measurement that crashed in the runs into a folder (or a journal file's folder), in order.
+
+    Those of which a later run made a record are among them.
 
     Raises:
         IntegrityError: a line is not valid; names file and line.
@@ -115,14 +117,14 @@ class Store:
         self._records[record.key] = written
 
     def append_failure(self, failure: FailedMeasurement) -> None:
-        """Add what crashed, durably, for the page."""
+        """Add a measurement that crashed, durably: the page names it."""
         file = self.path.with_name(FAILURES)
         if file.exists():
             cut_torn_tail(file)
         append_line(file, failure.model_dump_json() + "\n")
 
     def failures(self) -> list[FailedMeasurement]:
-        """What crashed in this folder so far, superseded or not."""
+        """Every measurement that crashed in this folder so far, see :func:`read_failures`."""
         return read_failures(self.path)
 
 

@@ -46,10 +46,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class SuiteRow:
-    """One suite.
+    """One suite as pure data.
 
     Attributes:
-        name: under which class and table belong to it too.
+        name: of the suite; its class in ``measure`` and its table in ``report`` bear the same.
         answers: the question that it answers, for pages and ``--help``.
         moved_by: what of a machine moves its numbers: ``rounding`` (chip, device, BLAS), ``speed`` (the whole machine)
             or ``counter`` (nothing but whether the emulator that counts can run).

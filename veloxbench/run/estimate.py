@@ -38,7 +38,7 @@ def probed(bench: Bench) -> Rates:
 
 
 def described(rates: Rates) -> str:
-    """For the line printed before the run."""
+    """The rates in words, for the line that is printed before the run."""
     if rates == NOTHING:
         return "nothing of it reads a model"
     return f"probed: {1 / rates.token_seconds:.0f} tok/s in batches, {1 / rates.step_seconds:.0f} tok/s one by one"

@@ -24,7 +24,7 @@ CLOCK_SLACK = timedelta(days=1)
 
 
 def cells(grid: Grid) -> list[Cell]:
-    """Every place of the grid for one model, once, in the order in which to measure."""
+    """The cells of a grid for one model, each once, in the order in which they are measured."""
     arms = [REFERENCE, *grid.arm_list()]
     places: dict[str, Cell] = {}
     for suite in grid.chosen_suites():
