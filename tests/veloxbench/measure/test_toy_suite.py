@@ -1,5 +1,5 @@
 """A suite is three things: a row, a class, a table. One that somebody else's package brings is planned, measured,
-reported and gated, and nothing of the project is edited for it.
+reported and gated, and nothing of the project is edited for it. The three are those of CONTRIBUTING.md.
 """
 
 import json
@@ -8,77 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from contributing_steps import contributing_files
 
 from veloxbench.inputs.models import resolve_model
 
-ROW = """
-from veloxbench.records.suites import Budget, SuiteRow
-
-ROW = SuiteRow(
-    "toy",
-    "how far the logits of the last token move",
-    moved_by="rounding",
-    exact=("tokens_read",),
-    per_sequence={"logit_shift": Budget(1e-3, 0.1, 0.1, "a tenth of what the toy method moves")},
-)
-"""
-CLASS = """
-import mlx.core as mx
-import numpy as np
-from pydantic import BaseModel
-
-from veloxbench.measure.suite import Cell, Measured, Suite, measures
-from veloxbench.records.arm import REFERENCE
-from veloxbench.records.intervals import mean_interval
-from veloxbench.records.record import Estimate
-
-
-class ToyTask(BaseModel):
-    sequences: int
-    length: int
-
-
-@measures
-class Toy(Suite):
-    name = "toy"
-    section = "toy"
-    tasks = ToyTask
-
-    def cells(self, tasks, arms):
-        for arm in arms:
-            yield Cell(self.name, "last token", tasks, arm, tasks.sequences, tasks.length, tasks.length)
-
-    def seconds(self, cell, rates):
-        return cell.sequences * cell.length * rates.token_seconds
-
-    def measure(self, item, bench, tick):
-        tokens = mx.array(item.block.tokens)
-        logits = [bench.model(tokens, cache=bench.caches(arm).caches)[:, -1] for arm in (REFERENCE, item.cell.arm)]
-        shift = np.array(mx.mean(mx.abs(logits[0] - logits[1]), axis=-1)).astype(float) * FACTOR
-        read = Estimate(value=tokens.size, unit="tokens")
-        metrics = {"logit_shift": mean_interval(shift, "logits"), "tokens_read": read}
-        return Measured(metrics, {"logit_shift": shift.tolist()})
-
-
-FACTOR = 1.0
-"""
-TABLE = """
-from veloxbench.report.tables import register_table
-
-
-@register_table("toy")
-def toy(records):
-    lines = [f"{r.subject.method.label}: {r.metrics['logit_shift'].value:.4f}" for r in records]
-    return ["### Toy", *lines]
-"""
-ENTRY_POINTS = """
-[veloxbench.suites]
-toy = toybench.row:ROW
-[veloxbench.measures]
-toy = toybench.suite
-[veloxbench.tables]
-toy = toybench.table
-"""
 GRID = """
 summary = "toy"
 models = ["smollm2-135m"]
@@ -99,10 +32,12 @@ def toybench(tmp_path):
     package, installed = tmp_path / "site" / "toybench", tmp_path / "site" / "toybench-1.dist-info"
     package.mkdir(parents=True)
     installed.mkdir()
-    for name, text in (("__init__", ""), ("row", ROW), ("suite", CLASS), ("table", TABLE)):
-        (package / f"{name}.py").write_text(text)
+    parts = contributing_files("Add a suite")
+    for name in ("row", "suite", "table"):
+        (package / f"{name}.py").write_text(parts[f"toybench/{name}.py"])
+    (package / "__init__.py").touch()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: toybench\nVersion: 1\n")
-    (installed / "entry_points.txt").write_text(ENTRY_POINTS)
+    (installed / "entry_points.txt").write_text(parts["entry_points.txt"])
     (tmp_path / "toy.toml").write_text(GRID)
     return tmp_path
 
@@ -139,7 +74,7 @@ def test_a_suite_of_somebody_elses_is_planned_measured_reported_and_gated(toyben
     judged = {(f["tier"], f["metric"]) for f in json.loads(done.stdout)["findings"]}
     assert ("quality", "logit_shift") in judged
     suite = toybench / "site" / "toybench" / "suite.py"
-    suite.write_text(suite.read_text().replace("FACTOR = 1.0", "FACTOR = 1.5"))
+    suite.write_text(suite.read_text().replace("shift = np.array(", "shift = 1.5 * np.array("))
     done = veloxbench(toybench, *gate)
     assert (done.returncode, "of other code" in done.stderr) == (4, True)
     assert veloxbench(toybench, *run).returncode == 0
