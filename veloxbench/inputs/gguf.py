@@ -22,6 +22,7 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -88,9 +89,9 @@ def convert_gguf(path: Path, directory: Path, reporter: Reporter, *, tokenizer_j
     config = gguf_config(value, tensor_names={tensor.name for tensor in reader.tensors})
     tensors = ((_mlx_name(tensor.name, config), _mlx_weight(tensor, config)) for tensor in reader.tensors)
     _write_weights(tensors, directory, reporter)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     tokenizer = Tokenizer.from_file(str(tokenizer_json)) if tokenizer_json else _bpe_tokenizer(value)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     tokens = value("tokenizer.ggml.tokens")
     special = {
         name: tokens[value(f"tokenizer.ggml.{key}_token_id")]
@@ -204,7 +205,10 @@ def _write_weights(tensors: Iterable[tuple[str, Array]], directory: Path, report
     def flush() -> None:
         nonlocal pending, nbytes
         shards.append(directory / f"model-{len(shards) + 1:05d}.safetensors")
-        save_file(pending, shards[-1], metadata={"format": "mlx"})
+        try:
+            save_file(pending, shards[-1], metadata={"format": "mlx"})
+        except SafetensorError as error:  # a full disk, said in its own way
+            raise OSError(f"{shards[-1].name}: {error}") from error
         pending, nbytes = {}, 0
 
     for name, weight in tensors:
@@ -267,7 +271,7 @@ def _write_tokenizer_config(
     }
     if chat_template is not None:
         content["chat_template"] = chat_template
-    (directory / "tokenizer_config.json").write_text(json.dumps(content, indent=2))
+    (directory / "tokenizer_config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 # llama2.c (github.com/karpathy/llama2.c): seven int32, then fp32 tensors, each for all layers at once.
@@ -338,8 +342,9 @@ def convert_llama2c(path: Path, directory: Path, reporter: Reporter) -> None:
         "eos_token_id": 2,
         "torch_dtype": "float32",
     }
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
-    _llama2c_tokenizer(data[offset:], vocab).save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    tokenizer = _llama2c_tokenizer(data[offset:], vocab)
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     _write_tokenizer_config(directory, special, context=context, chat_template=None, add_bos=True)
 

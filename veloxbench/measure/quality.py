@@ -235,9 +235,14 @@ def reference_key(item: Measurement) -> str:
 def reference_rows_of(item: Measurement, bench: Bench) -> Iterator[ReferenceRows]:
     """The reference's rows: from disk where they are kept, else computed now."""
     key = reference_key(item)
-    if bench.references.has(key):
-        return bench.references.read(key, rows_per_step(item.cell.task, len(item.block.tokens)))
-    return computed_reference(item, bench, bench.caches(REFERENCE))
+    if not bench.references.has(key):
+        return computed_reference(item, bench, bench.caches(REFERENCE))
+
+    def again() -> Iterator[ReferenceRows]:
+        bench.say("the fp16 reference that was kept is damaged or gone: it is computed again")
+        return computed_reference(item, bench, bench.caches(REFERENCE))
+
+    return bench.references.read(key, rows_per_step(item.cell.task, len(item.block.tokens)), again)
 
 
 def computed_reference(item: Measurement, bench: Bench, arm: ArmCaches) -> Iterator[ReferenceRows]:

@@ -1,12 +1,36 @@
-"""Files that outlive a killed process: journals of whole lines, and texts that are replaced at once or not at all."""
+"""Files that outlive a killed process, and files of a user's: journals of whole lines, texts replaced at once or not at
+all, locks where the disk has them.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import select
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock
+
 from veloxbench.errors import UnfitEnvironmentError
+
+READER_PATIENCE_S = 15.0
+"""How long a pipe that takes nothing is waited for before the user is told."""
+
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_ONLY_IN_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY)
+"""Errors of a folder that takes no new file, or of a mounted file that cannot be renamed over."""
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def whole_lines(content: bytes) -> list[bytes]:
@@ -15,11 +39,22 @@ def whole_lines(content: bytes) -> list[bytes]:
 
 
 def cut_torn_tail(path: Path) -> bytes:
-    """Take a journal's torn last line away, so that the next one does not continue it; the bytes cut off."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole != len(content):
-        os.truncate(path, whole)
+    """Take a journal's torn last line away, so that the next one does not continue it; the bytes cut off.
+
+    Raises:
+        UnfitEnvironmentError: the path is no regular file, or it cannot be read or cut.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UnfitEnvironmentError(
+                f"{path} is {kind_of(path.stat().st_mode)}, not a file that lines can be added to"
+            )
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            os.truncate(path, whole)
+    except OSError as error:
+        raise UnfitEnvironmentError(f"cannot open {path} for appending: {error.strerror or error}") from error
     return content[whole:]
 
 
@@ -29,9 +64,9 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         UnfitEnvironmentError: the line could not be written; nothing of it is left.
     """
-    content = line.encode()
+    content = line.encode("utf-8", "backslashreplace")
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o644)
         try:
             before = os.fstat(descriptor).st_size
             if os.write(descriptor, content) != len(content):
@@ -45,20 +80,147 @@ def append_line(path: Path, line: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
+    """Write a text, as UTF-8, where the user asked for it.
+
+    A regular file is replaced whole or not at all, and keeps its permissions; a symbolic link is followed. What cannot
+    be replaced without harm is written in place: a file with other hard links, a file in a folder that takes no new
+    files. A character device or a pipe is written to, never replaced.
 
     Raises:
-        UnfitEnvironmentError: it cannot be written.
+        UnfitEnvironmentError: it cannot be written; what was there is as it was.
     """
+    content = text.encode("utf-8", "backslashreplace")  # a name that is no UTF-8 may stand in a message
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(file.name).chmod(0o666 & ~umask)
-        Path(file.name).replace(path)
+        mode = _mode(path)
+        if mode is not None and not stat.S_ISREG(mode):
+            _write_through(path, mode, content)
+        elif _is_descriptor(path):
+            _write_through(path, stat.S_IFCHR, content)
+        else:
+            _replace(Path(os.path.realpath(path)), content)
     except OSError as error:
         raise UnfitEnvironmentError(f"cannot write {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UnfitEnvironmentError(f"cannot write {str(path)!r}: {error}") from error
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _is_descriptor(path: Path) -> bool:
+    """Whether a path stands for an open file (``/dev/stdout``): what a shell redirected there is not replaced."""
+    folder = os.path.realpath(path.parent)
+    return folder in ("/dev", "/dev/fd") or (folder.startswith("/proc/") and folder.endswith("/fd"))
+
+
+def kind_of(mode: int) -> str:
+    """What a path that is no regular file is, in words."""
+    return _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+def _write_through(path: Path, mode: int, content: bytes) -> None:
+    """Into a device or a pipe, waiting for its reader as long as the reader takes something."""
+    if not (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
+        raise OSError(f"it is {kind_of(mode)}")
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError("nobody reads from that pipe") from error
+        raise
+    try:
+        left = memoryview(content)
+        while left:
+            _, ready, _ = select.select([], [descriptor], [], READER_PATIENCE_S)
+            if not ready:
+                raise OSError(f"its reader took nothing for {READER_PATIENCE_S:g} s")
+            with suppress(BlockingIOError):
+                left = left[os.write(descriptor, left) :]
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside a regular file and rename; in place where that would cut a hard link or cannot be done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.stat() if path.exists() else None
+    if old is not None and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, "it is write-protected")
+    if old is not None and old.st_nlink > 1:
+        _overwrite(path, content)
+        return
+    try:
+        _write_beside_and_rename(path, content, old)
+    except OSError as error:
+        if old is None or error.errno not in _ONLY_IN_PLACE:
+            raise
+        _overwrite(path, content)
+
+
+def _write_beside_and_rename(path: Path, content: bytes, old: os.stat_result | None) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".veloxbench-")
+    beside = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if old is None:
+            umask = os.umask(0)
+            os.umask(umask)
+            beside.chmod(0o666 & ~umask)
+        else:
+            with suppress(OSError):
+                os.chown(beside, old.st_uid, old.st_gid)
+            beside.chmod(stat.S_IMODE(old.st_mode))
+        beside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """In place; where that fails midway (a full disk), the old content is put back."""
+    with path.open("r+b", buffering=0) as file:
+        before = file.read()
+        try:
+            _write_from_start(file, content)
+        except OSError:
+            _write_from_start(file, before)
+            raise
+
+
+def _write_from_start(file: io.FileIO, content: bytes) -> None:
+    left = memoryview(content)
+    file.seek(0)
+    while left:
+        left = left[file.write(left) :]
+    file.truncate()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def held(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file; yields False, and holds nothing, where the disk has no locks (some network homes).
+
+    Raises:
+        filelock.Timeout: another process holds it and ``wait`` is False.
+        OSError: the lock file cannot be made.
+    """
+    lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()

@@ -60,7 +60,9 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
             )
         size = (cell.sequences, cell.length)
         if size not in blocks:
-            blocks[size] = token_block(text, tokenizer, n_sequences=cell.sequences, length=cell.length)
+            blocks[size] = token_block(
+                text, tokenizer, n_sequences=cell.sequences, length=cell.length, vocabulary=handle.vocabulary
+            )
         planned.append(_measurement(cell, model, blocks[size]))
     return planned
 

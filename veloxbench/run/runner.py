@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Self
 
-from mlx_lm.utils import load_tokenizer
-
 from veloxbench.errors import ExitCode, VeloxError
 from veloxbench.inputs.corpora import load_text
-from veloxbench.inputs.models import ModelHandle, resolve_model
+from veloxbench.inputs.models import ModelHandle, load_tokenizer, resolve_model
 from veloxbench.inputs.transfer_progress import Reporter
 from veloxbench.measure.suite import Bench, Measurement, Rates
 from veloxbench.records.record import NO_MODEL, FailedMeasurement, Record
@@ -207,8 +205,7 @@ def run(
 def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Measurement]:
     """The measurements of one model, its text fetched and tokenized."""
     text = load_text(grid.corpus, grid.part, reporter=reporter)
-    tokenizer = load_tokenizer(handle.directory)  # type: ignore[no-untyped-call]
-    return measurements(grid, handle, text, tokenizer)
+    return measurements(grid, handle, text, load_tokenizer(handle))
 
 
 def _kept_failure(item: Measurement, error: Exception, store: Store) -> Failure:
