@@ -26,7 +26,8 @@ from veloxquant_kernels.unpack_codes import unpack_codes
 from veloxquant_kernels.unpack_dequantize_unrotate import unpack_dequantize_unrotate
 from veloxquant_kernels.unpack_trits import unpack_trits
 from veloxquant_kernels.verify import same_bits
-from veloxquant_mlx.quantizers.affine import Affine, PerChannelAffine
+from veloxquant_mlx.quantizers.affine import Affine
+from veloxquant_mlx.quantizers.kivi import PerChannelAffine
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.transforms.rotation import rotation_matrix, rotation_signs
 

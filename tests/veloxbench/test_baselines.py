@@ -149,7 +149,7 @@ def test_a_removed_benchmark_is_exit_1(project, capsys):
     """A record fewer than approved."""
     write_records(project / "results", run_records()[:-1])
     assert command_of(project, "gate") == 1
-    assert "turboquant_mse 2" in capsys.readouterr().err
+    assert "turboquant_mse@2" in capsys.readouterr().err
 
 
 def test_a_crashed_benchmark_points_to_the_log(project, capsys):
@@ -166,7 +166,7 @@ def test_a_benchmark_that_produced_nothing_is_exit_1(project, capsys):
     write_records(project / "results", [*run_records()[:-1], nothing])
     assert command_of(project, "gate") == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "regress: quality, smollm2-135m chunked turboquant_mse 2, delta_nll: the run did not produce it" in error
+    assert "regress: quality, smollm2-135m chunked turboquant_mse@2, delta_nll: the run did not produce it" in error
 
 
 def test_a_return_to_earlier_code_is_judged_by_its_own_records(project, capsys):
@@ -353,7 +353,7 @@ def test_approve_twice_keeps_the_release_and_both_reasons(project):
     assert command_of(project, "baseline", "approve", "--reason", "better rotation") == 0
     (file,) = [f for f in read_baselines(project / "baselines").files if f.tier == "quality"]
     assert [approval.why for approval in file.approvals] == ["first run", "better rotation"]
-    entry = file.by_subject["smollm2-135m chunked turboquant_mse 4"]
+    entry = file.by_subject["smollm2-135m chunked turboquant_mse@4"]
     assert entry.approved.samples["kld_mean"] == damage(0.05).tolist()
     assert entry.at_release.samples["kld_mean"] == damage(0.058).tolist()
     assert command_of(project, "gate") == 0
@@ -395,7 +395,7 @@ def test_an_entry_expires_by_its_own_measurement(project, capsys):
     assert command_of(project, "gate", "--json") == 3
     findings = json.loads(capsys.readouterr().out)["findings"]
     late = {finding["subject"] for finding in findings if "expired on" in finding["reason"]}
-    assert late == {"smollm2-135m chunked turboquant_mse 4", "smollm2-135m chunked turboquant_mse 2"}
+    assert late == {"smollm2-135m chunked turboquant_mse@4", "smollm2-135m chunked turboquant_mse@2"}
     assert command_of(project, "baseline", "verify") == 3
     assert "turboquant_mse" in capsys.readouterr().err
 
@@ -420,7 +420,7 @@ def test_diff_says_what_would_change_and_writes_nothing(project, capsys):
     before = [path.read_bytes() for path in files_of(project)]
     write_records(project / "results", run_records(kld=damage(0.05)))
     assert command_of(project, "baseline", "diff") == 0
-    assert "~ smollm2-135m chunked turboquant_mse 4: kld_mean" in capsys.readouterr().out
+    assert "~ smollm2-135m chunked turboquant_mse@4: kld_mean" in capsys.readouterr().out
     assert [path.read_bytes() for path in files_of(project)] == before
 
 

@@ -132,7 +132,7 @@ def test_a_revision_that_computes_the_same_passes(repository, grid, capsys):
 def test_a_revision_that_decodes_worse_regresses(repository, grid, capsys):
     """Centroids 10% too large: the quality tier names the arm and the metric."""
     assert compare(repository, grid, "base", "damaged", "--tiers", "records") == ExitCode.REGRESSION
-    assert "turboquant_mse 4, kld_mean" in capsys.readouterr().err
+    assert "turboquant_mse@4, kld_mean" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_what_base_cannot_measure_has_nothing_to_compare_with(repository, grid, 
     shown = capsys.readouterr()
     assert "base (crashing)" in shown.err.splitlines()[-1]
     assert "on purpose" in shown.err.splitlines()[-1]
-    assert "no-baseline: " + str(cut_model) + " decode, decode of turboquant_mse 4: it crashed" in shown.out
+    assert "no-baseline: " + str(cut_model) + " decode, decode of turboquant_mse@4: it crashed" in shown.out
     (fp16,) = [line for line in shown.out.splitlines() if "fp16" in line and " nll " in line]
     assert fp16.rstrip().endswith("pass")
 
@@ -259,7 +259,7 @@ def test_two_live_revisions_are_timed_in_turns(repository, grid, cut_model, caps
     more = ("--tiers", "timing", "--model", str(cut_model), "--minutes", "0.05")
     code = compare(repository, grid, "base", "renamed", *more)
     assert code in (ExitCode.PASS, ExitCode.REGRESSION, ExitCode.INCONCLUSIVE)
-    assert "decode of turboquant_mse 4" in capsys.readouterr().out
+    assert "decode of turboquant_mse@4" in capsys.readouterr().out
 
 
 def test_an_unknown_revision_is_named(repository, grid, capsys):

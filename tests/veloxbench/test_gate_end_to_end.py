@@ -95,7 +95,7 @@ def test_a_measurement_that_raises_is_a_regression(approved, monkeypatch, capsys
     capsys.readouterr()
     assert veloxbench(["gate", *places(approved, "crashed")]) == 1
     (error,) = capsys.readouterr().err.splitlines()
-    assert "turboquant_mse 4" in error
+    assert "turboquant_mse@4" in error
     assert "did not produce it" in error
     # what the run was to make, beside what it made
     keys = json.loads((approved / "crashed" / LAST_RUN).read_text())["keys"]

@@ -11,10 +11,11 @@ from scipy import stats
 
 from veloxbench.errors import ExitCode
 from veloxbench.gate.baselines import from_records
-from veloxbench.gate.gate import BUDGETS, MIN_SEQUENCES, judge
+from veloxbench.gate.gate import MIN_SEQUENCES, judge
 from veloxbench.gate.paired_test import ALPHA, POWER, paired_test, smallest_detectable
 from veloxbench.gate.verdicts import Verdict, exit_code, overall, sentence
 from veloxbench.records.intervals import holm_levels
+from veloxbench.records.suites import suite_row
 
 SIMULATED = 2000
 
@@ -189,8 +190,9 @@ def test_damage_that_varies_too_much_has_no_detectable_change():
 
 def test_margins_are_the_larger_of_absolute_and_relative():
     """A KLD of 5e-5 is judged by the absolute budget, one of 0.1 by a tenth of itself."""
-    assert BUDGETS["kld_mean"].margin(5e-5) == 1e-5
-    assert BUDGETS["kld_mean"].margin(0.1) == pytest.approx(0.01)
+    budget = suite_row("perplexity").per_sequence["kld_mean"]
+    assert budget.margin(5e-5) == 1e-5
+    assert budget.margin(0.1) == pytest.approx(0.01)
 
 
 def test_drift_since_the_release_is_judged_by_its_own_budget():
@@ -226,7 +228,7 @@ def test_a_benchmark_that_was_removed_fails():
     records = run_records()
     findings = judge(records[:-1], from_records(records, "base"))
     assert exit_code(findings) is ExitCode.REGRESSION
-    assert "turboquant_mse 2" in sentence(findings)
+    assert "turboquant_mse@2" in sentence(findings)
     assert "did not produce it" in sentence(findings)
 
 
@@ -322,4 +324,4 @@ def test_an_older_commits_record_does_not_stand_in_for_a_crash():
     )
     findings = judge([*base[:-1], yesterday], from_records(base, "base"))
     assert exit_code(findings) is ExitCode.REGRESSION
-    assert "turboquant_mse 2" in sentence(findings)
+    assert "turboquant_mse@2" in sentence(findings)

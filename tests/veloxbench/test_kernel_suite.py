@@ -11,7 +11,8 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from veloxbench.cli.app import _run as veloxbench
 from veloxbench.inputs.models import load_model, resolve_model
 from veloxbench.measure.account import engagement
-from veloxbench.measure.kernels import HeadShape, Traffic, head_shape, measure, refusal
+from veloxbench.measure.kernels import HeadShape, Traffic, head_shape, refusal
+from veloxbench.measure.memory import measure
 from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxbench.records.store import read_records
 from veloxquant_kernels import emulator
@@ -48,7 +49,7 @@ def test_a_run_records_traffic_and_the_page_shows_it(compiler, cut_model, kernel
     assert figures["mask_percent"] == pytest.approx(100 / 36)  # one byte a token beside 2 x (16 + 2)
     page = (tmp_path / "first" / "BENCHMARK_RESULTS.md").read_text()
     assert "### Kernels, fused decode attention over 4096 packed tokens" in page
-    assert re.search(r"\| turboquant_mse 2 +\| +147,456 \| +1\.000x \|", page)
+    assert re.search(r"\| turboquant_mse@2 +\| +147,456 \| +1\.000x \|", page)
 
 
 def test_the_shape_comes_from_the_models_configuration(tmp_path):

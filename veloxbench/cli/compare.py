@@ -101,17 +101,8 @@ def compare(
 
 def _timed(text: str, model: str) -> dict[str, DecodeSpec]:
     from veloxbench.compare.timed_decode import DecodeSpec
-    from veloxbench.methods.registry import make_arm, parse_method
+    from veloxbench.methods.registry import checked
+    from veloxbench.records.arm import Arm
 
-    decodes = {}
-    for part in text.split(","):
-        method, _, target = part.strip().partition("@")
-        name, parameters = parse_method(method)
-        try:
-            arm = make_arm(name, float(target) if target else None, **parameters)
-        except ValueError as error:
-            raise UsageError(f"--timed {part!r} must be METHOD@TARGET, for example turboquant_mse@4") from error
-        decodes[f"decode of {arm.label}"] = DecodeSpec(
-            model=model, method=arm.method, target=arm.target, parameters=dict(arm.parameters)
-        )
-    return decodes
+    arms = [checked(Arm.parse(part)) for part in text.split(",")]
+    return {f"decode of {arm}": DecodeSpec(model=model, arm=arm) for arm in arms}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from veloxbench.cli.output import print_findings, print_table, to_stderr
-from veloxbench.errors import BaselineError, ExitCode, UsageError, VeloxError, unknown_name
+from veloxbench.errors import BaselineError, ExitCode, VeloxError, unknown_name
 
 if TYPE_CHECKING:
     from veloxbench.gate.approval import Proposal
@@ -36,22 +36,13 @@ def read_run(path: Path, profile: str) -> list[Record]:
     """The records of a profile's last run.
 
     Raises:
-        UsageError: no such profile, or no record of it: zero benchmarks is no pass.
+        UsageError: no such profile, no record of it (zero benchmarks is no pass), or records of other code.
     """
     from veloxbench.records.selection import read_last_run
     from veloxbench.run.grid import load_grid
-    from veloxbench.run.plan import of_grid
+    from veloxbench.run.plan import current_records
 
-    grid = load_grid(profile)
-    records = read_last_run(path)
-    of_profile = of_grid(grid, records)
-    if not of_profile:
-        other = f" ({len(records)} of other profiles)" if records else ""
-        raise UsageError(
-            f"there are no records of the profile {profile!r} at {path}{other}: nothing was measured, "
-            f"so nothing can be judged; `veloxbench run --profile {profile} --out {path}` measures"
-        )
-    return of_profile
+    return current_records(load_grid(profile), profile, read_last_run(path), path)
 
 
 def gate(

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from veloxbench.errors import UsageError
+from veloxbench.records.suites import all_suites
 
 
 def _listed(text: str | None) -> list[str]:
@@ -36,13 +37,13 @@ def run(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="From `veloxbench methods`, with parameters as `mlx-affine:group_size=32`. fp16 is in every run."
+            help="From `veloxbench methods`, as `turboquant_mse@4:sinks=4`; without `@` at every target. fp16 is too."
         ),
     ] = None,
     targets: Annotated[
         str | None, typer.Option(help="Code widths or bits_per_value, as the method understands them: `4,2`.")
     ] = None,
-    suites: Annotated[str | None, typer.Option(help="Any of exact, perplexity, memory, throughput, kernels.")] = None,
+    suites: Annotated[str | None, typer.Option(help="Any of " + ", ".join(all_suites()) + ".")] = None,
     corpus: Annotated[
         str | None,
         typer.Option(help="A name from `veloxbench corpora`, a .txt/.jsonl/.parquet file, or a hub dataset."),
@@ -53,6 +54,9 @@ def run(
     ] = None,
     accept_licence: Annotated[
         bool, typer.Option("--accept-licence", help="Consent to the licence of a model that asks for it.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure everything anew, also what is recorded already.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the records of this grid as JSON on standard output.")
@@ -73,12 +77,15 @@ def run(
     `veloxbench run --models mlx-community/Llama-3.2-3B-Instruct-4bit --suites perplexity`
     """
     from veloxbench.inputs.transfer_progress import default_reporter
-    from veloxbench.records.store import open_store
+    from veloxbench.records.store import JOURNAL, open_store
     from veloxbench.report.files import PAGE, write_pages
     from veloxbench.run.grid import customise, load_grid
     from veloxbench.run.progress import BarProgress, default_progress
     from veloxbench.run.runner import run as run_grid
 
+    if (out / JOURNAL).exists():  # until this run knows what it is to measure, nothing in the folder is judged
+        with open_store(out) as store:
+            store.begin()
     grid = customise(
         load_grid(profile),
         models=_listed(models),
@@ -91,7 +98,7 @@ def run(
     progress = default_progress()
     with open_store(out) as store:
         try:
-            outcome = run_grid(grid, store, default_reporter(), progress, accept_licence=accept_licence)
+            outcome = run_grid(grid, store, default_reporter(), progress, accept_licence=accept_licence, fresh=fresh)
         finally:
             if isinstance(progress, BarProgress):
                 progress.stop()

@@ -35,8 +35,7 @@ Threads = Annotated[int, typer.Option(help="BLAS threads of each side; kept in t
 Model = Annotated[str, typer.Option(help="A name from `veloxbench models`, or a directory.")]
 Depth = Annotated[int, typer.Option(help="Tokens in the cache before the timed steps.")]
 Steps = Annotated[int, typer.Option(help="Timed decode steps of a sample.")]
-Method = Annotated[str, typer.Option(help="The cache whose decode is timed, from `veloxbench methods`.")]
-Target = Annotated[float | None, typer.Option(help="Its target; fp16 has none.")]
+ArmText = Annotated[str, typer.Option(help="The cache whose decode is timed, as `turboquant_mse@4`.")]
 
 
 @timing.command()
@@ -48,8 +47,7 @@ def record(
     model: Model = "smollm2-135m",
     depth: Depth = 128,
     steps: Steps = 3,
-    method: Method = "turboquant_mse",
-    target: Target = 4.0,
+    arm: ArmText = "turboquant_mse@4",
 ) -> None:
     """Record a live A/A series of decode samples, with slowdowns of 2, 3, 5 and 10% made by real extra work.
 
@@ -62,7 +60,7 @@ def record(
     from veloxbench.trials.timing_record import RecordSpec
     from veloxbench.trials.timing_record import record as record_series
 
-    setup = _setup(core, threads, model, depth, steps, method, target)
+    setup = _setup(core, threads, model, depth, steps, arm)
     record_series(RecordSpec(setup, hours), out, to_stderr)
 
 
@@ -78,8 +76,7 @@ def live(
     model: Model = "smollm2-135m",
     depth: Depth = 128,
     steps: Steps = 3,
-    method: Method = "turboquant_mse",
-    target: Target = 4.0,
+    arm: ArmText = "turboquant_mse@4",
 ) -> None:
     """Run whole gates live: the same code on both sides, and head slowed down by real extra work, calibrated first.
 
@@ -91,7 +88,7 @@ def live(
     from veloxbench.compare.timing_test import TimingSpec
     from veloxbench.trials.timing_live import run_live
 
-    setup = _setup(core, threads, model, depth, steps, method, target)
+    setup = _setup(core, threads, model, depth, steps, arm)
     run_live(setup, out, _shares(slowdown), gates, TimingSpec(), default_clock(), to_stderr)
 
 
@@ -152,16 +149,14 @@ def report(
     deliver(render(measured), out, check, "veloxbench trial timing report", rates, {PLOT: plot(measured)})
 
 
-def _setup(
-    core: int | None, threads: int, model: str, depth: int, steps: int, method: str, target: float | None
-) -> Setup:
+def _setup(core: int | None, threads: int, model: str, depth: int, steps: int, arm_text: str) -> Setup:
     from veloxbench.compare.timed_decode import DecodeSpec
+    from veloxbench.methods.registry import checked
+    from veloxbench.records.arm import Arm
     from veloxbench.trials.timing_record import Setup
 
-    decode = DecodeSpec(
-        model=model, method=method, target=None if method == "fp16" else target, depth=depth, steps=steps
-    )
-    return Setup(decode, threads, core)
+    arm = checked(Arm.parse(arm_text))
+    return Setup(DecodeSpec(model=model, arm=arm, depth=depth, steps=steps), threads, core)
 
 
 def _shares(text: str) -> list[float]:
@@ -195,6 +190,7 @@ def damages(
     from veloxbench.inputs.models import resolve_model
     from veloxbench.inputs.transfer_progress import default_reporter
     from veloxbench.measure.protocol import Chunked
+    from veloxbench.measure.suite import get_suite
     from veloxbench.run.grid import load_grid
     from veloxbench.trials.damages import Study, journal_of, reaches, trials
     from veloxbench.trials.damages import measure as measure_study
@@ -202,7 +198,7 @@ def damages(
 
     grid = load_grid(profile)
     if measure:
-        protocol = next((p for p in grid.protocols if isinstance(p, Chunked)), None)
+        protocol = next((p for p in grid.tasks(get_suite("perplexity")) if isinstance(p, Chunked)), None)
         if protocol is None:
             raise UsageError(f"profile {profile!r} has no chunked protocol to measure damages with")
         reporter = default_reporter()

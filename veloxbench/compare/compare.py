@@ -18,12 +18,13 @@ from veloxbench.compare.timed_decode import DecodeSpec, default_clock
 from veloxbench.compare.timing_blocks import Slot, live_starts, open_decode
 from veloxbench.compare.timing_test import TimingSpec, findings, run_gate
 from veloxbench.errors import UsageError
-from veloxbench.gate.baselines import WHOLLY_EXACT, from_records
+from veloxbench.gate.baselines import from_records
 from veloxbench.gate.gate import judge
 from veloxbench.gate.verdicts import Finding, Tier, Verdict
 from veloxbench.records.record import Record
 from veloxbench.records.selection import read_last_run
 from veloxbench.records.store import LAST_RUN, read_records
+from veloxbench.records.suites import all_suites
 
 
 def compare_records(base: Path, head: Path, message: Callable[[str], None]) -> list[Finding]:
@@ -147,7 +148,8 @@ def _records(worker: Worker, revision: Revision, profile: str) -> tuple[list[Rec
 def _crash(side: str, subject: str, reason: str, tier: Tier | None = None, metric: str = "all") -> Finding:
     """A crash of head is a regression; where base crashed there is nothing to compare head with."""
     verdict = Verdict.NO_BASELINE if side == "base" else Verdict.REGRESS
-    of_suite: Tier = "exact" if subject.startswith(WHOLLY_EXACT) else "quality"
+    row = all_suites().get(subject.partition("/")[0])
+    of_suite: Tier = "exact" if row is not None and row.exact is None else "quality"
     return Finding(tier or of_suite, subject, metric, verdict, f"it crashed: {reason}")
 
 

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 
 from veloxbench.gate.baselines import (
     MACHINE_FIELDS,
-    REFERENCE_SAMPLES,
+    REDRAWN,
     BaselineFile,
     Baselines,
     Entry,
@@ -26,14 +26,16 @@ from veloxbench.gate.baselines import (
     Snapshot,
     grouped,
     machine_fields,
+    travel_id,
 )
-from veloxbench.gate.paired_test import ALPHA, FALSE_PASS, Paired, paired_test, smallest_detectable
+from veloxbench.gate.paired_test import ALPHA, FALSE_PASS, MIN_SEQUENCES, Paired, paired_test, smallest_detectable
 from veloxbench.gate.verdicts import Finding, Verdict
 from veloxbench.records.intervals import holm_levels
 from veloxbench.records.record import Record
+from veloxbench.records.suites import REDRAW_POSITIONS, suite_row
 
-MIN_SEQUENCES = 16
-"""Fewer sequences cannot reach significance after Holm: 16 have 65536 sign flips."""
+SHOWN = 60
+"""Characters of a value that a message shows."""
 
 ROUNDING = 2.0**-13
 """Sums of floats agree to this share of their root mean square.
@@ -42,51 +44,6 @@ Another order of fp32 sums (2^-24 per term) now and then takes an fp16 norm to i
 sum by 2^-10 / sqrt(400) of its size. A wrong table, or every norm one step off, moves it ten times as far.
 """
 
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a quality metric may grow: the larger of an absolute amount and a share of the baseline.
-
-    Attributes:
-        absolute: nats per token.
-        relative: share of the baseline's mean.
-        redraw: standard deviation of a sequence's difference between two runs that differ in rounding alone, as a
-            share of the baseline's mean, at :data:`REDRAW_POSITIONS` scored positions.
-        origin: where the figures come from.
-    """
-
-    absolute: float
-    relative: float
-    redraw: float
-    origin: str
-
-    def margin(self, baseline: float) -> float:
-        """The change up to which the metric passes."""
-        return max(self.absolute, self.relative * abs(baseline))
-
-
-REDRAW_POSITIONS = 128
-
-BUDGETS = {
-    "kld_mean": Budget(
-        1e-5,
-        0.10,
-        0.10,
-        "relative: what 0.07 bits per value buy (distortion falls fourfold per bit); absolute: 25 x the measured noise "
-        "floor of 4e-7 nats (fp16 against fp16 in another batch size)",
-    ),
-    "delta_nll": Budget(
-        0.03,
-        0.10,
-        0.33,
-        "absolute: four standard errors (0.007 nats) of what rounding alone moves the mean of 16 short sequences; "
-        "relative: as for kld_mean",
-    ),
-    "nll": Budget(
-        1e-3, 0.0, 2.5e-5, "the fp16 reference itself: 0.1% of perplexity, the last digit that published tables print"
-    ),
-}
-"""Margins of the gated quality metrics, with their origin."""
 
 DRIFT_FACTOR = 2.0
 """All approvals since the last release together may cost this many margins."""
@@ -103,6 +60,10 @@ class _Pending:
     drift: Paired
     baseline: tuple[float, ...]
     redraw: float
+    redrawn: bool
+    """The baseline is of another rounding: every change holds a draw of noise."""
+    two_sided: bool
+    """The fp16 reference's own: it may move neither way."""
 
 
 def judge(
@@ -152,9 +113,9 @@ def unknown_machine(records: Iterable[Record], baselines: Baselines, profile: st
     if not groups or not files:
         return None
     machine = {name: groups[0].fingerprint[name] for name in MACHINE_FIELDS if name != "mlx"}
-    here = [{**file.fingerprint, **machine} for file in files]
-    known = any(file.fingerprint in here for file in files)
-    if known or any(group.fingerprint not in here for group in groups):
+    here = {travel_id({**file.fingerprint, **machine}) for file in files}
+    known = any(travel_id(file.fingerprint) in here for file in files)
+    if known or any(travel_id(group.fingerprint) not in here for group in groups):
         return None
     return _listed(machine)
 
@@ -163,7 +124,7 @@ def _not_run(
     groups: Sequence[Group], machines: Sequence[dict[str, JsonValue]], baselines: Baselines, profile: str | None
 ) -> list[Finding]:
     """Baselines that no record of the run answers: removed or crashed benchmarks."""
-    answered = {group.id for group in groups}
+    answered = {travel_id(group.fingerprint) for group in groups}
     # the same subject under another fingerprint has its own finding, which names the difference
     elsewhere = {(group.tier, group.suite, name) for group in groups for name in group.snapshots}
     findings: list[Finding] = []
@@ -179,7 +140,7 @@ def _not_run(
             other.setdefault((file.tier, file.suite), file)
             continue
         here.add((file.tier, file.suite))
-        if file.place.partition("/")[0] in answered:
+        if travel_id(file.fingerprint) in answered:
             continue
         findings += [
             _missing(file, entry) for entry in file.entries if (file.tier, file.suite, entry.subject) not in elsewhere
@@ -221,23 +182,30 @@ def _without_baseline(group: Group, baselines: Baselines) -> Finding:
 
     def differences(file: BaselineFile) -> list[str]:
         names = [*file.fingerprint, *(name for name in group.fingerprint if name not in file.fingerprint)]
-        return [name for name in names if file.fingerprint.get(name) != group.fingerprint.get(name)]
+        return [n for n in names if n != REDRAWN and file.fingerprint.get(n) != group.fingerprint.get(n)]
 
     if not alike:
         reason = f"{where}: it has none of the suite {group.suite}"
     else:
         nearest = min(alike, key=lambda file: len(differences(file)))
         changed = "; ".join(
-            f"{name} is {_short(group.fingerprint.get(name))} here and {_short(nearest.fingerprint.get(name))} there"
+            f"{name} is {_around(group.fingerprint.get(name), nearest.fingerprint.get(name))} here and "
+            f"{_around(nearest.fingerprint.get(name), group.fingerprint.get(name))} there"
             for name in differences(nearest)
         )
         reason = f"{where}: the nearest, {nearest.place}, is of something else ({changed})"
     return Finding(group.tier, group.described, "all", Verdict.NO_BASELINE, reason)
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:12] + "…"
+def _around(value: object, other: object) -> str:
+    """A value, a long one cut to where it first differs from the other."""
+    text, rival = str(value), str(other)
+    if len(text) <= SHOWN:
+        return text
+    first = next((i for i, (a, b) in enumerate(zip(text, rival, strict=False)) if a != b), min(len(text), len(rival)))
+    start = max(0, min(first - SHOWN // 4, len(text) - SHOWN))
+    cut = text[start : start + SHOWN]
+    return f"{'…' if start else ''}{cut}{'…' if start + SHOWN < len(text) else ''}"
 
 
 def _compare(group: Group, file: BaselineFile, day: date) -> list[Finding | _Pending]:
@@ -258,7 +226,8 @@ def _compare(group: Group, file: BaselineFile, day: date) -> list[Finding | _Pen
         elif group.tier == "exact":
             found += _exact(name, head, entry.approved)
         else:
-            found += _quality(name, head, entry, _scored_positions(file))
+            redrawn = file.fingerprint.get(REDRAWN) != group.fingerprint.get(REDRAWN)
+            found += _quality(name, head, entry, file, redrawn)
     for name in group.snapshots:
         if name not in file.by_subject:
             reason = f"it is not in {file.place}; `veloxbench baseline approve` adds what is new"
@@ -314,7 +283,8 @@ def _scored_positions(file: BaselineFile) -> int:
     return REDRAW_POSITIONS
 
 
-def _quality(name: str, head: Snapshot, entry: Entry, positions: int) -> list[Finding | _Pending]:
+def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile, redrawn: bool) -> list[Finding | _Pending]:
+    row, positions = suite_row(file.suite), _scored_positions(file)
     found: list[Finding | _Pending] = []
     for metric, base in entry.approved.samples.items():
         values = head.samples.get(metric)
@@ -323,7 +293,9 @@ def _quality(name: str, head: Snapshot, entry: Entry, positions: int) -> list[Fi
             found.append(blank)
             continue
         mean = float(np.mean(base))
-        margin = BUDGETS[metric].margin(mean)
+        two_sided = metric in row.per_sequence_of_reference
+        budget = (row.per_sequence_of_reference if two_sided else row.per_sequence)[metric]
+        margin = budget.margin(mean)
         blank = replace(blank, value=float(np.mean(values)), baseline=mean, limit=margin)
         if len(values) != len(base):
             reason = f"{len(values)} sequences cannot be paired with the baseline's {len(base)}"
@@ -333,12 +305,12 @@ def _quality(name: str, head: Snapshot, entry: Entry, positions: int) -> list[Fi
             found.append(replace(blank, verdict=Verdict.INCONCLUSIVE, reason=reason))
         else:
             released = np.asarray(entry.at_release.samples.get(metric, base))
-            total = DRIFT_FACTOR * BUDGETS[metric].margin(float(released.mean()))
+            total = DRIFT_FACTOR * budget.margin(float(released.mean()))
             difference = np.asarray(values) - np.asarray(base)
             test, fall = paired_test(difference, margin), paired_test(-difference, margin)
             drift = paired_test(np.asarray(values) - released, total)
-            redraw = BUDGETS[metric].redraw * abs(mean) * math.sqrt(REDRAW_POSITIONS / positions)
-            found.append(_Pending(blank, test, fall, drift, tuple(base), redraw))
+            redraw = budget.redraw * abs(mean) * math.sqrt(REDRAW_POSITIONS / positions)
+            found.append(_Pending(blank, test, fall, drift, tuple(base), redraw, redrawn, two_sided))
     missing = [metric for metric in head.samples if metric not in entry.approved.samples]
     found += [
         Finding("quality", name, metric, Verdict.NO_BASELINE, "the baseline does not have it") for metric in missing
@@ -353,7 +325,7 @@ def _decided(pending: Sequence[_Pending]) -> list[Finding]:
 
     The reference's fall is a regression and one of these tests; gains of arms are a family of their own.
     """
-    falls = {i for i, item in enumerate(pending) if item.finding.metric in REFERENCE_SAMPLES}
+    falls = {i for i, item in enumerate(pending) if item.two_sided}
     tests = [test for item in pending for test in (item.test, item.drift)]
     levels = holm_levels([test.p_regress for test in [*tests, *(pending[i].fall for i in sorted(falls))]], ALPHA)
     fall_levels = dict(zip(sorted(falls), levels[len(tests) :], strict=True))
@@ -365,8 +337,15 @@ def _decided(pending: Sequence[_Pending]) -> list[Finding]:
 
 
 def _decide(item: _Pending, level: float, drift_level: float, fall_level: float, n_tests: int) -> Finding:
+    finding = _judged(item, level, drift_level, fall_level, n_tests)
+    if not item.redrawn:
+        return finding
+    return replace(finding, reason=f"{finding.reason} (the baseline is of another rounding: the noise was drawn anew)")
+
+
+def _judged(item: _Pending, level: float, drift_level: float, fall_level: float, n_tests: int) -> Finding:
     test, fall, drift = item.test, item.fall, item.drift
-    two_sided = item.finding.metric in REFERENCE_SAMPLES
+    two_sided = item.two_sided
     low = test.bound(level or ALPHA / n_tests, -1)
     high = test.bound(FALSE_PASS, +1)
     spread = max(test.standard_error * math.sqrt(test.n), item.redraw)

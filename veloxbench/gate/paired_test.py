@@ -21,6 +21,9 @@ FALSE_PASS = 0.05
 POWER = 0.95
 """The smallest detectable change is the one that is called a regression this often."""
 
+MIN_SEQUENCES = 16
+"""Fewer sequences cannot reach significance after Holm: 16 have 65536 sign flips."""
+
 ALL_FLIPS_UP_TO = 16
 RANDOM_FLIPS = 65_536
 

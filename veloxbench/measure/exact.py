@@ -11,15 +11,15 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxbench.methods.registry import Arm
-from veloxbench.records.record import Estimate, MethodRef, ModelRef, content_hash
+from veloxbench.records.arm import Arm
+from veloxbench.records.record import Estimate, MethodRef, content_hash
 
 N_SKETCHES = 8
 DIGEST_HEX = 12
@@ -27,9 +27,6 @@ DIGEST_HEX = 12
 
 Product = mx.array | NDArray[Any] | int | float | str | list[Any] | dict[str, Any]
 Products = Mapping[str, Product]
-
-
-NO_MODEL = ModelRef(name="no model", weights_sha256="", tokenizer_sha256="", config_sha256="")
 
 
 @dataclass(frozen=True)
@@ -56,27 +53,24 @@ class FixedInputs:
         return hashlib.sha256(self.tensor(0, sum(self.pieces)).tobytes()).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case(Arm):
-    """One thing to look at, named as an arm is: method, target, parameters.
+@dataclass(frozen=True)
+class Case:
+    """One thing to look at, named as an arm is.
 
     Attributes:
         produce: its arrays and figures by name. Strings, lists and mappings are digested as JSON.
+        implementation: hash of the code that produces them.
     """
 
+    arm: Arm
+    produce: Callable[[], Products]
+    implementation: Callable[[], str]
     target_means: Literal["code_bits", "bits_per_value"] | None = None
-    produce: Callable[[], Products] = field(compare=False)
-    implementation: Callable[[], str] = field(compare=False)
 
+    @property
     def ref(self) -> MethodRef:
         """The case as it stands in a record's key."""
-        return MethodRef(
-            name=self.method,
-            target=self.target,
-            target_means=self.target_means,
-            parameters=dict(self.parameters),
-            implementation=self.implementation(),
-        )
+        return MethodRef(**self.arm.model_dump(), target_means=self.target_means, implementation=self.implementation())
 
 
 @functools.cache
@@ -132,7 +126,7 @@ def sketch(values: NDArray[np.floating[Any]]) -> list[float]:
     return [float(total) for total in signs @ flat / np.sqrt(flat.size)]
 
 
-def measure(case: Case) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
+def observe(case: Case) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
     """Metrics and samples of a case.
 
     Arrays of floats are sketched, every other array, string, list and mapping is digested, numbers stay.

@@ -7,12 +7,16 @@ kernels' own text alone, so every figure is exact and the same on every machine.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from veloxbench.errors import UsageError
-from veloxbench.measure.quality import Measured
+from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures, needed
+from veloxbench.records.arm import Arm
 from veloxbench.records.record import Estimate
 from veloxquant_kernels.emulator import CompilerNotFound, find_compiler
 from veloxquant_kernels.fused_attention import unsupported
@@ -31,6 +35,15 @@ class Traffic:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise UsageError(f"kernels: tokens is {self.tokens}; it must be at least 1")
+
+
+class KernelSection(BaseModel):
+    """Packed tokens that a fused decode step reads, and the code widths to count it at."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokens: int = Field(default=4096, ge=1)
+    code_bits: tuple[int, ...] = (8, 4, 3, 2)
 
 
 @dataclass(frozen=True)
@@ -63,12 +76,12 @@ def refusal(shape: HeadShape | None, code_bits: int) -> str | None:
     return unsupported(shape.head_dim, shape.group, code_bits, code_bits)
 
 
-def measure(task: Traffic, shape: HeadShape, code_bits: int) -> Measured:
+def count(task: Traffic, shape: HeadShape, code_bits: int) -> dict[str, Estimate]:
     """Count one step with keys and values of one width.
 
     Returns:
         Metrics: ``packed_reads`` (how often each packed byte is read, 1 at best) and everything else in percent of
-        the packed bytes, in all (``other_percent``) and by kind. No samples: a count has no spread.
+        the packed bytes, in all (``other_percent``) and by kind.
     """
     traffic = decode_traffic(task.tokens, shape.head_dim, shape.group, code_bits, code_bits, masked=True)
     figures = {
@@ -79,4 +92,40 @@ def measure(task: Traffic, shape: HeadShape, code_bits: int) -> Measured:
         "other_percent": (100 * traffic.overhead, "%"),
         **{f"{kind}_percent": (100 * share, "%") for kind, share in traffic.overhead_by_kind.items()},
     }
-    return {name: Estimate(value=float(value), unit=unit) for name, (value, unit) in figures.items()}, {}
+    return {name: Estimate(value=float(value), unit=unit) for name, (value, unit) in figures.items()}
+
+
+def _code_bits(arm: Arm) -> int:
+    if arm.target is None:
+        raise UsageError(f"kernels: {arm} has no code width to count at")
+    return int(arm.target)
+
+
+@measures
+class Kernels(Suite):
+    """The fused decode step at each width of the grid's section; it reads no weights and no text."""
+
+    name = "kernels"
+    section = "kernels"
+    tasks = KernelSection
+    default = KernelSection()
+
+    def cells(self, tasks: KernelSection, arms: Sequence[Arm]) -> Iterator[Cell]:
+        """One per width, whatever the grid's arms are."""
+        for bits in tasks.code_bits:
+            yield Cell(self.name, "decode traffic", Traffic(tasks.tokens), Arm(name=METHOD, target=float(bits)))
+
+    def seconds(self, cell: Cell, rates: Rates) -> float:
+        """Compiling two bodies, then a second."""
+        return 8.0
+
+    def refusal(self, cell: Cell, bench: Bench) -> str | None:
+        """Why nothing can be counted here, or None."""
+        return refusal(head_shape(bench.handle.directory), _code_bits(cell.arm))
+
+    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+        """Count one step."""
+        shape = head_shape(needed(bench).handle.directory)
+        if shape is None:
+            raise UsageError(f"kernels: {item.subject.model.name} has no head shape to count for")
+        return Measured(count(item.cell.task, shape, _code_bits(item.cell.arm)))

@@ -26,7 +26,7 @@ from veloxquant_mlx.allocators.ratequant import (
     shuffled,
 )
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
-from veloxquant_mlx.methods import make_options
+from veloxquant_mlx.methods import METHODS, make_options
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _implementation() -> str:
 
 @register(
     "ratequant",
-    summary="code widths by RateQuant (arXiv 2605.06675) over TurboQuant; shuffle=N deals them out at random",
+    summary=getattr(METHODS["ratequant"], "summary", "ratequant"),  # an earlier revision, in a comparison, has none
     cache_classes=(PackedKVCache,),
     targets=tuple(RECIPES),
     target_means="bits_per_value",

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-SCHEMA_VERSION: Literal[1] = 1
+from veloxbench.records.arm import Arm
 
-Suite = Literal["perplexity", "memory", "throughput", "kernels", "exact"]
+SCHEMA_VERSION: Literal[1] = 1
 
 
 def _finite(value: float) -> float:
@@ -53,21 +53,15 @@ class ModelRef(_Frozen):
     n_layers: int | None = None
 
 
-class MethodRef(_Frozen):
-    """A method at one target. ``target`` is what its ``target_means`` says: a code width or bits_per_value."""
+NO_MODEL = ModelRef(name="no model", weights_sha256="", tokenizer_sha256="", config_sha256="")
+"""Of measurements that read none."""
 
-    name: str
-    target: float | None = None
+
+class MethodRef(Arm):
+    """An arm as it stands in a record's key. ``target`` is what ``target_means`` says."""
+
     target_means: Literal["code_bits", "bits_per_value"] | None = None
-    parameters: dict[str, JsonValue] = Field(default_factory=dict)
     implementation: str = Field(description="version of the package, or hash of the source, that implements it")
-
-    @property
-    def label(self) -> str:
-        """``turboquant_mse 4`` or ``mlx-affine 4 (group_size=32)``."""
-        target = "" if self.target is None else f" {self.target:g}"
-        parameters = ", ".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))
-        return self.name + target + (f" ({parameters})" if parameters else "")
 
 
 class TextRef(_Frozen):
@@ -80,7 +74,7 @@ class TextRef(_Frozen):
 class Subject(_Frozen):
     """Everything that identifies a measurement; its hash is the key by which a run resumes."""
 
-    suite: Suite
+    suite: str = Field(min_length=1, description="its name, as in `veloxbench.records.suites`")
     protocol: str
     model: ModelRef
     method: MethodRef

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import FailedMeasurement, Record, Subject, content_hash
 from veloxbench.records.store import JOURNAL, LAST_RUN, read_failures, read_records
-
-REFERENCE = "fp16"
-"""The method that all others are compared with."""
 
 CONTROL = "shuffle"
 """The parameter that makes an arm a control: its allocation is dealt to other units at random, with this seed."""
@@ -53,15 +51,23 @@ def read_last_run(path: Path) -> list[Record]:
 
     Raises:
         IntegrityError: the journal, or the list of keys, is damaged.
+        UsageError: the last run ended before it knew its keys.
     """
     records = read_records(path)
     plan = (path if path.is_dir() else path.parent) / LAST_RUN
     if not (path.is_dir() or path.name == JOURNAL) or not plan.exists():
         return records
     try:
-        keys = set(json.loads(plan.read_text(encoding="utf-8"))["keys"])
-    except (ValueError, KeyError, TypeError) as error:
+        noted = json.loads(plan.read_text(encoding="utf-8"))
+        keys = set(noted["keys"])
+        planned = bool(noted.get("planned", True))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
+    if not planned:
+        raise UsageError(
+            f"the last run into {plan.parent} ended before it knew what to measure: nothing there is its result; "
+            "run it again"
+        )
     return [record for record in records if record.key in keys]
 
 
@@ -105,7 +111,8 @@ def newest_per_row(records: Iterable[Record]) -> list[Record]:
 
 def _order(record: Record) -> tuple[Any, ...]:
     method = record.subject.method
-    return (method.name != REFERENCE, method.name, repr(sorted(method.parameters.items())), -(method.target or 0.0))
+    parameters = repr(sorted(method.parameters.items()))
+    return (method.name != REFERENCE.name, method.name, parameters, -(method.target or 0.0))
 
 
 def table_rows(records: Iterable[Record]) -> list[Record]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
-from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError, validation_reason
 from veloxbench.records.journal import append_line, cut_torn_tail, whole_lines, write_text
 from veloxbench.records.record import FailedMeasurement, Record
 
@@ -27,19 +27,24 @@ LAST_RUN = "last-run.json"
 def read_records(path: Path) -> list[Record]:
     """Every record of a journal file, or of all ``*.jsonl`` files of a folder, in order.
 
-    A last line without its newline was being written when the process died; it is not a record.
+    A last line without its newline was being written when the process died; it is not a record. A journal may measure
+    a key anew (``veloxbench run --fresh``): its later record stands.
 
     Raises:
-        IntegrityError: any other line that is not a valid record, or two records with one key; names
-            file and line. A damaged journal is never read around.
+        IntegrityError: any other line that is not a valid record, the same record twice, or one key in two files;
+            names file and line. A damaged journal is never read around.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
     records: dict[str, Record] = {}
     for file in files:
+        own: dict[str, Record] = {}
         for number, record in _lines(file, Record, "record"):
             if record.key in records:
-                raise IntegrityError(f"{file}:{number} measures key {record.key[:12]} a second time")
-            records[record.key] = record
+                raise IntegrityError(f"{file}:{number} measures key {record.key[:12]}, which another file has")
+            if record.key in own and own[record.key].id == record.id:
+                raise IntegrityError(f"{file}:{number} holds record {record.id[:12]} a second time")
+            own[record.key] = record
+        records |= own
     return list(records.values())
 
 
@@ -60,14 +65,6 @@ def _lines(file: Path, kind: type[Line], name: str) -> Iterator[tuple[int, Line]
         except (ValidationError, UnicodeDecodeError) as error:
             reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
             raise IntegrityError(f"{file}:{number} is not a valid {name}: {reason}") from error
-
-
-def validation_reason(error: ValidationError) -> str:
-    """The first thing wrong, with the field where it is."""
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
 
 
 class Store:
@@ -94,21 +91,25 @@ class Store:
         """All records, in the order in which they were measured."""
         return list(self._records.values())
 
-    def begin(self, keys: Sequence[str]) -> None:
-        """Note beside the records what a run is to make: these, and no others of the folder, are judged."""
-        write_text(self.path.with_name(LAST_RUN), json.dumps({"keys": list(keys)}, indent=1) + "\n")
+    def begin(self, keys: Sequence[str] | None = None) -> None:
+        """Note beside the records what a run is to make: these, and no others of the folder, are judged.
+
+        Args:
+            keys: of its records; None where the run does not know them yet: until it does, nothing is judged.
+        """
+        plan = {"keys": list(keys or ()), "planned": keys is not None}
+        write_text(self.path.with_name(LAST_RUN), json.dumps(plan, indent=1) + "\n")
 
     def append(self, record: Record) -> None:
-        """Add a record durably: one write, then fsync.
+        """Add a record durably: one write, then fsync. A record of the same key before it is superseded.
 
         Raises:
-            UsageError: the key is already recorded.
+            UsageError: the very same record is there already.
             UnfitEnvironmentError: the line could not be written.
         """
-        if record.key in self._records:
-            raise UsageError(
-                f"key {record.key[:12]} ({record.subject.method.label}) is already recorded in {self.path}"
-            )
+        kept = self._records.get(record.key)
+        if kept is not None and kept.id == record.id:
+            raise UsageError(f"record {record.id[:12]} ({record.subject.method.label}) is in {self.path} already")
         written = Record.from_line(record.to_line())  # as every later reader will see it
         append_line(self.path, written.to_line())
         self._records[record.key] = written

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import Estimate, Record
-from veloxbench.records.selection import REFERENCE
 from veloxbench.report.cells import method_alone, paired_ratio
 
 # Okabe and Ito's colours keep apart for readers with any colour vision; the marker repeats the distinction.
@@ -57,7 +57,7 @@ def speed_plot(records: Sequence[Record]) -> str | None:
     """
     depths: dict[str, list[Record]] = {}
     for record in records:
-        if record.subject.method.name != REFERENCE and "decode_speed_ratio" in record.metrics:
+        if record.subject.method.name != REFERENCE.name and "decode_speed_ratio" in record.metrics:
             depths.setdefault(f"{record.subject.settings['depth']} tokens", []).append(record)
     arms = list(dict.fromkeys(row.subject.method.label for rows in depths.values() for row in rows))
     if not arms:
@@ -77,7 +77,7 @@ def speed_plot(records: Sequence[Record]) -> str | None:
 def _by_method(records: Sequence[Record]) -> Mapping[str, list[Record]]:
     series: dict[str, list[Record]] = {}
     for record in records:
-        if record.subject.method.name != REFERENCE and record.status == "measured":
+        if record.subject.method.name != REFERENCE.name and record.status == "measured":
             series.setdefault(method_alone(record), []).append(record)
     return dict(list(series.items())[:_SERIES_PER_PLOT])
 

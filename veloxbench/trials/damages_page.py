@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter
 from tabulate import tabulate
 
-from veloxbench.gate.gate import BUDGETS
 from veloxbench.gate.verdicts import Verdict
+from veloxbench.records.suites import suite_row
 from veloxbench.report.plots import COLOURS, new_axes, svg
 from veloxbench.trials.damages import GATES, Reach, Study, Trial
 
@@ -79,7 +79,7 @@ def _limits(reaches: Mapping[str, Reach], n_gate: int) -> str:
         shares = [
             ("none" if x is None else f"{x:.2g} ({x / limits.kld:.0%})") for x in (limits.per_gate, limits.pooled)
         ]
-        margin = BUDGETS["kld_mean"].margin(limits.kld)
+        margin = suite_row("perplexity").per_sequence["kld_mean"].margin(limits.kld)
         rows.append((base, f"{limits.kld:.4g}", f"{margin:.2g}", f"{limits.spread:.2g}", *shares))
     headers = ("base", "KLD", "margin", "spread", f"{n_gate} sequences detect", f"{GATES * n_gate} sequences detect")
     table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)

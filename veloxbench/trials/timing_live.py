@@ -15,10 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, Valid
 from veloxbench.compare.timed_decode import Clock
 from veloxbench.compare.timing_blocks import Launch, live_starts, pin_to_core
 from veloxbench.compare.timing_test import GateResult, MetricResult, TimingSpec, run_gate
-from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.errors import IntegrityError, UsageError, validation_reason
 from veloxbench.gate.verdicts import Verdict
 from veloxbench.records.journal import whole_lines
-from veloxbench.records.store import validation_reason
 from veloxbench.trials.timing_record import BENCHMARK, Setup, check_same, launcher, settled_header, slots
 from veloxbench.trials.timing_series import BASE, SeriesHeader, append_line, slot_name, sole_writer
 

@@ -50,7 +50,6 @@ def render(rates: ErrorRates) -> str:
     """The page as Markdown."""
     series, gate, header = rates.series, rates.gate, rates.series.header
     decode, hardware = header.decode, header.hardware
-    target = "" if decode.target is None else f" {decode.target:g}"
     plain = rates.effects[0]
     pinned = "" if header.core is None else f", both sides on core {header.core}"
     load = f"load {series.load[0]:.1f} in the median, {series.load[1]:.1f} in the 95% quantile"
@@ -61,7 +60,7 @@ def render(rates: ErrorRates) -> str:
         "hand. What is tested, and why so, is in [timing.md](timing.md).",
         "",
         f"**Series.** {series.hours:.2f} hours, {series.starts} starts of both sides with {series.blocks} blocks in "
-        f"{series.runs} runs without a gap: {decode.model} decoding with {decode.method}{target} at depth "
+        f"{series.runs} runs without a gap: {decode.model} decoding with {decode.arm} at depth "
         f"{decode.depth} (a sample is the median of {decode.steps} steps) on {hardware['chip']}, BLAS threads of a "
         f"side: {header.threads}{pinned}; {load}. Clock: {rates.clock} time. When nothing changed, a block's log ratio "
         f"scatters by {_percent(plain.block_sd)} within its start and starts scatter by {_percent(plain.start_sd)} "

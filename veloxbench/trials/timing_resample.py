@@ -20,9 +20,8 @@ from scipy import stats
 
 from veloxbench.compare.timed_decode import Clock
 from veloxbench.compare.timing_test import GateResult, Start, TimingSpec, run_gate, slowdown_bounds
-from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.errors import IntegrityError, UsageError, validation_reason
 from veloxbench.gate.verdicts import Verdict
-from veloxbench.records.store import validation_reason
 from veloxbench.trials.timing_live import LiveGate, LiveJournal
 from veloxbench.trials.timing_record import BENCHMARK
 from veloxbench.trials.timing_series import BASE, Series, SeriesHeader, read_series, series_bytes, slot_name

@@ -20,10 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, Valid
 
 from veloxbench.compare.timed_decode import DecodeSpec
 from veloxbench.compare.timing_blocks import TimedBlock
-from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError, validation_reason
 from veloxbench.records import journal as durable
 from veloxbench.records.journal import cut_torn_tail, whole_lines
-from veloxbench.records.store import validation_reason
 
 BASE = "base"
 """The slot of the base side; every other slot is the head side's, named by :func:`slot_name`."""

@@ -12,9 +12,8 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt
 
 from veloxquant_kernels.kernel import Backend
 from veloxquant_mlx.allocators.allocation import BitAllocation
-from veloxquant_mlx.cache.batch import BatchPackedKVCache
 from veloxquant_mlx.cache.fused import FusedMode, fuse, leaves
-from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache
+from veloxquant_mlx.cache.packed import BatchPackedKVCache, LayerSpec, PackedKVCache
 from veloxquant_mlx.cache.persistence import load_prompt_cache, save_prompt_cache
 from veloxquant_mlx.cache.storage import HeldArray
 from veloxquant_mlx.methods import METHODS, MethodOptions, Role, make_options

@@ -21,7 +21,8 @@ from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from veloxquant_kernels.fused_attention import PackedSide, fused_attention, unsupported
 from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
-from veloxquant_mlx.cache.packed import PackedKVCache, fetch_dtype
+from veloxquant_mlx.cache.packed import PackedKVCache
+from veloxquant_mlx.cache.sequence import fetch_dtype
 from veloxquant_mlx.cache.storage import CodedBlocks, Side
 from veloxquant_mlx.quantizers.scalar import centroids_array
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from veloxquant_mlx.registry import Registry
 
-QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")
+QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer", "veloxquant_mlx.quantizers")
 """Quantizer classes by their ``name``, so that a saved cache can name the ones it needs."""
 
 

@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from veloxquant_mlx.methods import METHODS, MethodOptions, Role
 from veloxquant_mlx.packing import check_code_bits, lookup
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
-from veloxquant_mlx.quantizers.turboquant_mse import unit_rms
+from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE, unit_rms
 from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
 
 SUBVECTOR: Final = 8
@@ -112,3 +113,20 @@ class RVQ(Quantizer):
     def static_arrays(self, head_dim: int) -> Arrays:
         """The stages' codebooks and the rotation."""
         return *residual_codebooks(self.code_bits, self.seed), *rotation_arrays(head_dim, self.seed)
+
+
+@METHODS.register("rvq")
+@dataclass(frozen=True)
+class RVQOptions(MethodOptions):
+    """Options of :class:`RVQ`."""
+
+    summary: ClassVar[str] = "residual vector quantization of 8 coordinates at a time"
+    code_bits: int = 2
+
+    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+        """The same code for keys and values."""
+        return RVQ(self.code_bits if code_bits is None else code_bits, seed)
+
+    def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """Scalar codes: at high widths they leave less than residual stages."""
+        return TurboQuantMSE(code_bits, seed)

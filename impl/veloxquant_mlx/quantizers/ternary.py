@@ -9,11 +9,12 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
+from veloxquant_mlx.methods import METHODS, MethodOptions, Role
 from veloxquant_mlx.packing import TRITS_PER_BYTE, expand_table, lookup, lookup_table, pack_trits, trit_bytes
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 from veloxquant_mlx.quantizers.lloyd_max import Codebook
 from veloxquant_mlx.quantizers.scalar import boundaries_array, nearest_codes, sphere_codebook
-from veloxquant_mlx.quantizers.turboquant_mse import unit_rms
+from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE, unit_rms
 from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
 
 
@@ -68,3 +69,18 @@ class Ternary(Quantizer):
     def expected_distortion(self, head_dim: int) -> float:
         """That of the codebook, whatever the input."""
         return self._codebook(head_dim).distortion
+
+
+@METHODS.register("ternary")
+@dataclass(frozen=True)
+class TernaryOptions(MethodOptions):
+    """:class:`Ternary`, which has one width; ``value_bits`` gives values TurboQuant MSE."""
+
+    summary: ClassVar[str] = "three levels, five to a byte, one fp16 norm per vector"
+    targets: ClassVar[tuple[float, ...]] = (1.6,)
+    target_field: ClassVar[str | None] = None
+    allocatable: ClassVar[bool] = False
+
+    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+        """Ternary, or TurboQuant MSE at a width that is named."""
+        return Ternary(seed) if code_bits is None else TurboQuantMSE(code_bits, seed)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
+from veloxquant_mlx.methods import METHODS, MethodOptions, Role
 from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 from veloxquant_mlx.quantizers.lloyd_max import Codebook
@@ -84,3 +85,16 @@ class TurboQuantMSE(Quantizer):
     def expected_distortion(self, head_dim: int) -> float:
         """That of the codebook, whatever the input."""
         return self.codebook(head_dim).distortion
+
+
+@METHODS.register("turboquant_mse")
+@dataclass(frozen=True)
+class TurboQuantMSEOptions(MethodOptions):
+    """Options of :class:`TurboQuantMSE`."""
+
+    summary: ClassVar[str] = "random rotation, Lloyd-Max codes, one fp16 norm per vector (arXiv 2504.19874)"
+    code_bits: int = 4
+
+    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+        """The same code for keys and values."""
+        return TurboQuantMSE(self.code_bits if code_bits is None else code_bits, seed)

@@ -10,8 +10,9 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
+from veloxquant_mlx.methods import METHODS, MethodOptions, Role
 from veloxquant_mlx.observers.distortion import DistortionObserver
-from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words
+from veloxquant_mlx.packing import MAX_CODE_BITS, check_code_bits, pack_codes, packed_words
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 from veloxquant_mlx.quantizers.lloyd_max import Codebook
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
@@ -191,7 +192,11 @@ class TurboQuantProdAdaptive(MixedQuantizer):
     @property
     def variants(self) -> tuple[Quantizer, ...]:
         """TurboQuant Prod at every width from ``base_bits`` to ``max_bits``."""
-        return tuple(TurboQuantProd(bits, self.seed) for bits in range(self.base_bits, self.max_bits + 1))
+        return tuple(TurboQuantProd(bits, self.seed) for bits in self._widths)
+
+    @property
+    def _widths(self) -> range:
+        return range(self.base_bits, self.max_bits + 1)
 
     def choose(self, x: mx.array) -> np.ndarray:
         """The variant of each block of ``[B, H, T, D]``, as an index; the batch and the heads decide together."""
@@ -209,7 +214,57 @@ class TurboQuantProdAdaptive(MixedQuantizer):
                 break
         return chosen
 
+    def expected_distortion(self, head_dim: int) -> float:
+        """That of the first width whose cosine on Gaussian vectors, 1/sqrt(1 + D), is enough, else of the widest."""
+        distortions = [TurboQuantProd(bits, self.seed).expected_distortion(head_dim) for bits in self._widths]
+        enough = [d for d in distortions if 1 / math.sqrt(1 + d) >= 1 - self.distortion_threshold]
+        return max(enough, default=distortions[-1])
+
     def observe(self, x: mx.array, decoded: mx.array, variant: Quantizer) -> None:
         """Pass a variant's blocks on to the observer."""
         if self.observer is not None:
             self.observer.observe(x, decoded, quantizer=variant)
+
+
+@METHODS.register("turboquant_prod")
+@dataclass(frozen=True)
+class TurboQuantProdOptions(MethodOptions):
+    """Options of :class:`TurboQuantProd`."""
+
+    summary: ClassVar[str] = (
+        "TurboQuant MSE at one bit less and a sign sketch of the residual: unbiased products (arXiv 2504.19874)"
+    )
+    code_bits: int = 4
+
+    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+        """The same code for keys and values."""
+        return TurboQuantProd(self.code_bits if code_bits is None else code_bits, seed)
+
+
+@METHODS.register("turboquant_prod_adaptive")
+@dataclass(frozen=True)
+class TurboQuantProdAdaptiveOptions(MethodOptions):
+    """Options of :class:`TurboQuantProdAdaptive`; ``value_bits`` gives values a fixed width."""
+
+    summary: ClassVar[str] = (
+        "TurboQuant Prod, every block of tokens at the least width whose cosine is enough; a target is the largest"
+    )
+    targets: ClassVar[tuple[float, ...]] = tuple(float(bits) for bits in range(MAX_CODE_BITS, 1, -1))
+    target_field: ClassVar[str | None] = "max_bits"
+    allocatable: ClassVar[bool] = False
+    base_bits: int = 2
+    max_bits: int = 4
+    distortion_threshold: float = 0.05
+    block_size: int = 32
+
+    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+        """Adaptive, or TurboQuant Prod at a width that is named."""
+        if code_bits is not None:
+            return TurboQuantProd(code_bits, seed)
+        return TurboQuantProdAdaptive(
+            base_bits=self.base_bits,
+            max_bits=self.max_bits,
+            distortion_threshold=self.distortion_threshold,
+            block_size=self.block_size,
+            seed=seed,
+        )

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words
+from veloxquant_mlx.methods import METHODS, MethodOptions, Role
+from veloxquant_mlx.packing import MAX_CODE_BITS, check_code_bits, pack_codes, packed_words
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 from veloxquant_mlx.quantizers.lloyd_max import Codebook
 from veloxquant_mlx.quantizers.scalar import codebook_arrays, decode_words, gaussian_codebook, nearest_codes
-from veloxquant_mlx.quantizers.turboquant_mse import TINY_RMS
+from veloxquant_mlx.quantizers.turboquant_mse import TINY_RMS, TurboQuantMSE
 from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
 
 
@@ -93,3 +94,22 @@ class TurboQuantStatic(Quantizer):
     def expected_distortion(self, head_dim: int) -> float:
         """That of the Gaussian codebook, for calibration on many tokens; 1 at width 0."""
         return 1.0 if self.code_bits == 0 else self._codebook.distortion
+
+
+@METHODS.register("turboquant_static")
+@dataclass(frozen=True)
+class TurboQuantStaticOptions(MethodOptions):
+    """Options of :class:`TurboQuantStatic`; width 0 keeps nothing but the mean."""
+
+    summary: ClassVar[str] = "TurboQuant codes under a mean and scale per head from the first tokens, no norm per token"
+    widths: ClassVar[range] = range(MAX_CODE_BITS + 1)
+    code_bits: int = 1
+    calibration: int = 64
+
+    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+        """The same code for keys and values."""
+        return TurboQuantStatic(self.code_bits if code_bits is None else code_bits, self.calibration, seed)
+
+    def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """With a norm per token: a flagged token is far from the calibrated scale."""
+        return TurboQuantMSE(code_bits, seed)
