@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from veloxbench.measure.suite import get_suite
-from veloxbench.methods import get_method
+from veloxbench.methods.registry import get_method
 from veloxbench.records.provenance import harness_hash
 from veloxbench.records.record import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
 from veloxbench.run.grid import load_grid
@@ -48,6 +48,7 @@ def quality_record(
     hardware: dict[str, Any] | None = None,
     started: datetime = NOW,
     drop: tuple[str, ...] = (),
+    harness: str | None = None,
     refused: str | None = None,
     **provenance: Any,
 ) -> Record:
@@ -73,7 +74,7 @@ def quality_record(
             method=MethodRef(name=method, target=target, target_means=means, implementation=implementation),
             text=TextRef(name="wikitext-2", tokens_sha256="x" * 64),
             settings={**vars(protocol), "seed": 0},
-            harness=harness_hash(),
+            harness=harness or harness_hash(),
             machine_class="k",
         ),
         status="measured" if refused is None else "unsupported",

@@ -32,7 +32,7 @@ baseline_app = typer.Typer(
 )
 
 
-def read_run(path: Path, profile: str) -> list[Record]:
+def read_run(path: Path, profile: str, *, any_checkout: bool = False) -> list[Record]:
     """The records of a profile's last run.
 
     Raises:
@@ -42,7 +42,7 @@ def read_run(path: Path, profile: str) -> list[Record]:
     from veloxbench.run.grid import load_grid
     from veloxbench.run.plan import current_records
 
-    return current_records(load_grid(profile), profile, read_last_run(path), path)
+    return current_records(load_grid(profile), profile, read_last_run(path), path, any_checkout=any_checkout)
 
 
 def gate(
@@ -172,7 +172,7 @@ def diff(
     from veloxbench.gate.baselines import Approval
 
     approval = Approval(who="", when=datetime.now(UTC), why="diff", commit=None)
-    run = read_run(records, profile)
+    run = read_run(records, profile, any_checkout=True)
     _print_proposal(propose(run, baseline, approval, profile=profile, unknown_checkout=True))
 
 
@@ -204,7 +204,7 @@ def approve(
     from veloxbench.gate.approval import propose, signed
 
     proposal = propose(
-        read_run(records, profile),
+        read_run(records, profile, any_checkout=True),
         baseline,
         signed(baseline, reason, release=release),
         profile=profile,

@@ -72,6 +72,8 @@ def run(
 
     `veloxbench run --profile quick`
 
+    `veloxbench run --methods turboquant_mse@4,turboquant_mse@2:sinks=4,mlx-affine@4`
+
     `veloxbench run --models ~/models/mine --corpus notes.txt --methods mlx-affine,turboquant_mse --targets 4,2`
 
     `veloxbench run --models mlx-community/Llama-3.2-3B-Instruct-4bit --suites perplexity`

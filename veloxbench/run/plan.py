@@ -85,8 +85,13 @@ def _measurement(cell: Cell, model: ModelRef, block: TokenBlock) -> Measurement:
     return Measurement(subject, cell, block)
 
 
-def current_records(grid: Grid, profile: str, records: Sequence[Record], origin: Path) -> list[Record]:
+def current_records(
+    grid: Grid, profile: str, records: Sequence[Record], origin: Path, *, any_checkout: bool = False
+) -> list[Record]:
     """The records of a run of this grid, made by the code that is here.
+
+    Args:
+        any_checkout: take them whatever the project's checkout was: an approval looks at that itself.
 
     Raises:
         UsageError: there are none, or one of them was made by other code: that is not this code's result.
@@ -99,7 +104,7 @@ def current_records(grid: Grid, profile: str, records: Sequence[Record], origin:
             f"there are no records of the profile {profile!r} at {origin}{other}: nothing was measured, so nothing can "
             f"be judged; {run}"
         )
-    others = [(record, why) for record in chosen if (why := other_code(record)) is not None]
+    others = [(record, why) for record in chosen if (why := other_code(record, any_checkout=any_checkout)) is not None]
     if others:
         record, why = others[0]
         raise UsageError(
@@ -116,7 +121,7 @@ def records_of(grid: Grid, records: Iterable[Record]) -> list[Record]:
     return [record for record, of in subjects if _place(of.suite, of.protocol, of.method.label, of.settings) in places]
 
 
-def other_code(record: Record) -> str | None:
+def other_code(record: Record, *, any_checkout: bool = False) -> str | None:
     """What makes a record one of other code or another checkout than is here, or None."""
     subject, made = record.subject, record.provenance
     if made.started > datetime.now(UTC) + CLOCK_SLACK:
@@ -129,7 +134,7 @@ def other_code(record: Record) -> str | None:
         return f"{subject.method.label} cannot be measured here any more: {error}"
     if here.implementation != subject.method.implementation:
         return f"the implementation is {here.implementation} here and was {subject.method.implementation}"
-    return other_checkout(made)
+    return None if any_checkout else other_checkout(made)
 
 
 def other_checkout(made: Provenance) -> str | None:
