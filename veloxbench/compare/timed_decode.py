@@ -29,6 +29,7 @@ from veloxbench.measure.throughput import prefill
 from veloxbench.methods.cache_under_test import arrays_of
 from veloxbench.methods.registry import BuildContext, build, checked
 from veloxbench.records.arm import Arm
+from veloxbench.records.frozen import Frozen
 
 CANARY_REPEATS = 15
 CANARY_WARM = 4
@@ -43,13 +44,11 @@ def default_clock() -> Clock:
     return "wall" if mx.default_device() == mx.gpu else "cpu"
 
 
-class DecodeSpec(BaseModel):
+class DecodeSpec(Frozen):
     """One timed sample: ``steps`` decode steps after ``warm`` untimed ones, from a prefix of ``depth`` tokens.
 
     The untimed steps pay for copying the prefix's buffers and for caches that another process has emptied.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = "smollm2-135m"
     n_layers: int | None = None

@@ -23,10 +23,11 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from veloxbench.errors import BaselineError, validation_reason
 from veloxbench.records.arm import REFERENCE, from_earlier_label
+from veloxbench.records.frozen import Frozen
 from veloxbench.records.record import Finite, Record, content_hash
 from veloxbench.records.selection import of_newest_code
 from veloxbench.records.suites import suite_row
@@ -38,11 +39,7 @@ QUALITY_LIFE = timedelta(days=365)
 """Quality is measured anew at least this often; bytes and codes do not age."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Snapshot(_Frozen):
+class Snapshot(Frozen):
     """The gated part of one record."""
 
     record_id: str
@@ -53,7 +50,7 @@ class Snapshot(_Frozen):
     samples: dict[str, list[Finite]] = Field(default_factory=dict)
 
 
-class Entry(_Frozen):
+class Entry(Frozen):
     """One subject's baseline: as last approved, and as at the last release, from which drift is counted."""
 
     subject: str
@@ -67,7 +64,7 @@ class Entry(_Frozen):
         return self.released or self.approved
 
 
-class Approval(_Frozen):
+class Approval(Frozen):
     """Who changed the baseline, when and why."""
 
     who: str
@@ -77,7 +74,7 @@ class Approval(_Frozen):
     release: str | None = None
 
 
-class BaselineFile(_Frozen):
+class BaselineFile(Frozen):
     """One ``<fingerprint>/<suite>.json``."""
 
     schema_version: Literal[1, 2] = 2

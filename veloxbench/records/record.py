@@ -13,9 +13,10 @@ import math
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from veloxbench.records.arm import Arm
+from veloxbench.records.frozen import Frozen
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -29,11 +30,7 @@ def _finite(value: float) -> float:
 Finite = Annotated[float, AfterValidator(_finite)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Estimate(_Frozen):
+class Estimate(Frozen):
     """A figure with its 95% interval; ``interval`` names the method and the sample size."""
 
     value: Finite
@@ -43,7 +40,7 @@ class Estimate(_Frozen):
     interval: str | None = None
 
 
-class ModelRef(_Frozen):
+class ModelRef(Frozen):
     """The weights and tokenizer, by hash. ``n_layers`` is set when the model was cut to its first layers."""
 
     name: str
@@ -64,14 +61,14 @@ class MethodRef(Arm):
     implementation: str = Field(description="version of the package, or hash of the source, that implements it")
 
 
-class TextRef(_Frozen):
+class TextRef(Frozen):
     """The tokens that were read, by hash of the token array."""
 
     name: str
     tokens_sha256: str
 
 
-class Subject(_Frozen):
+class Subject(Frozen):
     """Everything that identifies a measurement; its hash is the key by which a run resumes."""
 
     suite: str = Field(min_length=1, description="its name, as in `veloxbench.records.suites`")
@@ -89,7 +86,7 @@ class Subject(_Frozen):
         return content_hash(self.model_dump(mode="json"))
 
 
-class LayerEngagement(_Frozen):
+class LayerEngagement(Frozen):
     """What held one layer's keys and values."""
 
     layer: int
@@ -106,7 +103,7 @@ class LayerEngagement(_Frozen):
     attention: str | None = Field(default=None, description="how attention read the layer: fused or plain, and why")
 
 
-class Provenance(_Frozen):
+class Provenance(Frozen):
     """Where, when and with what the measurement was made."""
 
     started: datetime
@@ -127,7 +124,7 @@ class Provenance(_Frozen):
 LATER_PROVENANCE = ("model_licence", "text_licence", "project_commit", "project_dirty")
 
 
-class Record(_Frozen):
+class Record(Frozen):
     """One measurement. ``status`` is ``unsupported`` where the implementation refused the configuration."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -180,7 +177,7 @@ class Record(_Frozen):
         return cls.model_validate_json(line)
 
 
-class FailedMeasurement(_Frozen):
+class FailedMeasurement(Frozen):
     """A measurement that crashed and so has no record: what it was of, when, and why in one line."""
 
     subject: Subject

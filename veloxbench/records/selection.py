@@ -111,12 +111,8 @@ def newest_per_row(records: Iterable[Record]) -> list[Record]:
 
 def _order(record: Record) -> tuple[Any, ...]:
     method = record.subject.method
-    return (
-        method.name != REFERENCE.name,
-        method.name,
-        repr(sorted(method.parameters.items())),
-        -(method.target or 0.0),
-    )
+    parameters = repr(sorted(method.parameters.items()))
+    return (method.name != REFERENCE.name, method.name, parameters, -(method.target or 0.0))
 
 
 def table_rows(records: Iterable[Record]) -> list[Record]:

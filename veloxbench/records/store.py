@@ -6,16 +6,10 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
-
-from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError, validation_reason
-from veloxbench.records.journal import append_line, cut_torn_tail, whole_lines, write_text
+from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.records.journal import append_line, cut_torn_tail, parsed_lines, sole_writer, write_text
 from veloxbench.records.record import FailedMeasurement, Record
-
-Line = TypeVar("Line", bound=BaseModel)
 
 JOURNAL = "records.jsonl"
 FAILURES = "failures.ndjson"
@@ -38,7 +32,7 @@ def read_records(path: Path) -> list[Record]:
     records: dict[str, Record] = {}
     for file in files:
         own: dict[str, Record] = {}
-        for number, record in _lines(file, Record, "record"):
+        for number, record in parsed_lines(file, file.read_bytes(), Record.model_validate_json, "a valid record"):
             if record.key in records:
                 raise IntegrityError(f"{file}:{number} measures key {record.key[:12]}, which another file has")
             if record.key in own and own[record.key].id == record.id:
@@ -57,16 +51,10 @@ def read_failures(path: Path) -> list[FailedMeasurement]:
         IntegrityError: a line is not valid; names file and line.
     """
     file = (path if path.is_dir() else path.parent) / FAILURES
-    return [failure for _, failure in _lines(file, FailedMeasurement, "failure")] if file.exists() else []
-
-
-def _lines(file: Path, kind: type[Line], name: str) -> Iterator[tuple[int, Line]]:
-    for number, line in enumerate(whole_lines(file.read_bytes()), start=1):
-        try:
-            yield number, kind.model_validate_json(line.decode())
-        except (ValidationError, UnicodeDecodeError) as error:
-            reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
-            raise IntegrityError(f"{file}:{number} is not a valid {name}: {reason}") from error
+    if not file.exists():
+        return []
+    parse = FailedMeasurement.model_validate_json
+    return [failure for _, failure in parsed_lines(file, file.read_bytes(), parse, "a valid failure")]
 
 
 class Store:
@@ -135,17 +123,6 @@ def open_store(folder: Path) -> Iterator[Store]:
     Raises:
         UnfitEnvironmentError: the folder cannot be written, or another run is writing to it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise UnfitEnvironmentError(
-            f"another run is writing to {folder}; wait for it or choose another --out"
-        ) from error
-    except OSError as error:
-        raise UnfitEnvironmentError(f"cannot write to the output folder {folder}: {error.strerror or error}") from error
-    try:
+    busy = f"another run is writing to {folder}; wait for it or choose another --out"
+    with sole_writer(folder / ".lock", busy):
         yield Store(folder)
-    finally:
-        lock.release()

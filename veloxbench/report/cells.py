@@ -94,7 +94,7 @@ def method(record: Record) -> str:
 
 def method_alone(record: Record) -> str:
     """The method with its parameters, the target left out."""
-    return record.subject.method.model_copy(update={"target": None}).label
+    return record.subject.method.at_any_target.label
 
 
 def target(record: Record) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from veloxbench.records.record import FailedMeasurement, Record, content_hash
+from veloxbench.records.record import NO_MODEL, FailedMeasurement, Record, content_hash
 from veloxbench.records.selection import CONTROL, is_control, newest_per_row, row_key, without_controls
 from veloxbench.report.cells import method, pipe_table
 from veloxbench.report.tables import CHOOSING_A_TARGET, bit_allocation, choosing_a_target, sections
@@ -31,21 +31,18 @@ def render(records: Sequence[Record], failures: Sequence[FailedMeasurement] = ()
         parts += choosing_a_target(model, without_controls(of_model))
     for model, of_model in models.items():
         parts += [f"## {model}", *sections(without_controls(of_model)), *bit_allocation(of_model)]
-    parts += sections([record for record in rows if not _reads_a_model(record)])
+    parts += sections([record for record in rows if record.subject.model == NO_MODEL])
     parts += _provenance(rows)
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _reads_a_model(record: Record) -> bool:
-    return record.subject.model.weights_sha256 != ""
 
 
 def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records of the same weights, whole or cut, by a heading that tells them from others of the same name."""
     groups: dict[tuple[str, str, int | None], list[Record]] = {}
-    for record in filter(_reads_a_model, records):
+    for record in records:
         model = record.subject.model
-        groups.setdefault((model.name, model.weights_sha256, model.n_layers), []).append(record)
+        if model != NO_MODEL:
+            groups.setdefault((model.name, model.weights_sha256, model.n_layers), []).append(record)
     weights = {(name, sha256) for name, sha256, _ in groups}
     shared = Counter(name for name, _ in weights)
     return {

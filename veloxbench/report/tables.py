@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from veloxbench.gate.paired_test import MIN_SEQUENCES
 from veloxbench.records.arm import REFERENCE
-from veloxbench.records.record import Record
+from veloxbench.records.record import NO_MODEL, Record
+from veloxbench.records.suites import all_suites
 from veloxbench.report.allocation import comparisons, summary
 from veloxbench.report.cells import (
     Column,
@@ -35,7 +36,7 @@ from veloxbench.report.cells import (
 SuiteTables = Callable[[Sequence[Record]], list[str]]
 
 TABLES: dict[str, SuiteTables] = {}
-"""What writes each suite's sections, in the order in which they stand on the page.
+"""What writes each suite's sections.
 
 Its argument is the suite's records of one model, without controls; of a suite that reads no model all of them. The
 headings are of the third level below a model's, else of the second.
@@ -61,7 +62,7 @@ def _load_packages() -> None:
 
 
 def sections(records: Sequence[Record]) -> list[str]:
-    """The tables of every suite that has records, as :data:`TABLES` orders them; suites without a function come last.
+    """The tables of every suite that has records, in the suites' order; suites that are unknown here come last.
 
     Args:
         records: of one model, or all that read none.
@@ -70,7 +71,7 @@ def sections(records: Sequence[Record]) -> list[str]:
     by_suite: dict[str, list[Record]] = {}
     for record in records:
         by_suite.setdefault(record.subject.suite, []).append(record)
-    order = [*(suite for suite in TABLES if suite in by_suite), *sorted(by_suite.keys() - TABLES.keys())]
+    order = [*filter(by_suite.__contains__, all_suites()), *sorted(by_suite.keys() - all_suites().keys())]
     return [section for suite in order for section in TABLES.get(suite, every_metric)(by_suite[suite])]
 
 
@@ -78,7 +79,7 @@ def every_metric(records: Sequence[Record]) -> list[str]:
     """The tables of a suite that nobody wrote any for: each metric is a column."""
     names = dict.fromkeys(name for record in records for name in record.metrics)
     columns: list[Column] = [("method", method), *((name, figure(name)) for name in names)]
-    level = "###" if records[0].subject.model.weights_sha256 else "##"
+    level = "##" if records[0].subject.model == NO_MODEL else "###"
     suite = records[0].subject.suite.capitalize()
     return [f"{level} {suite}, {title}\n\n{record_table(columns, rows)}" for title, rows in groups(records).items()]
 

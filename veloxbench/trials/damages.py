@@ -21,7 +21,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 
 from veloxbench.gate.baselines import from_records
 from veloxbench.gate.gate import judge
@@ -39,6 +39,7 @@ from veloxbench.measure.suite import ArmCaches
 from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxbench.methods.veloxquant import implementation
 from veloxbench.records import provenance
+from veloxbench.records.frozen import Frozen
 from veloxbench.records.intervals import mean_interval
 from veloxbench.records.journal import append_line, cut_torn_tail, write_text
 from veloxbench.records.record import Estimate, Finite, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
@@ -61,11 +62,7 @@ GATES: Final = 4
 """Gates that the measured sequences are dealt to, one sequence to each in turn, so that each spans the text."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Samples(_Frozen):
+class Samples(Frozen):
     """One configuration on one gate's sequences: a figure per sequence."""
 
     kld_mean: list[Finite]
@@ -74,7 +71,7 @@ class Samples(_Frozen):
     implementation: str = Field(description="hash of the source that was measured")
 
 
-class Study(_Frozen):
+class Study(Frozen):
     """What was measured, on what."""
 
     model: ModelRef

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import JsonValue, ValidationError
 from scipy import stats
 
 from veloxbench.compare.timed_decode import Clock
 from veloxbench.compare.timing_test import GateResult, Start, TimingSpec, run_gate, slowdown_bounds
 from veloxbench.errors import IntegrityError, UsageError, validation_reason
 from veloxbench.gate.verdicts import Verdict
+from veloxbench.records.frozen import Frozen
 from veloxbench.trials.timing_live import LiveGate, LiveJournal
 from veloxbench.trials.timing_record import BENCHMARK
 from veloxbench.trials.timing_series import BASE, Series, SeriesHeader, read_series, series_bytes, slot_name
@@ -32,11 +33,7 @@ STRETCH = 8
 """Starts that a resampled gate takes as they followed each other: minutes of the machine's time."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Rate(_Frozen):
+class Rate(Frozen):
     """``count`` of ``gates``, with its Clopper-Pearson interval (95%)."""
 
     count: int
@@ -56,14 +53,14 @@ class Rate(_Frozen):
         return cls(count=count, gates=gates, low=float(interval.low), high=float(interval.high))
 
 
-class Cost(_Frozen):
+class Cost(Frozen):
     """What gates took to end: median and 95% quantile."""
 
     starts: tuple[float, float]
     seconds: tuple[float, float]
 
 
-class Outcomes(_Frozen):
+class Outcomes(Frozen):
     """How often gates ended in each verdict, and what they took."""
 
     regress: Rate
@@ -72,7 +69,7 @@ class Outcomes(_Frozen):
     cost: Cost
 
 
-class LiveOutcomes(_Frozen):
+class LiveOutcomes(Frozen):
     """Gates run live with one slowdown: how they ended, and the slowdown over all their starts with its 95% bounds.
 
     The extra work is calibrated anew for every journal, on its own machine, so that it measures its own slowdown.
@@ -82,7 +79,7 @@ class LiveOutcomes(_Frozen):
     outcomes: Outcomes
 
 
-class Effect(_Frozen):
+class Effect(Frozen):
     """One slowdown: what was asked for, what the series measured, and how gates ended.
 
     Attributes:
@@ -103,7 +100,7 @@ class Effect(_Frozen):
     live: LiveOutcomes | None = None
 
 
-class SeriesSummary(_Frozen):
+class SeriesSummary(Frozen):
     """The recorded series, by hash of its uncompressed lines."""
 
     sha256: str
@@ -121,7 +118,7 @@ class SeriesSummary(_Frozen):
     """Mean time of starting both sides."""
 
 
-class LiveSummary(_Frozen):
+class LiveSummary(Frozen):
     """What a journal of live gates ran on: its header, how many gates, how restless the machine was."""
 
     header: SeriesHeader
@@ -132,7 +129,7 @@ class LiveSummary(_Frozen):
     """Share of all starts of which most blocks were void."""
 
 
-class ErrorRates(_Frozen):
+class ErrorRates(Frozen):
     """The measured error rates of the timing gate; every documented figure comes from here."""
 
     schema_version: Literal[3] = 3

@@ -88,7 +88,7 @@ def test_plots_are_one_per_protocol_and_model(records):
 def test_a_ratio_of_two_pairs_is_drawn_without_an_interval(records):
     """The plot differs from that of the same values with intervals, and is that of the same values without them."""
     timed = [r for r in records if r.subject.suite == "throughput" and "decode_speed_ratio" in r.metrics]
-    first = next(record for record in timed if record.subject.method.name != REFERENCE)
+    first = next(record for record in timed if record.subject.method.name != REFERENCE.name)
     speed = first.metrics["decode_speed_ratio"].model_copy(update={"low": 0.1, "high": 8.8, "interval": "of then"})
     bare = Estimate(value=speed.value, unit=speed.unit)
 

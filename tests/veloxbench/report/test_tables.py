@@ -6,12 +6,10 @@ import re
 import pytest
 from gate_records import quality_record
 
-from veloxbench.records.record import ModelRef, Record
+from veloxbench.records.record import NO_MODEL, Record
 from veloxbench.report import tables
 from veloxbench.report.page import render
 from veloxbench.report.tables import TABLES, register_table, sections
-
-NO_MODEL = ModelRef(name="no model", weights_sha256="", tokenizer_sha256="", config_sha256="")
 
 
 def of_suite(suite: str, **changes) -> Record:
