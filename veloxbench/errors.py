@@ -49,6 +49,12 @@ class BaselineError(VeloxError):
     exit_code = ExitCode.BASELINE
 
 
+class NotFiniteError(VeloxError, ValueError):
+    """A figure that was measured is NaN or infinite: no result, and never a pass."""
+
+    exit_code = ExitCode.REGRESSION
+
+
 class EngagementError(VeloxError):
     """A method did not hold a layer that it claims: an error, never a result."""
 

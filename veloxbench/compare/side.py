@@ -67,7 +67,7 @@ class Worker:
         log: Path,
         python: Path | str = sys.executable,
         environment: Mapping[str, str] | None = None,
-        command: Sequence[str] = ("-m", "veloxbench.compare.side"),
+        command: Sequence[str] = ("-P", "-m", "veloxbench.compare.side"),
     ) -> None:
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)

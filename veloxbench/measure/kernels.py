@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from veloxbench.errors import UsageError
 from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures, needed
-from veloxbench.records.arm import Arm
+from veloxbench.methods.registry import geometry
+from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.record import Estimate
 from veloxquant_kernels.emulator import CompilerNotFound, find_compiler
 from veloxquant_kernels.fused_attention import unsupported
@@ -58,6 +59,8 @@ def head_shape(model: Path) -> HeadShape | None:
     """The shape of a model's attention from the ``config.json`` in its directory; None where that does not say."""
     config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config = {**config, **config.get("text_config", {})}
+    if config.get("kv_lora_rank"):
+        return None  # latents are cached, not heads of keys and values
     n_heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     head_dim = config.get("head_dim") or (hidden // n_heads if hidden and n_heads else None)
     if not n_heads or not head_dim:
@@ -68,7 +71,7 @@ def head_shape(model: Path) -> HeadShape | None:
 def refusal(shape: HeadShape | None, code_bits: int) -> str | None:
     """Why nothing can be counted here, or None."""
     if shape is None:
-        return "the model's config.json does not say num_attention_heads and head_dim"
+        return "the model's config.json does not say num_attention_heads and head_dim, or it caches latents"
     try:
         find_compiler()
     except CompilerNotFound as error:
@@ -121,7 +124,16 @@ class Kernels(Suite):
 
     def refusal(self, cell: Cell, bench: Bench) -> str | None:
         """Why nothing can be counted here, or None."""
-        return refusal(head_shape(bench.handle.directory), _code_bits(cell.arm))
+        shape = head_shape(bench.handle.directory)
+        held = {
+            (layer.head_dim, layer.value_dim)
+            for layer in geometry(bench.caches(REFERENCE).caches, bench.model)
+            if layer
+        }
+        if shape is not None and held != {(shape.head_dim, shape.head_dim)}:
+            dims = ", ".join(f"{keys} and {values}" for keys, values in sorted(held)) or "nothing that is counted"
+            return f"its caches hold keys and values of {dims} channels, its config.json says {shape.head_dim}"
+        return refusal(shape, _code_bits(cell.arm))
 
     def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
         """Count one step."""

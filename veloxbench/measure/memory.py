@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,8 @@ def measure(request: Request) -> Reply:
             killed; its last line of output says why.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "veloxbench.measure.memory_process"],
+        [sys.executable, "-P", "-m", "veloxbench.measure.memory_process"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # this process's own packages
         input=request.model_dump_json(),
         capture_output=True,
         text=True,
@@ -69,8 +71,15 @@ def check_formula(layers: Sequence[LayerEngagement], formula_bytes: Sequence[str
             )
 
 
-def tokens_in_budget(reply: Reply, budget_bytes: int) -> int:
-    """Tokens of one sequence whose caches fit beside the weights, sliding windows holding their share only."""
+def tokens_in_budget(reply: Reply, budget_bytes: int, context: int | None = None) -> int | None:
+    """Tokens of one sequence whose caches fit beside the weights, sliding windows holding their share only.
+
+    Args:
+        context: the model's, which it is bounded by.
+
+    Returns:
+        None where memory does not bound it: every layer slides, so that any number of tokens fits.
+    """
     room = budget_bytes - reply.weight_bytes - reply.static_bytes
     per_token = [
         8 * layer.used_bytes / max(layer.n_values, 1) * n / 8
@@ -81,14 +90,18 @@ def tokens_in_budget(reply: Reply, budget_bytes: int) -> int:
         limits = (tokens if limit is None else min(tokens, limit) for limit in reply.max_tokens)
         return sum(rate * held for rate, held in zip(per_token, limits, strict=True))
 
-    low, high = 0, 1 << 40
+    low, high = 0, min(context or 1 << 40, 1 << 40)
+    if all(limit is not None or not rate for rate, limit in zip(per_token, reply.max_tokens, strict=True)):
+        return None if needed(high) <= room else 0
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if needed(middle) <= room else (low, middle - 1)
     return low
 
 
-def metrics(reply: Reply, method: str, budget_gib: float) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
+def metrics(
+    reply: Reply, method: str, budget_gib: float, context: int | None = None
+) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
     """Metrics and samples of a reply whose bytes agree with the formula.
 
     Raises:
@@ -98,6 +111,7 @@ def metrics(reply: Reply, method: str, budget_gib: float) -> tuple[dict[str, Est
     check_formula(reply.final, reply.formula_final, method)
     load, prefill, decode = reply.phases
     held = sum(layer.allocated_bytes for layer in reply.filled)
+    fitting = tokens_in_budget(reply, int(budget_gib * GIB), context)
 
     def size(value: float) -> Estimate:
         return Estimate(value=value, unit="bytes")
@@ -115,7 +129,7 @@ def metrics(reply: Reply, method: str, budget_gib: float) -> tuple[dict[str, Est
         "decode_peak_bytes": size(decode.mlx_peak - load.mlx_active),
         "process_prefill_peak_bytes": size(prefill.process_peak),
         "process_decode_peak_bytes": size(decode.process_peak),
-        "tokens_in_budget": Estimate(value=tokens_in_budget(reply, int(budget_gib * GIB)), unit="tokens"),
+        **({} if fitting is None else {"tokens_in_budget": Estimate(value=fitting, unit="tokens")}),
         "engaged_layers": Estimate(value=sum(layer.engaged for layer in reply.final), unit="layers"),
     }
     samples = {
@@ -158,4 +172,4 @@ class Memory(Suite):
             prefill_tokens=task.tokens,
         )
         reply = measure(request)
-        return Measured(*metrics(reply, arm.label, task.budget_gib), reply.final)
+        return Measured(*metrics(reply, arm.label, task.budget_gib, bench.handle.context), reply.final)

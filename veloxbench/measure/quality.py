@@ -15,6 +15,7 @@ from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 from pydantic import Field
 
+from veloxbench.errors import UnfitEnvironmentError
 from veloxbench.measure.account import allocated_bits_per_value, bits_per_value
 from veloxbench.measure.divergence import PositionStats, ReferenceRows, compare
 from veloxbench.measure.protocol import Chunked, Decode, Protocol, feed
@@ -33,10 +34,13 @@ from veloxbench.measure.suite import (
     needed,
 )
 from veloxbench.records.arm import REFERENCE, Arm
-from veloxbench.records.intervals import mean_interval, quantile_interval
+from veloxbench.records.intervals import finite, mean_interval, quantile_interval
 from veloxbench.records.record import Estimate, LayerEngagement, content_hash
 
 NOISE_FLOOR_SEQUENCES = 2
+
+FLOOR_LIMIT = 1e-3
+"""Nats a token: fp32 leaves 4e-7 between batch sizes, half precision on a GPU below 1e-3, damage far more."""
 
 
 def rows_per_step(protocol: Protocol, n_sequences: int) -> list[int]:
@@ -113,7 +117,18 @@ def noise_floor(
 
 
 def reference_metrics(nll: NDArray[np.float64], floor: NDArray[np.float64], layers: list[LayerEngagement]) -> Measured:
-    """Metrics and samples of the fp16 arm."""
+    """Metrics and samples of the fp16 arm.
+
+    Raises:
+        NotFiniteError: a figure is NaN or infinite.
+        UnfitEnvironmentError: the fp16 cache differs from itself by more than :data:`FLOOR_LIMIT`.
+    """
+    nll, floor = finite("nll", nll), finite("kld_floor", floor)
+    if floor.mean() > FLOOR_LIMIT:
+        raise UnfitEnvironmentError(
+            f"the fp16 cache differs from itself by {floor.mean():.3g} nats a token, a thousand times what rounding "
+            f"explains ({FLOOR_LIMIT:g} is the limit): the model is not deterministic here, or its reference is damaged"
+        )
     per_sequence = nll.mean(axis=1)
     mean = mean_interval(per_sequence, "nats/token")
     metrics = {
@@ -128,8 +143,7 @@ def reference_metrics(nll: NDArray[np.float64], floor: NDArray[np.float64], laye
 
 def arm_metrics(stats: PositionStats, reference_nll: NDArray[np.float64], layers: list[LayerEngagement]) -> Measured:
     """Metrics and samples of an arm against the reference, paired position by position."""
-    nll = stats.nll.astype(np.float64)
-    kld = stats.kld_nats.astype(np.float64)
+    nll, kld = finite("nll", stats.nll), finite("kld", stats.kld_nats)
     delta_p = stats.target_prob.astype(np.float64) - np.exp(-reference_nll)
     samples: dict[str, NDArray[np.float64]] = {
         "nll": nll.mean(axis=1),
