@@ -1,4 +1,4 @@
-"""Check every kernel on this machine against its plain-MLX definition.
+"""Check every kernel on this machine against its definition in plain MLX.
 
 ``verify()`` runs small cases that reach every line of every body: where Metal is MLX's default device the bodies as
 they ship, elsewhere through the CPU emulator, which also looks for races, out-of-bounds accesses and uninitialised
@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from veloxquant_kernels import emulator
-from veloxquant_kernels.affine_quantize_pack import affine_quantize_pack
-from veloxquant_kernels.affine_unpack_dequantize import affine_unpack_dequantize
+from veloxquant_kernels.affine import affine_quantize_pack, affine_unpack_dequantize, kivi_quantize_pack
+from veloxquant_kernels.codebook import Codebook, boundaries_array, centroids_array
 from veloxquant_kernels.fused_attention import (
     PackedSide,
     decode_side,
@@ -25,18 +25,15 @@ from veloxquant_kernels.fused_attention import (
     fused_attention_reference,
 )
 from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
-from veloxquant_kernels.kivi_quantize_pack import kivi_quantize_pack
-from veloxquant_kernels.pack_codes import pack_codes
-from veloxquant_kernels.pack_trits import pack_trits
-from veloxquant_kernels.rotate_quantize_pack import (
-    root_mean_square,
+from veloxquant_kernels.packing import pack_codes, pack_trits, unpack_codes, unpack_trits
+from veloxquant_kernels.rotation import Rotation, hadamard_rotation, rotate_in_order
+from veloxquant_kernels.turboquant import (
+    decode_in_order,
+    encode_in_order,
+    root_mean_square_in_order,
     rotate_quantize_pack,
-    rotate_quantize_pack_reference,
+    unpack_dequantize_unrotate,
 )
-from veloxquant_kernels.rotation import rotate
-from veloxquant_kernels.unpack_codes import unpack_codes
-from veloxquant_kernels.unpack_dequantize_unrotate import unpack_dequantize_unrotate
-from veloxquant_kernels.unpack_trits import unpack_trits
 
 ROUNDING = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}
 """Relative error of rounding a result once to a dtype."""
@@ -160,26 +157,35 @@ def _codes(shape: tuple[int, ...], levels: int, seed: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).integers(0, levels, shape).astype(np.uint8))
 
 
-def _tables(head_dim: int, code_bits: int, seed: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Signs, edges and ascending centroids: any will do to compare arithmetic."""
+def _tables(head_dim: int, code_bits: int, seed: int) -> tuple[mx.array, Rotation, Codebook]:
+    """Signs, their rotation and ascending centroids: any will do to compare arithmetic."""
     rng = np.random.default_rng([seed, head_dim, code_bits])
-    signs = rng.choice(np.array([-1, 1], np.float32), head_dim)
-    centroids = np.sort(rng.standard_normal(1 << code_bits)).astype(np.float32)
-    return mx.array(signs), mx.array((centroids[1:] + centroids[:-1]) / 2), mx.array(centroids)
+    signs = mx.array(rng.choice(np.array([-1, 1], np.float32), head_dim))
+    centroids = np.sort(rng.standard_normal(1 << code_bits))
+    return signs, hadamard_rotation(signs), Codebook(centroids, (centroids[1:] + centroids[:-1]) / 2, np.nan)
 
 
-def _exact(backend: Backend, call: Callable[[Backend], tuple[mx.array, ...]]) -> float:
+def _exact(
+    backend: Backend,
+    call: Callable[[Backend], tuple[mx.array, ...]],
+    defined: Callable[[], tuple[mx.array, ...]] | None = None,
+) -> float:
     with mx.stream(mx.cpu):  # the definition, whatever device the kernel runs on
-        expected = call("reference")
+        expected = call("reference") if defined is None else defined()
     pairs = zip(call(backend), expected, strict=True)
     return 0.0 if all(same_bits(a, b) for a, b in pairs) else float("inf")
 
 
 def _packing(code_bits: int, n_codes: int) -> Iterator[Case]:
-    codes = _codes((3, n_codes), 256, code_bits)  # bits above the width are dropped
-    words = pack_codes(codes, code_bits, backend="reference")
+    codes = _codes((3, n_codes), 256, code_bits)  # the kernel drops bits above the width
+    allowed = codes & ((1 << code_bits) - 1)
+    words = pack_codes(allowed, code_bits, backend="reference")
     name = f"{code_bits} bits, rows of {n_codes}"
-    yield Case("pack_codes", name, lambda b: _exact(b, lambda b: (pack_codes(codes, code_bits, backend=b),)))
+    yield Case(
+        "pack_codes",
+        name,
+        lambda b: _exact(b, lambda b: (pack_codes(allowed if b == "reference" else codes, code_bits, backend=b),)),
+    )
     yield Case(
         "unpack_codes", name, lambda b: _exact(b, lambda b: (unpack_codes(words, code_bits, n_codes, backend=b),))
     )
@@ -194,22 +200,28 @@ def _trits(n_trits: int) -> Iterator[Case]:
 
 
 def _turboquant(code_bits: int, head_dim: int, dtype: mx.Dtype) -> Iterator[Case]:
-    signs, edges, centroids = _tables(head_dim, code_bits, 1)
+    signs, rotation, codebook = _tables(head_dim, code_bits, 1)
+    edges, centroids = boundaries_array(codebook), centroids_array(codebook)
     x = _normal((7, head_dim), 2, dtype)
     x[4] = 0
-    words, norms = rotate_quantize_pack_reference(x, signs, edges, code_bits)
+    words, norms = encode_in_order(x, signs, edges, code_bits)
     name = f"{code_bits} bits, head_dim {head_dim}, {str(dtype).split('.')[-1]}"
     yield Case(
         "rotate_quantize_pack",
         name,
-        lambda b: _exact(b, lambda b: rotate_quantize_pack(x, signs, edges, code_bits, backend=b)),
+        lambda b: _exact(
+            b,
+            lambda b: rotate_quantize_pack(x, rotation, codebook, code_bits, backend=b),
+            lambda: encode_in_order(x, signs, edges, code_bits),
+        ),
     )
     yield Case(
         "unpack_dequantize_unrotate",
         name,
         lambda b: _exact(
             b,
-            lambda b: (unpack_dequantize_unrotate(words, norms, centroids, signs, code_bits, dtype, backend=b),),
+            lambda b: (unpack_dequantize_unrotate(words, norms, rotation, codebook, code_bits, dtype, backend=b),),
+            lambda: (decode_in_order(words, norms, centroids, signs, code_bits, dtype),),
         ),
     )
 
@@ -219,22 +231,30 @@ def _last_bits(head_dim: int, n_rows: int) -> Case:
 
     Such an error in the norm, as from a sum in another order, survives rounding in some rows only: hence several.
     """
-    signs, _, _ = _tables(head_dim, 8, 1)
+    signs, rotation, _ = _tables(head_dim, 8, 1)
     x = _normal((n_rows, head_dim), 8)
     with mx.stream(mx.cpu):
-        rotated = np.array(rotate(x * (1 / root_mean_square(x)), signs))
+        rotated = np.array(rotate_in_order(x * (1 / root_mean_square_in_order(x)), signs))
 
-    def edges(row: int) -> mx.array:
+    def beside(row: int) -> Codebook:
         values = np.unique(rotated[row])
         pairs = np.stack([np.nextafter(values, np.float32(-np.inf)), values], axis=1).reshape(-1)
-        return mx.array(np.pad(pairs, (0, 255 - pairs.size), constant_values=np.inf))
+        return Codebook(np.zeros(256), np.pad(pairs, (0, 255 - pairs.size), constant_values=np.inf), np.nan)
+
+    books = [beside(row) for row in range(n_rows)]
 
     def encode(backend: Backend) -> tuple[mx.array, ...]:
-        rows = (rotate_quantize_pack(x[row : row + 1], signs, edges(row), 8, backend=backend) for row in range(n_rows))
+        rows = (
+            rotate_quantize_pack(x[row : row + 1], rotation, books[row], 8, backend=backend) for row in range(n_rows)
+        )
+        return tuple(itertools.chain(*rows))
+
+    def defined() -> tuple[mx.array, ...]:
+        rows = (encode_in_order(x[i : i + 1], signs, boundaries_array(books[i]), 8) for i in range(n_rows))
         return tuple(itertools.chain(*rows))
 
     name = f"8 bits, head_dim {head_dim}, float32, edges beside the values"
-    return Case("rotate_quantize_pack", name, lambda b: _exact(b, encode))
+    return Case("rotate_quantize_pack", name, lambda b: _exact(b, encode, defined))
 
 
 def _affine(code_bits: int, head_dim: int, group_size: int, dtype: mx.Dtype, per_channel: bool) -> Iterator[Case]:
@@ -271,14 +291,14 @@ def _attention(
     n_hidden: int = 32,
 ) -> Case:
     def side(code_bits: int, seed: int) -> PackedSide:
-        signs, edges, centroids = _tables(head_dim, code_bits, seed)
+        signs, _, codebook = _tables(head_dim, code_bits, seed)
         x = _normal((n_batch, n_kv_heads, n_packed + 3, head_dim), seed)
-        words, norms = rotate_quantize_pack_reference(x, signs, edges, code_bits)
+        words, norms = encode_in_order(x, signs, boundaries_array(codebook), code_bits)
         norms[:, :, n_packed:] = float("nan")  # slots that are not in use
         plain = [
             _normal((n_batch, n_kv_heads, n, head_dim), seed + n, mx.float16) if n else None for n in (n_sinks, n_tail)
         ]
-        return PackedSide(words, norms, centroids, signs, code_bits, *plain)
+        return PackedSide(words, norms, centroids_array(codebook), signs, code_bits, *plain)
 
     keys, values = side(bits[0], 4), side(bits[1], 5)
     queries = _normal((n_batch, n_kv_heads * group, 1, head_dim), 6, dtype)

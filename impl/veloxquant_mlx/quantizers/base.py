@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -50,6 +50,13 @@ class Codes(NamedTuple):
     head_dim: int
     n_tokens: int
     static: Arrays = ()
+
+
+class EncodingObserver(Protocol):
+    """Somebody who wants to know what vectors decode to."""
+
+    def observe(self, x: mx.array, decoded: mx.array, *, quantizer: Quantizer) -> None:
+        """Take note of vectors ``[B, H, T, D]``, what they decode to, and by which quantizer."""
 
 
 @dataclass(frozen=True)
