@@ -156,19 +156,13 @@ def decode_words(
 
 
 def decode_trits(data: mx.array, codebook: Codebook, n_trits: int, *, backend: Backend | None = None) -> mx.array:
-    """Centroids of packed trits: in plain MLX one table lookup a byte.
+    """Centroids of packed trits, as :func:`decode_words`: in plain MLX one table lookup a byte.
 
     Args:
         data: ``[..., ceil(n_trits / 5)]`` uint8 of :func:`veloxquant_kernels.packing.pack_trits`.
         codebook: three levels.
         n_trits: trits in a row.
-        backend: of ``unpack_trits``; see :func:`veloxquant_kernels.kernel.launches_on`.
-
-    Returns:
-        ``[..., n_trits]`` fp32.
-
-    Raises:
-        ValueError: rows that do not hold exactly ``n_trits``.
+        backend: of ``unpack_trits``.
     """
     check_trit_bytes(data, n_trits)
     if launches_on(backend, no_rows("data", data)) is not None:

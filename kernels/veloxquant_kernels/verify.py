@@ -8,7 +8,6 @@ reads.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -166,14 +165,20 @@ def _tables(head_dim: int, code_bits: int, seed: int) -> tuple[mx.array, Rotatio
 
 
 def _exact(
-    backend: Backend,
-    call: Callable[[Backend], tuple[mx.array, ...]],
-    defined: Callable[[], tuple[mx.array, ...]] | None = None,
-) -> float:
-    with mx.stream(mx.cpu):  # the definition, whatever device the kernel runs on
-        expected = call("reference") if defined is None else defined()
-    pairs = zip(call(backend), expected, strict=True)
-    return 0.0 if all(same_bits(a, b) for a, b in pairs) else float("inf")
+    kernel: str,
+    name: str,
+    call: Callable[[Backend], Sequence[mx.array]],
+    defined: Callable[[], Sequence[mx.array]] | None = None,
+) -> Case:
+    """The kernel writes the bits that plain MLX computes, or those of ``defined``."""
+
+    def run(backend: Backend) -> float:
+        with mx.stream(mx.cpu):  # the definition, whatever device the kernel runs on
+            expected = call("reference") if defined is None else defined()
+        pairs = zip(call(backend), expected, strict=True)
+        return 0.0 if all(same_bits(a, b) for a, b in pairs) else float("inf")
+
+    return Case(kernel, name, run)
 
 
 def _packing(code_bits: int, n_codes: int) -> Iterator[Case]:
@@ -181,22 +186,16 @@ def _packing(code_bits: int, n_codes: int) -> Iterator[Case]:
     allowed = codes & ((1 << code_bits) - 1)
     words = pack_codes(allowed, code_bits, backend="reference")
     name = f"{code_bits} bits, rows of {n_codes}"
-    yield Case(
-        "pack_codes",
-        name,
-        lambda b: _exact(b, lambda b: (pack_codes(allowed if b == "reference" else codes, code_bits, backend=b),)),
-    )
-    yield Case(
-        "unpack_codes", name, lambda b: _exact(b, lambda b: (unpack_codes(words, code_bits, n_codes, backend=b),))
-    )
+    given = {"reference": allowed, "metal": codes, "emulator": codes}
+    yield _exact("pack_codes", name, lambda b: [pack_codes(given[b], code_bits, backend=b)])
+    yield _exact("unpack_codes", name, lambda b: [unpack_codes(words, code_bits, n_codes, backend=b)])
 
 
 def _trits(n_trits: int) -> Iterator[Case]:
     trits = _codes((3, n_trits), 3, n_trits)
     data = pack_trits(trits, backend="reference")
-    name = f"rows of {n_trits}"
-    yield Case("pack_trits", name, lambda b: _exact(b, lambda b: (pack_trits(trits, backend=b),)))
-    yield Case("unpack_trits", name, lambda b: _exact(b, lambda b: (unpack_trits(data, n_trits, backend=b),)))
+    yield _exact("pack_trits", f"rows of {n_trits}", lambda b: [pack_trits(trits, backend=b)])
+    yield _exact("unpack_trits", f"rows of {n_trits}", lambda b: [unpack_trits(data, n_trits, backend=b)])
 
 
 def _turboquant(code_bits: int, head_dim: int, dtype: mx.Dtype) -> Iterator[Case]:
@@ -206,23 +205,17 @@ def _turboquant(code_bits: int, head_dim: int, dtype: mx.Dtype) -> Iterator[Case
     x[4] = 0
     words, norms = encode_in_order(x, signs, edges, code_bits)
     name = f"{code_bits} bits, head_dim {head_dim}, {str(dtype).split('.')[-1]}"
-    yield Case(
+    yield _exact(
         "rotate_quantize_pack",
         name,
-        lambda b: _exact(
-            b,
-            lambda b: rotate_quantize_pack(x, rotation, codebook, code_bits, backend=b),
-            lambda: encode_in_order(x, signs, edges, code_bits),
-        ),
+        lambda b: rotate_quantize_pack(x, rotation, codebook, code_bits, backend=b),
+        lambda: encode_in_order(x, signs, edges, code_bits),
     )
-    yield Case(
+    yield _exact(
         "unpack_dequantize_unrotate",
         name,
-        lambda b: _exact(
-            b,
-            lambda b: (unpack_dequantize_unrotate(words, norms, rotation, codebook, code_bits, dtype, backend=b),),
-            lambda: (decode_in_order(words, norms, centroids, signs, code_bits, dtype),),
-        ),
+        lambda b: [unpack_dequantize_unrotate(words, norms, rotation, codebook, code_bits, dtype, backend=b)],
+        lambda: [decode_in_order(words, norms, centroids, signs, code_bits, dtype)],
     )
 
 
@@ -241,20 +234,16 @@ def _last_bits(head_dim: int, n_rows: int) -> Case:
         pairs = np.stack([np.nextafter(values, np.float32(-np.inf)), values], axis=1).reshape(-1)
         return Codebook(np.zeros(256), np.pad(pairs, (0, 255 - pairs.size), constant_values=np.inf), np.nan)
 
-    books = [beside(row) for row in range(n_rows)]
+    rows = [(x[row : row + 1], beside(row)) for row in range(n_rows)]
 
-    def encode(backend: Backend) -> tuple[mx.array, ...]:
-        rows = (
-            rotate_quantize_pack(x[row : row + 1], rotation, books[row], 8, backend=backend) for row in range(n_rows)
-        )
-        return tuple(itertools.chain(*rows))
+    def encode(backend: Backend) -> list[mx.array]:
+        return [a for row, book in rows for a in rotate_quantize_pack(row, rotation, book, 8, backend=backend)]
 
-    def defined() -> tuple[mx.array, ...]:
-        rows = (encode_in_order(x[i : i + 1], signs, boundaries_array(books[i]), 8) for i in range(n_rows))
-        return tuple(itertools.chain(*rows))
+    def defined() -> list[mx.array]:
+        return [a for row, book in rows for a in encode_in_order(row, signs, boundaries_array(book), 8)]
 
     name = f"8 bits, head_dim {head_dim}, float32, edges beside the values"
-    return Case("rotate_quantize_pack", name, lambda b: _exact(b, encode, defined))
+    return _exact("rotate_quantize_pack", name, encode, defined)
 
 
 def _affine(code_bits: int, head_dim: int, group_size: int, dtype: mx.Dtype, per_channel: bool) -> Iterator[Case]:
@@ -263,15 +252,14 @@ def _affine(code_bits: int, head_dim: int, group_size: int, dtype: mx.Dtype, per
     x[0, :, 2] = 7.25  # a constant group of a channel
     packed = quantize(x, code_bits, group_size, backend="reference")
     name = f"{code_bits} bits, head_dim {head_dim}, groups of {group_size}, {str(dtype).split('.')[-1]}"
-    stem = "kivi_quantize_pack" if per_channel else "affine_quantize_pack"
-    yield Case(stem, name, lambda b: _exact(b, lambda b: quantize(x, code_bits, group_size, backend=b)))
+    yield _exact(quantize.__name__, name, lambda b: quantize(x, code_bits, group_size, backend=b))
 
-    def dequantize(backend: Backend) -> tuple[mx.array]:
+    def dequantize(backend: Backend) -> list[mx.array]:
         arguments = (*packed, code_bits, head_dim, group_size, dtype)
-        return (affine_unpack_dequantize(*arguments, per_channel=per_channel, backend=backend),)
+        return [affine_unpack_dequantize(*arguments, per_channel=per_channel, backend=backend)]
 
     kind = "per channel" if per_channel else "per token"
-    yield Case("affine_unpack_dequantize", f"{name}, {kind}", lambda b: _exact(b, dequantize))
+    yield _exact("affine_unpack_dequantize", f"{name}, {kind}", dequantize)
 
 
 def _attention(

@@ -250,12 +250,12 @@ def _explained(caches: Sequence[Any], reasons: list[str]) -> tuple[list[Any], li
 
 
 def _listed(reasons: Sequence[str | None]) -> str:
-    found = sorted({reason for reason in reasons if reason is not None})
-    return f" ({', '.join(found)})" if found else ""
+    given = sorted({reason for reason in reasons if reason is not None})
+    return f" ({', '.join(given)})" if given else ""
 
 
 def _fresh(cache: Any, own: Any) -> Any:
-    """An empty cache in the place of ``cache``, ``own`` where that is none of ours."""
+    """An empty cache in the place of ``cache``; ``own``, the model's, where ``cache`` is not one of this package."""
     if isinstance(cache, PackedKVCache):
         return PackedKVCache(replace(cache.spec, outlier_keys=None, outlier_values=None))
     if isinstance(cache, CacheList) and isinstance(own, CacheList):

@@ -14,17 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, special, stats
 
-from veloxquant_kernels.codebook import Codebook
-
-__all__ = [
-    "Codebook",
-    "Gaussian",
-    "SphereMarginal",
-    "gaussian_codebook",
-    "lloyd_max",
-    "sign_codebook",
-    "sphere_codebook",
-]
+from veloxquant_kernels.codebook import Codebook as Codebook
 
 Array = NDArray[np.float64]
 
