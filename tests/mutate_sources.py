@@ -2,11 +2,12 @@
 
     python tests/mutate_sources.py --seed 0 --count 40
 
-A seeded tool draws small edits of ``impl/veloxquant_mlx`` (a comparison, an operator, a constant off by one, a dropped
-statement, a negated condition, swapped arguments), from each area of it in turn. Each is applied to a copy of the
-committed tree, where the checks run in order, quickest first: the gate's exact suite, its quality suite, and, where
-the gate is content, the unit tests of the mutated area. An edit that none of them notices is a survivor; the tests
-hold that each survivor is explained in ``EXPLAINED``. Stop it at any time: the same command goes on.
+A seeded tool draws small edits of ``impl/veloxquant_mlx`` and of the codecs in plain MLX below it (a comparison, an
+operator, a constant off by one, a dropped statement, a negated condition, swapped arguments), from each area of it in
+turn. Each is applied to a copy of the committed tree, where the checks run in order, quickest first: the gate's exact
+suite, its quality suite, and, where the gate is content, the unit tests of the mutated area. An edit that none of them
+notices is a survivor; the tests hold that each survivor is explained in ``EXPLAINED``. Stop it at any time: the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ from tabulate import tabulate
 ROOT = Path(__file__).parents[1]
 PACKAGE = "impl/veloxquant_mlx"
 
+KERNELS = "kernels/veloxquant_kernels"
+
 AREAS = {
-    "allocators": ["allocators/*.py"],
-    "quantizers": ["quantizers/*.py", "transforms/*.py"],
-    "packing": ["packing.py"],
-    "cache": ["cache/*.py"],
-    "observers": ["observers/*.py"],
+    "allocators": [f"{PACKAGE}/allocators/*.py"],
+    "quantizers": [
+        *(f"{PACKAGE}/{room}/*.py" for room in ("quantizers", "transforms")),
+        *(f"{KERNELS}/{codec}.py" for codec in ("affine", "codebook", "rotation", "turboquant")),
+    ],
+    "packing": [f"{KERNELS}/lookup.py", f"{KERNELS}/packing.py"],
+    "cache": [f"{PACKAGE}/cache/*.py"],
+    "observers": [f"{PACKAGE}/observers/*.py"],
 }
-"""Files of each area, below the package."""
+"""Files of each area."""
 
 AREA_TESTS = {
     "allocators": ["found_by_mutants", "ratequant_allocation", "ratequant_curves", "ratequant_sensitivity"],
@@ -294,7 +300,7 @@ def draw(seed: int, root: Path = ROOT) -> Iterator[Mutant]:
     texts: dict[str, str] = {}
     for area, patterns in AREAS.items():
         kinds = queues.setdefault(area, {})
-        for path in sorted(path for pattern in patterns for path in (root / PACKAGE).glob(pattern)):
+        for path in sorted(path for pattern in patterns for path in root.glob(pattern)):
             file = str(path.relative_to(root))
             texts[file] = path.read_text()
             for mutant in mutants_of(area, file, texts[file]):

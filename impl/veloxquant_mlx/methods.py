@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
-from veloxquant_mlx.packing import MAX_CODE_BITS
+from veloxquant_kernels.packing import MAX_CODE_BITS
 from veloxquant_mlx.quantizers.base import Quantizer
 from veloxquant_mlx.registry import Registry, near_matches
 
@@ -63,6 +63,21 @@ class MethodOptions(ABC):
     def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
         """A per-token quantizer for flagged tokens."""
         return self.quantizer(role, code_bits, seed)
+
+
+@dataclass(frozen=True)
+class WidthOptions(MethodOptions):
+    """Options of a method that has one code width: ``code_bits`` unless a layer or a side is given another."""
+
+    code_bits: int = 4
+
+    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+        """The quantizer at ``code_bits``, or at the method's own width."""
+        return self.coded(role, self.code_bits if code_bits is None else code_bits, seed)
+
+    @abstractmethod
+    def coded(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """The quantizer of one side of a layer at a width."""
 
 
 METHODS: Registry[type[MethodOptions]] = Registry("method", "veloxquant_mlx.quantizers")

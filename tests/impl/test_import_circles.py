@@ -49,3 +49,19 @@ def test_a_lazy_import_closes_a_circle() -> None:
     graph = {"a": imports("import b", known), "b": imports("def f():\n    from a import x", known)}
     with pytest.raises(CycleError):
         list(TopologicalSorter(graph).static_order())
+
+
+ROOMS = ("transforms", "quantizers", "observers", "allocators", "cache")
+"""The rooms of the implementation from below: each may import those before it, and its own modules."""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_between_rooms_run_down(room: str) -> None:
+    """No module imports one of a room above its own; observers and allocators do not know each other."""
+    known = modules()
+    above = set(ROOMS[ROOMS.index(room) + 1 :]) | ({"observers"} if room == "allocators" else set())
+    inside = {name: path for name, path in known.items() if name.startswith(f"veloxquant_mlx.{room}.")}
+    assert inside
+    for name, path in inside.items():
+        rooms = {other.split(".")[1] for other in imports(path.read_text(), known) if other.count(".") == 2}
+        assert not rooms & above, name

@@ -20,7 +20,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from veloxquant_mlx.methods import METHODS, MethodOptions
-from veloxquant_mlx.packing import pack_codes, packed_words, unpack_codes
+from veloxquant_kernels.packing import pack_codes, packed_words, unpack_codes
 from veloxquant_mlx.quantizers.base import QUANTIZERS, ArraySpec, Quantizer
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from impl_inputs import gaussian
 
+from veloxquant_kernels.packing import packed_words
 from veloxquant_mlx.methods import METHODS, Role, make_options
 from veloxquant_mlx.observers.distortion import DistortionObserver
-from veloxquant_mlx.packing import packed_words
 from veloxquant_mlx.quantizers.affine import Affine
 from veloxquant_mlx.quantizers.base import Codes, Quantizer, quantizer_from_spec
 from veloxquant_mlx.quantizers.kivi import PerChannelAffine

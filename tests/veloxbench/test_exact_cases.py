@@ -13,6 +13,7 @@ import pytest
 from veloxbench.gate.gate import ROUNDING
 from veloxbench.measure.exact import DIGEST_HEX, N_SKETCHES, FixedInputs, digest, lattice_vectors, observe, sketch
 from veloxbench.measure.exact_cases import cases
+from veloxquant_kernels.rotation import Rotation
 from veloxquant_mlx.methods import METHODS
 from veloxquant_mlx.quantizers import turboquant_mse
 from veloxquant_mlx.transforms.rotation import rotation_matrix
@@ -136,22 +137,22 @@ def test_a_sketch_is_as_large_as_a_value_and_sees_one_of_them():
 
 
 def shifted_centroids(monkeypatch):
-    original = turboquant_mse.decode_words
-    monkeypatch.setattr(turboquant_mse, "decode_words", lambda *arguments: original(*arguments) * 1.01)
+    original = turboquant_mse.unpack_dequantize_unrotate
+    monkeypatch.setattr(turboquant_mse, "unpack_dequantize_unrotate", lambda *arguments: original(*arguments) * 1.01)
 
 
 def rotation_left_out(monkeypatch):
-    monkeypatch.setattr(turboquant_mse, "matmul_rows", lambda x, matrix: x.astype(mx.float32))
+    monkeypatch.setattr(turboquant_mse, "rotation", lambda head_dim, seed: Rotation(mx.eye(head_dim)))
 
 
 def norms_of_half_precision_steps(monkeypatch):
-    original = turboquant_mse.unit_rms
+    original = turboquant_mse.rotate_quantize_pack
 
-    def changed(x):
-        unit, rms = original(x)
-        return unit, rms * (1 + 2.0**-10)
+    def changed(*arguments):
+        words, norms = original(*arguments)
+        return words, norms * (1 + 2.0**-10)
 
-    monkeypatch.setattr(turboquant_mse, "unit_rms", changed)
+    monkeypatch.setattr(turboquant_mse, "rotate_quantize_pack", changed)
 
 
 @pytest.mark.parametrize("damage", [shifted_centroids, rotation_left_out, norms_of_half_precision_steps])

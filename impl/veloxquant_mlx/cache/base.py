@@ -212,19 +212,19 @@ class KVCacheConfig:
         if self.bit_allocation is None:
             return [(None, self.value_bits)] * n_layers
         units: list[dict[str, dict[int | None, int]]] = [{} for _ in range(n_layers)]
-        strangers = []
+        unknown = []
         for unit, bits in self.bit_allocation.items():
             match = _UNIT.fullmatch(unit)
             assert match is not None  # checked on construction
             layer = int(match["layer"])
             if layer >= n_layers or not quantized[layer]:
-                strangers.append(unit)
+                unknown.append(unit)
                 continue
             head = None if match["head"] is None else int(match["head"])
             units[layer].setdefault(match["role"] or "both", {})[head] = bits
-        if strangers:
+        if unknown:
             raise ValueError(
-                f"bit_allocation names {', '.join(map(repr, strangers))}, but the model has {n_layers} layers "
+                f"bit_allocation names {', '.join(map(repr, unknown))}, but the model has {n_layers} layers "
                 f"(layer_0 to layer_{n_layers - 1}), {sum(quantized)} of which can be quantized"
             )
         missing = [f"layer_{i}" for i in range(n_layers) if quantized[i] and not units[i]]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from veloxquant_mlx.cache.storage import exact_and_coded
-from veloxquant_mlx.quantizers.base import Quantizer, quantizer_from_spec
+from veloxquant_mlx.quantizers.base import Coding, Quantizer, quantizer_from_spec
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
 
 
@@ -60,13 +59,8 @@ class LayerSpec:
             raise ValueError("adaptive widths and outliers make the bytes depend on the data; see formula_nbytes")
         per_head = Fraction(0)
         for quantizer, head_dim in ((self.keys, key_dim), (self.values, value_dim)):
-            exact, coded = exact_and_coded(
-                tokens,
-                block_tokens=quantizer.block_tokens,
-                calibration_tokens=quantizer.calibration_tokens,
-                sinks=self.sinks,
-                window=self.window,
-                max_size=self.max_size,
+            exact, coded = Coding.of(quantizer).exact_and_coded(
+                tokens, sinks=self.sinks, window=self.window, max_size=self.max_size
             )
             per_head += exact * head_dim * 2
             per_head += coded * head_dim * quantizer.bits_per_value(head_dim) / 8

@@ -7,15 +7,16 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from veloxquant_mlx.methods import METHODS, MethodOptions, Role
-from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words, unpack_codes
-from veloxquant_mlx.quantizers.affine import Affine, check_group, min_max_distortion, uniform_codes
+from veloxquant_kernels.affine import affine_unpack_dequantize, kivi_quantize_pack
+from veloxquant_kernels.packing import packed_words
+from veloxquant_mlx.methods import METHODS, Role, WidthOptions
+from veloxquant_mlx.quantizers.affine import Affine, GroupQuantizer, min_max_distortion
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 
 
 @QUANTIZERS.register("kivi_keys")
 @dataclass(frozen=True)
-class PerChannelAffine(Quantizer):
+class PerChannelAffine(GroupQuantizer):
     """Groups of neighbouring tokens of one channel: keys have channels of very different size.
 
     ``group_size`` tokens are encoded together; a cache keeps fewer in fp16 until the group is full. Costs
@@ -30,11 +31,6 @@ class PerChannelAffine(Quantizer):
 
     name: ClassVar[str] = "kivi_keys"
     code_bits: int = 2
-    group_size: int = 32
-
-    def __post_init__(self) -> None:
-        check_code_bits(self.code_bits)
-        check_group(self.group_size)
 
     @property
     def block_tokens(self) -> int:
@@ -54,26 +50,21 @@ class PerChannelAffine(Quantizer):
         return min_max_distortion(self.group_size, self.code_bits)
 
     def _encode(self, x: mx.array, static: Arrays) -> Arrays:
-        n_batch, n_heads, n_tokens, head_dim = x.shape
-        n_blocks = n_tokens // self.group_size
-        blocks = x.reshape(n_batch, n_heads, n_blocks, self.group_size, head_dim)
-        codes, scales, zeros = uniform_codes(blocks, self.code_bits, -2)
-        words = self.group_size * packed_words(head_dim, self.code_bits)
-        packed = pack_codes(codes, self.code_bits).reshape(n_batch, n_heads, n_blocks, words)
-        return packed, scales[..., 0, :], zeros[..., 0, :]
+        words, scales, zeros = kivi_quantize_pack(x, self.code_bits, self.group_size)
+        return words.reshape(*scales.shape[:-1], self.group_size * words.shape[-1]), scales, zeros
 
     def _decode(self, codes: Codes) -> mx.array:
         words, scales, zeros = codes.arrays
-        n_batch, n_heads, n_blocks, _ = words.shape
-        rows = words.reshape(n_batch, n_heads, n_blocks, self.group_size, -1)
-        steps = unpack_codes(rows, self.code_bits, codes.head_dim).astype(mx.float32)
-        x = steps * scales[..., None, :].astype(mx.float32) + zeros[..., None, :].astype(mx.float32)
-        return x.reshape(n_batch, n_heads, n_blocks * self.group_size, codes.head_dim)
+        n_batch, n_heads, n_blocks, n_words = words.shape
+        rows = words.reshape(n_batch, n_heads, n_blocks * self.group_size, n_words // self.group_size)
+        return affine_unpack_dequantize(
+            rows, scales, zeros, self.code_bits, codes.head_dim, self.group_size, mx.float32, per_channel=True
+        )
 
 
 @METHODS.register("kivi")
 @dataclass(frozen=True)
-class KIVIOptions(MethodOptions):
+class KIVIOptions(WidthOptions):
     """KIVI (arXiv 2402.02750): keys in groups of tokens per channel, values in groups of channels per token.
 
     The last 128 tokens stay in fp16 unless ``window`` says otherwise.
@@ -84,10 +75,9 @@ class KIVIOptions(MethodOptions):
     code_bits: int = 2
     group_size: int = 32
 
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+    def coded(self, role: Role, code_bits: int, seed: int) -> Quantizer:
         """Per channel for keys, per token for values."""
-        bits = self.code_bits if code_bits is None else code_bits
-        return PerChannelAffine(bits, self.group_size) if role == "keys" else Affine(bits, self.group_size)
+        return PerChannelAffine(code_bits, self.group_size) if role == "keys" else Affine(code_bits, self.group_size)
 
     def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
         """Per token on both sides: a flagged token has no neighbours."""

@@ -10,22 +10,14 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from veloxquant_mlx.methods import METHODS, MethodOptions, Role
-from veloxquant_mlx.observers.distortion import DistortionObserver
-from veloxquant_mlx.packing import MAX_CODE_BITS, check_code_bits, pack_codes, packed_words
-from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
-from veloxquant_mlx.quantizers.lloyd_max import Codebook
+from veloxquant_kernels.codebook import centroids_of, codebook_arrays, decode_words, nearest_codes
+from veloxquant_kernels.packing import MAX_CODE_BITS, check_code_bits, pack_codes, packed_words
+from veloxquant_kernels.turboquant import TINY_RMS, unit_rms
+from veloxquant_mlx.methods import METHODS, MethodOptions, Role, WidthOptions
+from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, EncodingObserver, Quantizer
+from veloxquant_mlx.quantizers.lloyd_max import Codebook, sign_codebook, sphere_codebook
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
-from veloxquant_mlx.quantizers.scalar import (
-    centroids_of,
-    codebook_arrays,
-    decode_words,
-    nearest_codes,
-    sign_codebook,
-    sphere_codebook,
-)
-from veloxquant_mlx.quantizers.turboquant_mse import TINY_RMS, unit_rms
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
+from veloxquant_mlx.transforms.rotation import matmul_rows, rotation
 
 UNBIASED = math.sqrt(math.pi / 2)
 """1 / E|g| of a standard normal: makes the sign sketch unbiased."""
@@ -41,7 +33,7 @@ def sketch_matrix(head_dim: int, seed: int) -> mx.array:
 @functools.cache
 def _unsketch_matrix(head_dim: int, seed: int) -> mx.array:
     """sqrt(π/2)/d · S · R⁻¹: from signs to the residual in the input's basis."""
-    product = sketch_matrix(head_dim, seed).T @ inverse_rotation_matrix(head_dim, seed)
+    product = sketch_matrix(head_dim, seed).T @ rotation(head_dim, seed).inverse
     return mx.contiguous(product * (UNBIASED / head_dim))
 
 
@@ -99,7 +91,7 @@ class TurboQuantProd(Quantizer):
     def _encode(self, x: mx.array, static: Arrays) -> Arrays:
         head_dim = x.shape[-1]
         unit, rms = unit_rms(x)
-        residual = matmul_rows(unit, rotation_matrix(head_dim, self.seed))
+        residual = rotation(head_dim, self.seed).apply(unit)
         arrays: list[mx.array] = []
         codebook = self._codebook(head_dim)
         if codebook is not None:
@@ -120,14 +112,14 @@ class TurboQuantProd(Quantizer):
         codebook = self._codebook(head_dim)
         if codebook is not None:
             rotated = decode_words(words[0], codebook, self.code_bits - 1, head_dim)
-            unit = unit + matmul_rows(rotated, inverse_rotation_matrix(head_dim, self.seed))
+            unit = unit + rotation(head_dim, self.seed).undo(rotated)
         return unit * norms.astype(mx.float32)
 
     def static_arrays(self, head_dim: int) -> Arrays:
         """The codebooks' tables, the rotation and the sketch, both ways."""
         codebook = self._codebook(head_dim)
         sketch = sketch_matrix(head_dim, self.seed), _unsketch_matrix(head_dim, self.seed)
-        tables = *rotation_arrays(head_dim, self.seed), *sketch, *codebook_arrays(sign_codebook(), 1, head_dim)
+        tables = *rotation(head_dim, self.seed).arrays, *sketch, *codebook_arrays(sign_codebook(), 1, head_dim)
         return tables if codebook is None else (*codebook_arrays(codebook, self.code_bits - 1, head_dim), *tables)
 
     def expected_distortion(self, head_dim: int) -> float:
@@ -158,7 +150,7 @@ class TurboQuantProdAdaptive(MixedQuantizer):
         base_bits: width that every block has at least.
         max_bits: width that no block exceeds.
         distortion_threshold: 1 minus the cosine similarity that is enough, within (0, 1).
-        observer: is told of every block; None observes nothing.
+        observer: is told of what :meth:`encode` encodes; a cache tells its own observer.
         block_size: tokens per block.
         seed: of rotation and sketch.
 
@@ -170,7 +162,7 @@ class TurboQuantProdAdaptive(MixedQuantizer):
     base_bits: int = 2
     max_bits: int = 4
     distortion_threshold: float = 0.05
-    observer: DistortionObserver | None = field(default=None, compare=False)
+    observer: EncodingObserver | None = field(default=None, compare=False)
     block_size: int = 32
     seed: int = 0
 
@@ -220,25 +212,30 @@ class TurboQuantProdAdaptive(MixedQuantizer):
         enough = [d for d in distortions if 1 / math.sqrt(1 + d) >= 1 - self.distortion_threshold]
         return max(enough, default=distortions[-1])
 
-    def observe(self, x: mx.array, decoded: mx.array, variant: Quantizer) -> None:
-        """Pass a variant's blocks on to the observer."""
+    def encode(self, x: mx.array, static: Arrays | None = None) -> Codes:
+        """Encode by itself, outside of a cache, and tell the observer."""
+        codes = super().encode(x, static)
         if self.observer is not None:
-            self.observer.observe(x, decoded, quantizer=variant)
+            choices, decoded = np.array(codes.arrays[0]).ravel(), self.decode(codes, mx.float32)
+            for index in np.unique(choices):
+                blocks = np.flatnonzero(choices == index)
+                pair = self.take_blocks(x, blocks), self.take_blocks(decoded, blocks)
+                self.observer.observe(*pair, quantizer=self.variants[index])
+        return codes
 
 
 @METHODS.register("turboquant_prod")
 @dataclass(frozen=True)
-class TurboQuantProdOptions(MethodOptions):
+class TurboQuantProdOptions(WidthOptions):
     """Options of :class:`TurboQuantProd`."""
 
     summary: ClassVar[str] = (
         "TurboQuant MSE at one bit less and a sign sketch of the residual: unbiased products (arXiv 2504.19874)"
     )
-    code_bits: int = 4
 
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+    def coded(self, role: Role, code_bits: int, seed: int) -> Quantizer:
         """The same code for keys and values."""
-        return TurboQuantProd(self.code_bits if code_bits is None else code_bits, seed)
+        return TurboQuantProd(code_bits, seed)
 
 
 @METHODS.register("turboquant_prod_adaptive")

@@ -65,7 +65,7 @@ def test_a_figure_that_is_not_finite_is_named_in_one_line():
 
 def test_a_reference_that_differs_from_itself_fails_the_run():
     """A half-zeroed matrix gave 0.42 nats; rounding gives 4e-7."""
-    with pytest.raises(UnfitEnvironmentError, match="differs from itself by 0.42 nats"):
+    with pytest.raises(UnfitEnvironmentError, match=r"differs from itself by 0\.42 nats"):
         reference_metrics(np.ones((2, 4)), np.full((2, 4), 0.42), [])
     assert FLOOR_LIMIT < 0.42
 
