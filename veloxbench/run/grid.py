@@ -190,7 +190,7 @@ def customise(
 def _with_budget(grid: Grid, budget_gib: float) -> dict[str, Any]:
     """Every section that has a memory budget, with this budget in it."""
     if not 0 < budget_gib < float("inf"):
-        raise UsageError(f"memory budget {budget_gib} GiB must be a number above zero")
+        raise UsageError(f"memory budget {budget_gib} GiB must be above zero")
     sections = {suite.section: grid.tasks(suite) for suite in known_suites().values()}
     return {
         name: section.model_copy(update={"budget_gib": budget_gib})
