@@ -101,7 +101,7 @@ def launches_on(backend: Backend | None, *problems: str | None) -> Backend | Non
 @functools.cache
 def metal_text(stem: str) -> str:
     """The shipped text of ``<stem>.metal``."""
-    return (FOLDER / f"{stem}.metal").read_text()
+    return (FOLDER / f"{stem}.metal").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
+                encoding="utf-8",
                 bufsize=1,
                 env={**os.environ, **(environment or {})},
             )
@@ -195,7 +195,7 @@ def serve(side: object, commands: IO[str], answers: IO[str]) -> None:
 
 
 def _main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(_Side(), sys.stdin, answers)
 

@@ -71,10 +71,13 @@ def rounding() -> str:
 def _chip() -> str:
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "Apple"
+        return (
+            subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False).stdout.strip()
+            or "Apple"
+        )
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -42,7 +42,8 @@ def measure(request: Request) -> Reply:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # this process's own packages
         input=request.model_dump_json(),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode != 0:

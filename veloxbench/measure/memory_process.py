@@ -164,7 +164,7 @@ def measure_in_this_process(request: Request) -> Reply:
 
 def _main() -> int:
     try:
-        reply = measure_in_this_process(Request.model_validate_json(sys.stdin.read()))
+        reply = measure_in_this_process(Request.model_validate_json(sys.stdin.buffer.read()))
     except VeloxError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)

@@ -10,6 +10,7 @@ import os
 import select
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -164,12 +165,7 @@ def _write_through(path: Path, mode: int, content: bytes) -> None:
     """Into a device or a pipe, waiting for its reader as long as the reader takes something."""
     if not (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
         raise OSError(f"it is {kind_of(mode)}")
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise OSError("nobody reads from that pipe") from error
-        raise
+    descriptor = _open_with_reader(path)
     try:
         left = memoryview(content)
         while left:
@@ -180,6 +176,20 @@ def _write_through(path: Path, mode: int, content: bytes) -> None:
                 left = left[os.write(descriptor, left) :]
     finally:
         os.close(descriptor)
+
+
+def _open_with_reader(path: Path) -> int:
+    """Open a device, or a pipe as soon as somebody reads from it."""
+    deadline = time.monotonic() + READER_PATIENCE_S
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > deadline:
+                raise OSError(f"nobody read from that pipe for {READER_PATIENCE_S:g} s") from error
+        time.sleep(0.02)
 
 
 def _replace(path: Path, content: bytes) -> None:

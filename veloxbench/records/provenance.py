@@ -126,7 +126,12 @@ def git(place: Path, *arguments: str) -> str | None:
     """What git prints in a folder, without the last newlines; None where it fails or is not there."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(place), *arguments], capture_output=True, text=True, check=False, timeout=60
+            ["git", "-C", str(place), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            timeout=60,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

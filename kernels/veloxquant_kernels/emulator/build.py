@@ -87,7 +87,9 @@ def find_compiler() -> tuple[str, str]:
     for candidate in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         path = shutil.which(candidate) if candidate else None
         if path:
-            done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [path, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=False
+            )
             if done.returncode == 0:
                 return path, done.stdout.splitlines()[0]
     raise CompilerNotFound("no C++ compiler found: install g++ or clang++, or set CXX")
@@ -103,7 +105,9 @@ def _digest(*parts: str) -> str:
 
 def _compile(commands: list[list[str]], produced: Path, target: Path) -> None:
     for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=produced.parent)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False, cwd=produced.parent
+        )
         if done.returncode != 0:
             raise CompilationFailed(f"{' '.join(command)}\n{done.stderr.strip()}")
     produced.replace(target)  # atomic: a reader sees a whole library or none
@@ -112,7 +116,7 @@ def _compile(commands: list[list[str]], produced: Path, target: Path) -> None:
 @functools.cache
 def _runtime_library(directory: Path) -> Path:
     compiler, version = find_compiler()
-    texts = [(HERE / name).read_text() for name in ("runtime.cpp", "runtime.h")]
+    texts = [(HERE / name).read_text(encoding="utf-8") for name in ("runtime.cpp", "runtime.h")]
     flags = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-D_DARWIN_C_SOURCE", *_COMMON, "-fvisibility=default"]
     target = directory / f"libvqruntime-{_digest(*texts, *flags, version, platform.machine())}.so"
     if not target.exists():
@@ -171,14 +175,14 @@ def _build(text: str, mode: Mode, directory: Path) -> Module:
     compiler, version = find_compiler()
     runtime = _runtime_library(directory)
     flags = [*_KERNEL_FLAGS[mode], *_COMMON, f"-I{HERE}"]
-    prelude = (HERE / "metal_prelude.hpp").read_text()
+    prelude = (HERE / "metal_prelude.hpp").read_text(encoding="utf-8")
     key = _digest(text, prelude, *flags, version, runtime.name)
     target, source = directory / f"{key}.so", directory / f"{key}.cpp"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             produced, unit = Path(folder) / target.name, Path(folder) / f"{key}.o"
             temporary = Path(folder) / source.name
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
             temporary.replace(source)
             link = [compiler, "-shared", str(unit), str(runtime), f"-Wl,-rpath,{directory}", "-o", str(produced)]
             if mode == "coverage":
@@ -212,7 +216,11 @@ def source_line(module: Module, pc_offset: int) -> int:
     if not tool or not pc_offset:
         return 0
     done = subprocess.run(
-        [tool, "-i", "-e", str(module.path), hex(pc_offset)], capture_output=True, text=True, check=False
+        [tool, "-i", "-e", str(module.path), hex(pc_offset)],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
     for location in done.stdout.splitlines():  # innermost first; the prelude's lines are not the kernel's
         name, _, line = location.rpartition(":")

@@ -22,7 +22,7 @@ def _unit_lines(source: Path) -> Lines:
         ["gcov", "--json-format", "--stdout", source.with_suffix(".gcda").name],
         cwd=source.parent,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     lines: Lines = {}
@@ -52,7 +52,7 @@ def line_coverage(launches: Iterable[LaunchReport], texts: Mapping[str, str]) ->
         raise RuntimeError("line coverage needs gcov, which comes with gcc")
     covered: dict[str, Lines] = {}
     for source in sorted({Path(launch.source_path) for launch in launches}):
-        unit = restore(source.read_text())
+        unit = restore(source.read_text(encoding="utf-8"))
         counts = _unit_lines(source)
         for name, text in texts.items():
             at = unit.find(text)

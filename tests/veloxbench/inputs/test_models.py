@@ -1,7 +1,11 @@
 """Models by name, by directory and by hub id; what the user is told when one cannot be had."""
 
+import hashlib
 import json
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 
 import huggingface_hub
 import mlx.core as mx
@@ -10,16 +14,15 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as mlx_load_model
 from mlx_lm.utils import quantize_model, save_model
-from safetensors.numpy import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tiny_models import LAYERS, VOCABULARY, tiny_llama, tiny_llama2c
 
-from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError
+from veloxbench.errors import ExitCode, IntegrityError, UnfitEnvironmentError, UsageError, VeloxError
 from veloxbench.inputs import models as models_module
-from veloxbench.inputs.models import UNKNOWN_CONTEXT, known_models, load_model, resolve_model
+from veloxbench.inputs.models import UNKNOWN_CONTEXT, known_models, load_model, load_tokenizer, resolve_model
 from veloxbench.inputs.sources import cache_dir, sha256_of
 from veloxbench.inputs.transfer_progress import SilentReporter
-
-HIDDEN, LAYERS, VOCABULARY = 32, 3, 64
 
 
 class Told(SilentReporter):
@@ -39,27 +42,8 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def local_model(tmp_path, empty_cache):
-    """A llama with three layers as any tool might have saved it: bfloat16 weights, config, tokenizer, model card."""
-    directory = tmp_path / "my-llama"
-    directory.mkdir()
-    config = {"model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "intermediate_size": 48}
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "vocab_size": VOCABULARY}
-    config |= {"max_position_embeddings": 777, "tie_word_embeddings": True}
-    (directory / "config.json").write_text(json.dumps(config))
-    shapes = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32)}
-    shapes |= {"self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32)}
-    shapes |= {"mlp.down_proj": (32, 48), "input_layernorm": (32,), "post_attention_layernorm": (32,)}
-    weights = {f"model.layers.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in shapes.items()}
-    weights |= {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    random = np.random.default_rng(3)
-    arrays = {name: mx.array(random.normal(size=shape)).astype(mx.bfloat16) for name, shape in weights.items()}
-    mx.save_safetensors(str(directory / "model.safetensors"), arrays)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
-    return directory
+    """A directory as any tool might have saved it."""
+    return tiny_llama(tmp_path / "my-llama")
 
 
 def test_default_model_is_pinned_and_described():
@@ -258,17 +242,286 @@ def test_killed_conversion_is_done_again(monkeypatch):
     assert load_file(handle.directory / "model.safetensors")["model.embed_tokens.weight"].shape == (300, 8)
 
 
-def tiny_llama2c(path):
-    """A llama2.c file with one layer and 300 pieces."""
-    dim, hidden, vocabulary, context = 8, 16, 300, 16
-    count = vocabulary * dim + 3 * dim + 4 * dim * dim + 3 * dim * hidden + context * dim // 2
-    header = np.array([dim, hidden, 1, 2, 2, vocabulary, context], dtype="<i4").tobytes()
-    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(bytes([i]) for i in range(256)), b" ", b"a", b" a"]
-    pieces += [b"piece%d" % i for i in range(vocabulary - len(pieces))]
-    tokenizer = np.array([9], "<i4").tobytes()
-    tokenizer += b"".join(
-        np.array([-i], "<f4").tobytes() + np.array([len(piece)], "<i4").tobytes() + piece
-        for i, piece in enumerate(pieces)
-    )
-    path.write_bytes(header + np.random.default_rng(5).normal(size=count).astype("<f4").tobytes() + tokenizer)
-    return path
+# What is cached is verified.
+
+
+@pytest.fixture
+def converted(empty_cache, monkeypatch):
+    """The smallest known model, converted from a file of 300 words; counts its conversions."""
+    source = tiny_llama2c(cache_dir().parent / "tiny.data")
+    calls = []
+
+    def fetch(pinned, reporter):
+        calls.append(pinned.filename)
+        return source
+
+    monkeypatch.setattr(models_module, "fetch", fetch)
+    return resolve_model("stories15m", reporter=SilentReporter()), calls
+
+
+def flip_a_bit(path, keep_time=True):
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-len(content) // 3] ^= 4
+    path.write_bytes(content)
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_conversion_is_made_again(converted, file):
+    """One bit, size and time kept: the user is told, the model is converted again, and the bytes are as before."""
+    before, calls = converted
+    content, told = (before.directory / file).read_bytes(), Told()
+    flip_a_bit(before.directory / file)
+    assert resolve_model("stories15m", reporter=told) == before
+    assert (before.directory / file).read_bytes() == content
+    assert len(calls) == 2
+    assert "converted again" in told.messages[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "3", '{"weights_sha256": 1}', "[" * 5000, "\xff", '{"weights_sha256": "0"}'],
+    ids=["empty", "list", "number", "other types", "deep", "latin", "short"],
+)
+def test_a_damaged_note_is_written_again(converted, text):
+    """The note beside a conversion is no defect when it is damaged."""
+    before, _ = converted
+    (before.directory / "veloxbench.json").write_text(text, encoding="latin-1")
+    assert resolve_model("stories15m", reporter=SilentReporter()) == before
+
+
+def test_an_edited_note_is_not_believed(converted):
+    """A hash, a name, a context, a licence of somebody's own: the handle's are the program's and the bytes'."""
+    before, _ = converted
+    note = before.directory / "veloxbench.json"
+    lies = {"weights_sha256": "0" * 64, "name": "smollm2-135m", "context": 1, "licence": "none", "source": "me"}
+    note.write_text(json.dumps(json.loads(note.read_text()) | lies))
+    assert resolve_model("stories15m", reporter=SilentReporter()) == before
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"of a later version": [1]}))
+    assert resolve_model("stories15m", reporter=SilentReporter()) == before
+
+
+@pytest.mark.parametrize("extra", ["model-extra.safetensors", "vocab.json"])
+def test_a_file_put_beside_a_conversion_is_noticed(converted, extra):
+    """mlx-lm would load another ``model*.safetensors``, and transformers another vocabulary."""
+    before, _ = converted
+    (before.directory / extra).write_bytes(b"{}")
+    assert resolve_model("stories15m", reporter=SilentReporter()) == before
+    assert not (before.directory / extra).exists()
+
+
+def test_two_processes_heal_at_once(converted):
+    """Four callers find the damage: one converts, all get the same handle, nothing is left over."""
+    before, calls = converted
+    flip_a_bit(before.directory / "model.safetensors")
+    with ThreadPoolExecutor(4) as pool:
+        handles = list(pool.map(lambda _: resolve_model("stories15m", reporter=SilentReporter()), range(4)))
+    assert handles == [before] * 4
+    assert len(calls) == 2
+    assert [place.name for place in before.directory.parent.iterdir()] == [before.directory.name]
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to nothing", "a link to a directory"])
+def test_whatever_stands_in_a_conversions_place_is_replaced(converted, tmp_path, what):
+    """A file or a link where the directory was."""
+    before, _ = converted
+    shutil.rmtree(before.directory)
+    if what == "a file":
+        before.directory.write_text("")
+    else:
+        (tmp_path / "other").mkdir()
+        before.directory.symlink_to(tmp_path / ("other" if what == "a link to a directory" else "nothing"))
+    assert resolve_model("stories15m", reporter=SilentReporter()) == before
+    assert not before.directory.is_symlink()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_what_changes_after_the_plan_is_not_measured(local_model, file):
+    """The keys of a run come from the resolved hashes: other bytes at loading are refused."""
+    handle = resolve_model(str(local_model))
+    if file == "model.safetensors":
+        flip_a_bit(local_model / file)
+    else:
+        (local_model / file).write_text((local_model / file).read_text() + " ")
+    with pytest.raises(IntegrityError, match=r"changed in .* after the run began"):
+        load_model(handle)
+
+
+def test_a_read_only_cache_is_read(converted, monkeypatch):
+    """A whole conversion needs no lock and no write."""
+    before, _ = converted
+    monkeypatch.setattr(models_module, "cache_lock", lambda *arguments: pytest.fail("a lock was taken"))
+    assert resolve_model("stories15m", reporter=SilentReporter()) == before
+
+
+def test_a_full_disk_while_converting_is_one_sentence(converted, monkeypatch):
+    """What safetensors says of it in its own way is the cache's sentence."""
+    before, _ = converted
+    flip_a_bit(before.directory / "model.safetensors")
+
+    def full(*arguments, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("veloxbench.inputs.gguf.save_file", full)
+    with pytest.raises(UnfitEnvironmentError, match=r"No space left on device .*set VELOXBENCH_CACHE"):
+        resolve_model("stories15m", reporter=SilentReporter())
+
+
+def test_a_damaged_file_of_the_hubs_cache_says_what_to_delete(local_model, tmp_path, monkeypatch):
+    """The hub's cache names each file by its content's hash; a byte that changed is noticed before it is loaded."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for file in local_model.iterdir():
+        content = file.read_bytes()
+        git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        blob = blobs / (sha256_of(file) if file.suffix == ".safetensors" else git)
+        blob.write_bytes(content)
+        (snapshot / file.name).symlink_to(blob)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *arguments, **options: str(snapshot))
+    assert resolve_model("someone/tiny").weights_sha256 == sha256_of(local_model / "model.safetensors")
+    for name in ("model.safetensors", "tokenizer.json"):
+        blob, content = (snapshot / name).resolve(), (snapshot / name).read_bytes()
+        flip_a_bit(blob)
+        with pytest.raises(IntegrityError, match=f"{name} in the hub's cache is damaged: delete {blob}"):
+            resolve_model("someone/tiny")
+        blob.write_bytes(content)
+
+
+def test_the_hub_is_asked_for_every_file_that_mlx_lm_reads(local_model, monkeypatch):
+    """Tokenizers come as tiktoken files and as Python (which is fetched, not run) as well."""
+    asked = []
+
+    def download(name, allow_patterns, **options):
+        asked.extend(allow_patterns)
+        return str(local_model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    resolve_model("org/model")
+    files = ("tiktoken.model", "qwen.tiktoken", "tokenization_kimi.py", "tokenizer.model", "merges.txt", "config.json")
+    assert [file for file in files if not any(fnmatch(file, pattern) for pattern in asked)] == []
+
+
+# A user's directory is the user's.
+
+
+@pytest.mark.parametrize("name", ["my[1]model", "what?", "a*b", "a::b", "~x", "with space", "-dash", "100%"])
+def test_a_directory_is_taken_by_its_exact_name(tmp_path, monkeypatch, empty_cache, name):
+    """Marks of patterns, addresses and homes are letters of a name; a neighbour that a pattern matches is not read."""
+    other = tiny_llama(tmp_path / "my1model")
+    save_file({"model.norm.weight": np.ones(32, np.float32)}, other / "model.safetensors")
+    directory = tiny_llama(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for spelled in (name, str(directory)):
+        handle = resolve_model(spelled)
+        model, _ = load_model(handle)
+        assert handle.weights_sha256 == sha256_of(directory / "model.safetensors")
+        stored = mx.load(str(directory / "model.safetensors"))["model.norm.weight"]
+        assert mx.array_equal(model.model.norm.weight, stored.astype(model.model.norm.weight.dtype))
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 5000, "a" * 300 + "/b", "\0", "a/\0", "\udcff", ""])
+def test_a_name_that_no_path_can_have_is_one_sentence(name):
+    """No such user, too long, a zero byte, no UTF-8, nothing."""
+    with pytest.raises(VeloxError) as caught:
+        resolve_model(name)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 6000
+
+
+def edited(**changes):
+    return lambda text: json.dumps({**json.loads(text), **changes})
+
+
+DAMAGED = {
+    "config.json": {
+        "empty": lambda text: "",
+        "half": lambda text: text[: len(text) // 2],
+        "a list": lambda text: "[1]",
+        "deep": lambda text: text[:-1] + ', "x": ' + "[" * 5000 + "]" * 5000 + "}",
+        "huge number": lambda text: text[:-1] + ', "x": ' + "9" * 5000 + "}",
+        "NaN": edited(rope_theta=float("nan")),
+        "latin": lambda text: text[:-1] + ', "x": "\xff"}',
+        "heads are a list": edited(num_attention_heads=[]),
+        "tied by a list": edited(tie_word_embeddings=[], model_type={}),
+        "eps is a word": edited(rms_norm_eps="x"),
+        "theta is a list": edited(rope_theta=[1]),
+        "no heads": edited(num_attention_heads=0),
+        "a billion layers": edited(num_hidden_layers=10**9),
+        "a million wide": edited(hidden_size=10**6),
+        "infinite context": edited(max_position_embeddings=float("inf")),
+        "text_config is a word": edited(text_config="x"),
+        "other rope": edited(rope_scaling={"rope_type": "no-such-rope"}),
+        "own code": edited(model_file="model.py"),
+    },
+    "tokenizer.json": {
+        "empty": lambda text: "",
+        "half": lambda text: text[: len(text) // 2],
+        "deep": lambda text: "[" * 5000 + "]" * 5000,
+        "an id is no integer": lambda text: text.replace(": 17,", ": 17.5,", 1).replace(":17,", ":17.5,", 1),
+        "no model": lambda text: "{}",
+        "latin": lambda text: text + "\xff",
+    },
+    "tokenizer_config.json": {
+        "half": lambda text: text[: len(text) // 2],
+        "a list": lambda text: "[]",
+        "own code": edited(auto_map={"AutoTokenizer": [None, "tok.Evil"]}, tokenizer_class="Evil"),
+        "no such class": edited(tokenizer_class=3),
+    },
+    "model.safetensors": {
+        "empty": lambda text: "",
+        "half": lambda text: text[: len(text) // 2],
+        "text": lambda text: "x",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [(file, kind) for file, kinds in DAMAGED.items() for kind in kinds], ids=lambda value: value
+)
+def test_a_damaged_directory_is_one_sentence(local_model, monkeypatch, file, kind):
+    """Every kind of damage in every file: a usage error that names directory and file; nobody is asked anything."""
+    monkeypatch.setattr("builtins.input", lambda *arguments: pytest.fail("a question was asked"))
+    text = (local_model / file).read_text(encoding="latin-1")
+    (local_model / file).write_text(DAMAGED[file][kind](text), encoding="latin-1")
+    with pytest.raises(UsageError) as caught:
+        load_model(resolve_model(str(local_model)))
+    sentence = str(caught.value)
+    assert str(local_model) in sentence
+    assert file in sentence
+    assert "\n" not in sentence
+    assert "custom code" not in sentence
+
+
+def test_a_tokenizer_that_panics_is_one_sentence(local_model, monkeypatch):
+    """A panic of `tokenizers` is no Exception in Python; it is a damaged directory all the same."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*arguments, **options):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(models_module, "mlx_load_tokenizer", panic)
+    with pytest.raises(UsageError, match=r"tokenizer\.json.*PanicException: index out of bounds"):
+        load_tokenizer(resolve_model(str(local_model)))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_a_folder_in_a_files_place(local_model, make):
+    """Nobody waits for a pipe; a folder is no file."""
+    (local_model / "tokenizer_config.json").unlink()
+    (local_model / "tokenizer.json").unlink()
+    make(local_model / "tokenizer.json")
+    with pytest.raises(UsageError, match=r"model directory .*tokenizer"):
+        resolve_model(str(local_model))
+
+
+def test_the_source_names_who_made_it_first():
+    """A mirror's package has an odd name; the list says first whose the file is, then what the mirror is."""
+    for name, spec in known_models().items():
+        own, _, copy = spec.source.partition("; ")
+        assert own.startswith(("hub ", "github.com/")), name
+        assert copy.startswith("a copy as data in "), name
+        assert "never installed" in copy, name
