@@ -103,6 +103,7 @@ def centroids_of(codes: mx.array, codebook: Codebook) -> mx.array:
     return lookup(centroids_array(codebook)[:, None], codes)[..., 0]
 
 
+@functools.cache
 def table_group(code_bits: int, n_codes: int) -> int:
     """Codes that one table lookup reads: a power of two that divides ``n_codes``, within ``INDEX_BITS`` bits."""
     return max(n for n in (1, 2, 4, 8) if n * code_bits <= INDEX_BITS and n_codes % n == 0)

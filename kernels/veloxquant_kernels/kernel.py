@@ -88,14 +88,14 @@ def launches_on(backend: Backend | None, *problems: str | None) -> Backend | Non
         RuntimeError: ``"metal"`` where Metal cannot run.
     """
     where = resolve_backend(backend)
-    problem = next((problem for problem in problems if problem is not None), None)
     if where == "reference":
         return None
-    if problem is None:
-        return where
-    if backend is None:
-        return None
-    raise ValueError(problem)
+    for problem in problems:
+        if problem is not None:
+            if backend is None:
+                return None
+            raise ValueError(problem)
+    return where
 
 
 @functools.cache

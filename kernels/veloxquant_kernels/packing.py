@@ -73,10 +73,12 @@ def check_trit_bytes(data: mx.array, n_trits: int) -> None:
         raise ValueError(f"data has {data.shape[-1]} bytes a row; {n_trits} trits fill {trit_bytes(n_trits)}")
 
 
+@functools.cache
 def _container(bits: int) -> tuple[int, mx.Dtype]:
     return next((width, dtype) for width, dtype in _CONTAINERS if width >= bits)
 
 
+@functools.cache
 def _group_codes(code_bits: int) -> int:
     """The fewest codes (1, 2, 4 or 8) that fill whole bytes."""
     return next(n for n in (1, 2, 4, 8) if n * code_bits % 8 == 0)
@@ -102,7 +104,8 @@ def pack_codes(codes: mx.array, code_bits: int, *, backend: Backend | None = Non
         ValueError: a width outside 1..8, naming it.
         TypeError: codes of another dtype.
     """
-    n_words = packed_words(codes.shape[-1], code_bits)
+    *lead, n_codes = codes.shape
+    n_words = packed_words(n_codes, code_bits)
     if codes.dtype not in (mx.bool_, mx.uint8, mx.uint32):
         raise TypeError(f"codes must be bool, uint8 or uint32, got {codes.dtype}")
     if (where := launches_on(backend, no_rows("codes", codes))) is not None:
@@ -110,18 +113,19 @@ def pack_codes(codes: mx.array, code_bits: int, *, backend: Backend | None = Non
         return _PACK_CODES.per_value([codes], n_words, mx.uint32, backend=where, template=[("CODE_BITS", code_bits)])
     group = _group_codes(code_bits)
     merged = _pad_last(codes.astype(mx.uint8), group)
-    width, n_merged = code_bits, 1
-    while n_merged < group:
-        pairs = merged.reshape(*merged.shape[:-1], merged.shape[-1] // 2, 2)
-        width, n_merged = 2 * width, 2 * n_merged
+    width, n_merged = code_bits, -(-n_codes // group) * group
+    while width < group * code_bits:
+        width, n_merged = 2 * width, n_merged // 2
         dtype = _container(width)[1]
+        pairs = merged.reshape(*lead, n_merged, 2)
         merged = pairs[..., 0].astype(dtype) | (pairs[..., 1].astype(dtype) << (width // 2))
-    used, held = group * code_bits // 8, merged.itemsize
+    used, held = width // 8, merged.itemsize
     data = mx.contiguous(merged).view(mx.uint8)
     if used != held:
-        data = data.reshape(*merged.shape, held)[..., :used].reshape(*merged.shape[:-1], merged.shape[-1] * used)
-    data = _pad_last(data, 4)[..., : 4 * n_words]
-    return mx.contiguous(data).view(mx.uint32)
+        data = data.reshape(*lead, n_merged, held)[..., :used].reshape(*lead, n_merged * used)
+    if n_merged * used != 4 * n_words:
+        data = mx.contiguous(_pad_last(data, 4)[..., : 4 * n_words])
+    return data.view(mx.uint32)
 
 
 def unpack_groups(words: mx.array, code_bits: int, n_codes: int, group: int) -> mx.array:

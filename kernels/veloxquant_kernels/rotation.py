@@ -97,7 +97,7 @@ class Rotation:
         """The transpose of :attr:`inverse`, a view: both directions share one buffer."""
         return self.inverse.T
 
-    @property
+    @functools.cached_property
     def unserved(self) -> str | None:
         """Why no kernel knows this rotation, or None if kernels do."""
         if self.signs is None:

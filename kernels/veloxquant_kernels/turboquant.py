@@ -65,8 +65,8 @@ def check_head_dim(name: str, head_dim: int, rotation: Rotation) -> None:
 def check_norms(norms: mx.array, words: mx.array, name: str = "norms") -> None:
     """Raise unless ``norms`` is fp16 with one value for each row of ``words``."""
     expected = (*words.shape[:-1], 1)
-    if norms.dtype != mx.float16 or tuple(norms.shape) != expected:
-        raise ValueError(f"{name} must be float16 of shape {expected}, got {norms.dtype} {tuple(norms.shape)}")
+    if norms.dtype != mx.float16 or norms.shape != expected:
+        raise ValueError(f"{name} must be float16 of shape {expected}, got {norms.dtype} {norms.shape}")
 
 
 def check_result_dtype(dtype: mx.Dtype) -> None:

@@ -119,6 +119,7 @@ SMALLEST_SPHERE: Final = 8
 """head_dim below which the Gaussian codebook is used: the sphere's density then has edges, not tails."""
 
 
+@functools.cache
 def sphere_codebook(head_dim: int, levels: int) -> Codebook:
     """Lloyd–Max codebook of a coordinate of a rotated unit-RMS vector."""
     return lloyd_max(SphereMarginal(head_dim) if head_dim >= SMALLEST_SPHERE else Gaussian(), levels)
