@@ -145,7 +145,8 @@ def test_value_bits_change_the_values_alone(llama_model: Any, method: str) -> No
     plain = KVCacheBuilder.build(llama_model, config(method))[0]
     mixed = KVCacheBuilder.build(llama_model, config(method, value_bits=1))[0]
     assert mixed.spec.keys == plain.spec.keys
-    assert mixed.spec.values.bits_per_value(64) < plain.spec.values.bits_per_value(64)
+    cost, before = mixed.spec.values.bits_per_value(64), plain.spec.values.bits_per_value(64)
+    assert cost < before or cost == before == 1.25  # a sign and a sixty-fourth of an fp16 norm: one bit already
 
 
 @pytest.mark.parametrize("n_heads", [(4, 4), (4, 2), (4, 1)])
