@@ -3,6 +3,7 @@
 // A lane's state is at least RANS_LOW except in a block's tail. Every function is called by all lanes of a simdgroup.
 constant uint RANS_LOW = 65536u;
 constant uint RANS_INACTIVE = 65535u;
+constant uint RANS_LEVEL = 8192u;
 
 // Where a simdgroup stands in a block's words.
 struct RansReader {

@@ -7,10 +7,13 @@
 //     the words that refill the lanes' states
 //   starts [n_blocks + 1] uint32: where each record begins in words, and where the last one ends
 //   first_tokens [n_blocks + 1] uint32: the first token of each block, and the number of all
-//   rows [n_coefficients] uint16: the table of each coefficient; 65535: always zero, not coded
-//   shifts [n_coefficients] uint8: low bits of a coefficient that its table does not code
-//   cumulative [n_sets, n_rows, n_symbols + 1] uint16: cumulative frequencies, from 0 to 2**PRECISION; symbol s is the
+//   classes [n_coefficients] uint16: the class of each coefficient; 65535: always zero, not coded
+//   shifts [n_coefficients] uint8: low bits of a coefficient that its tables do not code
+//   cumulative [n_sets, n_tables, n_symbols + 1] uint16: cumulative frequencies, from 0 to 2**PRECISION; symbol s is the
 //     number s - (n_symbols - 2) / 2, the last symbol an escape
+//   class_tables [n_classes, n_contexts] uint16: the table of a class in each context
+//   weights [n_classes] uint16: what one step of a class adds to a token's level
+//   contexts [256] uint8: the context at each level
 //   -> symbols [n_coefficients, n_tokens] int32
 //   -> status [n_blocks] uint32: 0, or 1 for a damaged block
 //
@@ -18,16 +21,20 @@
 // of 32 tokens. A symbol takes PRECISION bits of the lane's state x by its table: x = frequency * (x >> PRECISION) +
 // (x mod 2**PRECISION) - start. `shift` plain low bits follow, or after an escape the zigzag number of any size
 // (rans_number), each by its width w: x >>= w. Whenever states have fallen below 2**16, the lanes in their order take
-// one word each: x = x * 2**16 + word. With N_STATES of 4 or 8 each token walks a trellis from state 0, driven by the
-// parity of its numbers; odd states read the second set of tables.
+// one word each: x = x * 2**16 + word.
+// The table follows from what the token has shown so far. Its level starts at 2**13; symbol s adds
+// min(weight * |s - (n_symbols - 2) / 2|, 1024) after 1/32 of the level has been taken away; contexts[min(level / 128,
+// 255)] is the context. With N_STATES of 4 or 8 a token also walks a trellis from state 0, driven by the parity of its numbers;
+// odd states read the second set of tables.
 // The last n_tail steps are the tail: at its begin 2**16 is subtracted from every state, and no word is taken. An intact
 // block ends with all states 0 and all words taken.
 //
 // One simdgroup per block.
 const uint lane = thread_index_in_simdgroup;
 const uint block = threadgroup_position_in_grid.x;
-const uint n_coefficients = rows_shape[0];
-const uint n_rows = cumulative_shape[1];
+const uint n_coefficients = classes_shape[0];
+const uint n_tables = cumulative_shape[1];
+const uint n_contexts = class_tables_shape[1];
 const uint n_symbols = cumulative_shape[2] - 1;
 const uint all_tokens = first_tokens[first_tokens_shape[0] - 1];
 const uint first = first_tokens[block];
@@ -43,7 +50,7 @@ if (end < begin + 2 + 2 * n_lanes || uint(words[begin]) + 1 != n_tokens) {
 }
 uint n_active = 0;
 for (uint j = 0; j < n_coefficients; ++j) {
-  n_active += rows[j] == RANS_INACTIVE ? 0 : 1;
+  n_active += classes[j] == RANS_INACTIVE ? 0 : 1;
 }
 const uint n_steps = (n_tokens + 31) / 32 * n_active;
 const uint n_tail = words[begin + 1];
@@ -60,21 +67,24 @@ reader.damaged = reader.damaged || reader.state < RANS_LOW;
 uint steps_left = n_steps;
 for (uint group = 0; group < n_tokens; group += 32) {
   const bool active = group + lane < n_tokens;
-  uint trellis = 0;
+  uint trellis = 0, level = RANS_LEVEL;
   for (uint j = 0; j < n_coefficients; ++j) {
-    const uint row = rows[j];
+    const uint kind = classes[j];
     int value = 0;
-    if (row != RANS_INACTIVE) {
+    if (kind != RANS_INACTIVE) {
       if (reader.refills && steps_left <= n_tail) {
         reader.refills = false;
         reader.state -= RANS_LOW;
       }
       steps_left -= 1;
-      const uint table = ((N_STATES > 1 ? trellis & 1u : 0u) * n_rows + row) * (n_symbols + 1);
-      const uint symbol = rans_symbol<PRECISION>(reader, active, cumulative + table, n_symbols, words);
+      const uint table = class_tables[kind * n_contexts + contexts[min(level >> 7, 255u)]];
+      const uint set = N_STATES > 1 ? trellis & 1u : 0u;
+      const uint at = (set * n_tables + table) * (n_symbols + 1);
+      const uint symbol = rans_symbol<PRECISION>(reader, active, cumulative + at, n_symbols, words);
       const bool escapes = active && symbol == n_symbols - 1;
       const uint shift = shifts[j];
       value = int(symbol) - int((n_symbols - 2) / 2);
+      level = level - (level >> 5) + min(uint(abs(value)) * weights[kind], 1024u);
       if (shift > 0) {
         const uint low = rans_bits(reader, active && !escapes, shift, words);
         value = int((uint(value) << shift) | low);

@@ -22,7 +22,12 @@ WORD_BITS: Final = 16
 STATE_LOW: Final = 1 << WORD_BITS
 """Smallest state of a lane outside of a block's tail."""
 INACTIVE: Final = 0xFFFF
-"""The row of a coefficient that is always zero."""
+"""The class of a coefficient that is always zero."""
+FIRST_LEVEL: Final = 1 << 13
+LEVEL_DECAY: Final = 5
+MAX_GAIN: Final = 1024
+LEVEL_SHIFT: Final = 7
+N_LEVELS: Final = 256
 MAX_BLOCK_TOKENS: Final = 256
 MAX_SHIFT: Final = 16
 MAX_PRECISION: Final = 15
@@ -41,7 +46,7 @@ Symbols = NDArray[np.int32]
 
 _KERNEL = Kernel(
     "rans_decode",
-    ("words", "starts", "first_tokens", "rows", "shifts", "cumulative"),
+    ("words", "starts", "first_tokens", "classes", "shifts", "cumulative", "class_tables", "weights", "contexts"),
     ("symbols", "status"),
     ("rans",),
 )
@@ -49,6 +54,98 @@ _KERNEL = Kernel(
 
 class DamagedBlock(ValueError):
     """Words that no encoder writes: a block of entropy-coded symbols was changed or cut."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What decoder and encoder share beside the words; shapes and meanings as in ``rans_decode.metal``."""
+
+    classes: NDArray[np.uint16]
+    shifts: NDArray[np.uint8]
+    cumulative: NDArray[np.uint16]
+    class_tables: NDArray[np.uint16]
+    weights: NDArray[np.uint16]
+    contexts: NDArray[np.uint8]
+    precision: int
+    n_states: int
+
+    @property
+    def half(self) -> int:
+        """Largest magnitude that has a symbol."""
+        return (self.cumulative.shape[2] - 3) // 2
+
+    @property
+    def escape(self) -> int:
+        """The last symbol, which a number outside of the alphabet follows."""
+        return self.cumulative.shape[2] - 2
+
+    @property
+    def active(self) -> NDArray[np.intp]:
+        """Coefficients that are coded, in order."""
+        return np.flatnonzero(self.classes != INACTIVE)
+
+    def check(self) -> None:
+        """Raise unless every value lies within the format.
+
+        Raises:
+            ValueError: naming the first that does not.
+        """
+        if self.n_states not in NEXT_STATES:
+            raise ValueError(f"n_states must be one of {sorted(NEXT_STATES)}, got {self.n_states}")
+        if not 1 <= self.precision <= MAX_PRECISION:
+            raise ValueError(f"precision must lie in 1..{MAX_PRECISION}, got {self.precision}")
+        sets, shape = 1 + (self.n_states > 1), self.cumulative.shape
+        if len(shape) != 3 or shape[0] != sets or shape[2] < 5 or shape[2] % 2 == 0:
+            raise ValueError(f"cumulative must be [{sets}, tables, symbols + 1] with an even n_symbols, got {shape}")
+        steps = np.diff(self.cumulative.astype(np.int64), axis=-1)
+        if (self.cumulative[..., 0] != 0).any() or (self.cumulative[..., -1] != 1 << self.precision).any():
+            raise ValueError(f"cumulative must run from 0 to {1 << self.precision}")
+        if (steps < 0).any() or (steps[..., -1] == 0).any():
+            raise ValueError("cumulative must ascend, and its last symbol, the escape, must have a frequency")
+        if self.class_tables.ndim != 2 or self.class_tables.max() >= shape[1]:
+            raise ValueError(f"class_tables must be [classes, contexts] of tables below {shape[1]}")
+        n_classes, n_contexts = self.class_tables.shape
+        if self.weights.shape != (n_classes,):
+            raise ValueError(f"weights must be [{n_classes}], one for each class, got {self.weights.shape}")
+        if self.contexts.shape != (N_LEVELS,) or self.contexts.max() >= n_contexts:
+            raise ValueError(f"contexts must be [{N_LEVELS}] of contexts below {n_contexts}")
+        if self.classes.ndim != 1 or self.classes.shape != self.shifts.shape:
+            raise ValueError(f"classes {self.classes.shape} and shifts {self.shifts.shape} must be [n_coefficients]")
+        used = self.classes[self.active]
+        if used.size and used.max() >= n_classes:
+            raise ValueError(f"classes must lie below {n_classes}, got {used.max()}")
+        if self.shifts.size and self.shifts.max() > MAX_SHIFT:
+            raise ValueError(f"shifts must lie in 0..{MAX_SHIFT}, got {self.shifts.max()}")
+
+
+@dataclass
+class TokenModel:
+    """What each token has shown so far: it chooses the next symbol's table. Arrays of any one shape."""
+
+    tables: Tables
+    levels: NDArray[np.int64]
+    states: NDArray[np.int64]
+
+    @classmethod
+    def start(cls, tables: Tables, shape: tuple[int, ...]) -> TokenModel:
+        """Tokens of which nothing is known."""
+        return cls(tables, np.full(shape, FIRST_LEVEL, np.int64), np.zeros(shape, np.int64))
+
+    def cumulative(self, j: int) -> NDArray[np.uint64]:
+        """Cumulative frequencies ``[..., n_symbols + 1]`` of coefficient ``j``."""
+        tables = self.tables
+        context = tables.contexts[np.minimum(self.levels >> LEVEL_SHIFT, N_LEVELS - 1)]
+        table = tables.class_tables[tables.classes[j], context]
+        sets = self.states & 1 if tables.n_states > 1 else 0
+        return tables.cumulative[sets, table].astype(np.uint64)
+
+    def update(self, j: int, symbols: NDArray[np.int64], values: NDArray[np.int64]) -> None:
+        """Coefficient ``j`` was ``symbols``, which made ``values``."""
+        tables = self.tables
+        weighted = np.abs(symbols - tables.half) * int(tables.weights[tables.classes[j]])
+        self.levels = self.levels - (self.levels >> LEVEL_DECAY) + np.minimum(weighted, MAX_GAIN)
+        if tables.n_states > 1:
+            self.states = np.array(NEXT_STATES[tables.n_states])[self.states, values & 1]
 
 
 def block_lanes(n_tokens: int) -> int:
@@ -84,14 +181,9 @@ class _Lanes:
         return value
 
     def symbol(self, active: NDArray[np.bool_], cumulative: NDArray[np.uint64], precision: int) -> NDArray[np.int64]:
-        """``cumulative``: one row for all lanes ``[A + 1]``, or a row for each ``[n_blocks, n_lanes, A + 1]``."""
         slot = self.states & np.uint64((1 << precision) - 1)
-        if cumulative.ndim == 1:
-            symbol = np.searchsorted(cumulative, slot, side="right") - 1
-            start, stop = cumulative[symbol], cumulative[symbol + 1]
-        else:
-            symbol = (cumulative <= slot[..., None]).sum(axis=-1) - 1
-            start, stop = (np.take_along_axis(cumulative, (symbol + i)[..., None], -1)[..., 0] for i in (0, 1))
+        symbol = (cumulative <= slot[..., None]).sum(axis=-1) - 1
+        start, stop = (np.take_along_axis(cumulative, (symbol + i)[..., None], -1)[..., 0] for i in (0, 1))
         decoded = (stop - start) * (self.states >> np.uint64(precision)) + slot - start
         self.states = np.where(active, decoded, self.states)
         self.refill(active)
@@ -115,19 +207,11 @@ def unzigzag(number: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def _decode_equal(
-    words: Words,
-    starts: NDArray[np.int64],
-    ends: NDArray[np.int64],
-    n_tokens: int,
-    rows: NDArray[np.uint16],
-    shifts: NDArray[np.uint8],
-    cumulative: NDArray[np.uint16],
-    precision: int,
-    n_states: int,
+    words: Words, starts: NDArray[np.int64], ends: NDArray[np.int64], n_tokens: int, tables: Tables
 ) -> tuple[Symbols, NDArray[np.bool_]]:
     """Blocks of ``n_tokens`` each: symbols ``[n_coefficients, n_blocks, n_tokens]`` and which blocks are damaged."""
     n_blocks, n_lanes = len(starts), block_lanes(n_tokens)
-    symbols = np.zeros((len(rows), n_blocks, n_tokens), np.int32)
+    symbols = np.zeros((len(tables.classes), n_blocks, n_tokens), np.int32)
     payload = starts + HEADER_WORDS + 2 * n_lanes
     short = ends < payload
     safe = np.where(short, 0, starts)
@@ -143,12 +227,8 @@ def _decode_equal(
         damaged=short | (padded[safe].astype(np.int64) + 1 != n_tokens),
     )
     groups = -(-n_tokens // LANES)
-    active_rows = np.flatnonzero(rows != INACTIVE)
-    steps_left = groups * len(active_rows)
+    steps_left = groups * len(tables.active)
     lanes.damaged |= (lanes.states < STATE_LOW).any(axis=1) | (n_tail > steps_left)
-    tables, next_states = cumulative.astype(np.uint64), np.array(NEXT_STATES[n_states])
-    half = (cumulative.shape[2] - 3) // 2
-    escape = cumulative.shape[2] - 2
 
     def end_refills(now: NDArray[np.bool_]) -> None:
         lanes.states = np.where(now[:, None], (lanes.states - np.uint64(STATE_LOW)) & np.uint64(0xFFFFFFFF), lanes.states)
@@ -157,21 +237,18 @@ def _decode_equal(
     for group in range(groups):
         n_here = min(LANES, n_tokens - LANES * group)
         active = np.broadcast_to(np.arange(n_lanes) < n_here, (n_blocks, n_lanes))
-        trellis = np.zeros((n_blocks, n_lanes), np.int64)
-        for j in active_rows:
+        model = TokenModel.start(tables, (n_blocks, n_lanes))
+        for j in tables.active:
             end_refills(lanes.refills & (steps_left <= n_tail))
             steps_left -= 1
-            table = tables[trellis & 1, rows[j]] if n_states > 1 else tables[0, rows[j]]
-            symbol = lanes.symbol(active, table, precision)
-            escapes = active & (symbol == escape)
-            value = symbol - half
-            if shifts[j]:
-                low = lanes.bits(active & ~escapes, int(shifts[j]))
-                value = (value << int(shifts[j])) | low.astype(np.int64)
+            symbol = lanes.symbol(active, model.cumulative(j), tables.precision)
+            escapes, shift = active & (symbol == tables.escape), int(tables.shifts[j])
+            value = symbol - tables.half
+            if shift:
+                value = (value << shift) | lanes.bits(active & ~escapes, shift).astype(np.int64)
             if escapes.any():
                 value = np.where(escapes, unzigzag(lanes.number(escapes)), value)
-            if n_states > 1:
-                trellis = next_states[trellis, value & 1]
+            model.update(j, symbol, value)
             symbols[j, :, LANES * group : LANES * group + n_here] = value[:, :n_here].astype(np.int32)
     end_refills(lanes.refills)
     lanes.damaged |= (lanes.states != 0).any(axis=1) | (lanes.at != lanes.end)
@@ -179,24 +256,15 @@ def _decode_equal(
 
 
 def rans_decode_reference(
-    words: Words,
-    starts: NDArray[np.int64],
-    first_tokens: NDArray[np.int64],
-    rows: NDArray[np.uint16],
-    shifts: NDArray[np.uint8],
-    cumulative: NDArray[np.uint16],
-    precision: int,
-    n_states: int,
+    words: Words, starts: NDArray[np.int64], first_tokens: NDArray[np.int64], tables: Tables
 ) -> tuple[Symbols, NDArray[np.uint32]]:
     """The definition, on NumPy arrays shaped as in ``rans_decode.metal``: symbols and status."""
     lengths = np.diff(first_tokens)
-    symbols = np.zeros((len(rows), int(first_tokens[-1])), np.int32)
+    symbols = np.zeros((len(tables.classes), int(first_tokens[-1])), np.int32)
     status = np.zeros(len(lengths), np.uint32)
     for n_tokens in np.unique(lengths):
         blocks = np.flatnonzero(lengths == n_tokens)
-        decoded, damaged = _decode_equal(
-            words, starts[blocks], starts[blocks + 1], int(n_tokens), rows, shifts, cumulative, precision, n_states
-        )
+        decoded, damaged = _decode_equal(words, starts[blocks], starts[blocks + 1], int(n_tokens), tables)
         symbols[:, first_tokens[blocks][:, None] + np.arange(n_tokens)] = decoded
         status[blocks] = damaged
     return symbols, status
@@ -221,12 +289,8 @@ def rans_decode(
     words: mx.array,
     starts: mx.array,
     first_tokens: mx.array,
-    rows: mx.array,
-    shifts: mx.array,
-    cumulative: mx.array,
+    tables: Tables,
     *,
-    precision: int,
-    n_states: int = 1,
     backend: Backend | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Decode blocks of integers that ``veloxquant_mlx.codes.entropy.encode_blocks`` wrote.
@@ -235,11 +299,7 @@ def rans_decode(
         words: ``[n_words]`` uint16, the blocks' records.
         starts: ``[n_blocks + 1]`` uint32, where each record begins, and where the last ends.
         first_tokens: ``[n_blocks + 1]`` uint32, the first token of each block, and the number of all.
-        rows: ``[n_coefficients]`` uint16, each coefficient's table, or ``INACTIVE``.
-        shifts: ``[n_coefficients]`` uint8, plain low bits of each coefficient's symbols.
-        cumulative: ``[n_sets, n_rows, n_symbols + 1]`` uint16, cumulative frequencies.
-        precision: the frequencies of a row sum to ``2**precision``.
-        n_states: states of the trellis, 1 (none), 4 or 8.
+        tables: as for the encoder.
         backend: where to run; None takes Metal where it is MLX's default device, else the reference.
 
     Returns:
@@ -247,43 +307,30 @@ def rans_decode(
         whose symbols mean nothing.
 
     Raises:
-        ValueError: a precision, a number of states, a row or a shape outside of the format.
+        ValueError: tables outside of the format.
+        DamagedBlock: records that do not lie one after another within the words.
         TypeError: an array of another dtype.
     """
-    dtypes = (mx.uint16, mx.uint32, mx.uint32, mx.uint16, mx.uint8, mx.uint16)
-    names = ("words", "starts", "first_tokens", "rows", "shifts", "cumulative")
-    arrays = (words, starts, first_tokens, rows, shifts, cumulative)
-    for name, array, dtype in zip(names, arrays, dtypes, strict=True):
+    arrays = {"words": words, "starts": starts, "first_tokens": first_tokens}
+    for (name, array), dtype in zip(arrays.items(), (mx.uint16, mx.uint32, mx.uint32), strict=True):
         check_not_empty(name, array)
         if array.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {array.dtype}")
-    if n_states not in NEXT_STATES:
-        raise ValueError(f"n_states must be one of {sorted(NEXT_STATES)}, got {n_states}")
-    if not 1 <= precision <= MAX_PRECISION:
-        raise ValueError(f"precision must lie in 1..{MAX_PRECISION}, got {precision}")
-    if cumulative.ndim != 3 or cumulative.shape[0] != 1 + (n_states > 1) or cumulative.shape[2] < 4:
-        raise ValueError(f"cumulative must be [{1 + (n_states > 1)}, rows, symbols + 1], got {cumulative.shape}")
-    as_numpy = [np.array(array) for array in arrays]
-    check_layout(as_numpy[1].astype(np.int64), as_numpy[2].astype(np.int64), words.size)
-    used = as_numpy[3][as_numpy[3] != INACTIVE]
-    if rows.shape != shifts.shape or (used.size and used.max() >= cumulative.shape[1]):
-        raise ValueError(f"rows and shifts must be [n_coefficients] and name one of {cumulative.shape[1]} tables")
-    if as_numpy[4].max() > MAX_SHIFT:
-        raise ValueError(f"shifts must lie in 0..{MAX_SHIFT}, got {as_numpy[4].max()}")
+    tables.check()
+    begins, tokens = (np.array(array).astype(np.int64) for array in (starts, first_tokens))
+    check_layout(begins, tokens, words.size)
     backend = resolve_backend(backend)
-    n_blocks, n_tokens = starts.size - 1, int(as_numpy[2][-1])
     if backend == "reference":
-        symbols, status = rans_decode_reference(
-            as_numpy[0], as_numpy[1].astype(np.int64), as_numpy[2].astype(np.int64), *as_numpy[3:], precision, n_states
-        )
+        symbols, status = rans_decode_reference(np.array(words), begins, tokens, tables)
         return mx.array(symbols), mx.array(status)
+    names = ("classes", "shifts", "cumulative", "class_tables", "weights", "contexts")
     decoded, state = _KERNEL(
-        list(arrays),
+        [words, starts, first_tokens, *(mx.array(getattr(tables, name)) for name in names)],
         backend=backend,
-        template=[("PRECISION", precision), ("N_STATES", n_states)],
-        grid=(LANES * n_blocks, 1, 1),
+        template=[("PRECISION", tables.precision), ("N_STATES", tables.n_states)],
+        grid=(LANES * (starts.size - 1), 1, 1),
         threadgroup=(LANES, 1, 1),
-        output_shapes=[(rows.size, n_tokens), (n_blocks,)],
+        output_shapes=[(tables.classes.size, int(tokens[-1])), (starts.size - 1,)],
         output_dtypes=[mx.int32, mx.uint32],
     )
     return decoded, state
