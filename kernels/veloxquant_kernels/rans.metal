@@ -1,6 +1,6 @@
 // Interleaved rANS with 32-bit states and 16-bit words; rans_decode.metal has the format.
 //
-// A lane's state is at least RANS_LOW except in a block's tail. Every function is called by all lanes of a simdgroup.
+// Every function is called by all lanes of a simdgroup.
 constant uint RANS_LOW = 65536u;
 constant uint RANS_INACTIVE = 65535u;
 constant uint RANS_LEVEL = 8192u;
@@ -10,14 +10,13 @@ struct RansReader {
   uint state;  // of the lane
   uint at;     // next word, the same in all lanes
   uint end;
-  bool refills;  // whether states are refilled: not in the tail
   bool damaged;  // a word was missing, or a value impossible
 };
 
 // One word for each lane of `active` whose state has fallen below RANS_LOW, in the order of the lanes.
 template <typename Words>
 inline void rans_refill(thread RansReader& reader, bool active, Words words) {
-  const bool wants = active && reader.refills && reader.state < RANS_LOW;
+  const bool wants = active && reader.state < RANS_LOW;
   const uint before = simd_prefix_exclusive_sum(uint(wants));
   if (wants) {
     if (reader.at + before < reader.end) {

@@ -2,7 +2,6 @@
 //
 //   words [n_words] uint16: the blocks one after another, each a record of
 //     n_tokens - 1, with n_tokens within 1..256
-//     n_tail, the number of steps in the tail
 //     the states of L = min(32, n_tokens) lanes, low half and high half of each
 //     the words that refill the lanes' states
 //   starts [n_blocks + 1] uint32: where each record begins in words, and where the last one ends
@@ -26,8 +25,7 @@
 // min(weight * |s - (n_symbols - 2) / 2|, 1024) after 1/32 of the level has been taken away; contexts[min(level / 128,
 // 255)] is the context. With N_STATES of 4 or 8 a token also walks a trellis from state 0, driven by the parity of its numbers;
 // odd states read the second set of tables.
-// The last n_tail steps are the tail: at its begin 2**16 is subtracted from every state, and no word is taken. An intact
-// block ends with all states 0 and all words taken.
+// An intact block ends with all states 2**16 and all words taken.
 //
 // One simdgroup per block.
 const uint lane = thread_index_in_simdgroup;
@@ -42,29 +40,20 @@ const uint n_tokens = first_tokens[block + 1] - first;
 const uint n_lanes = min(n_tokens, 32u);
 const uint begin = starts[block];
 const uint end = min(starts[block + 1], uint(words_shape[0]));
-if (end < begin + 2 + 2 * n_lanes || uint(words[begin]) + 1 != n_tokens) {
+if (end < begin + 1 + 2 * n_lanes || uint(words[begin]) + 1 != n_tokens) {
   if (lane == 0) {
     status[block] = 1;
   }
   return;
 }
-uint n_active = 0;
-for (uint j = 0; j < n_coefficients; ++j) {
-  n_active += classes[j] == RANS_INACTIVE ? 0 : 1;
-}
-const uint n_steps = (n_tokens + 31) / 32 * n_active;
-const uint n_tail = words[begin + 1];
 RansReader reader;
 reader.state = RANS_LOW;
-reader.at = begin + 2 + 2 * n_lanes;
+reader.at = begin + 1 + 2 * n_lanes;
 reader.end = end;
-reader.refills = true;
-reader.damaged = n_tail > n_steps;
 if (lane < n_lanes) {
-  reader.state = uint(words[begin + 2 + 2 * lane]) | (uint(words[begin + 3 + 2 * lane]) << 16);
+  reader.state = uint(words[begin + 1 + 2 * lane]) | (uint(words[begin + 2 + 2 * lane]) << 16);
 }
-reader.damaged = reader.damaged || reader.state < RANS_LOW;
-uint steps_left = n_steps;
+reader.damaged = reader.state < RANS_LOW;
 for (uint group = 0; group < n_tokens; group += 32) {
   const bool active = group + lane < n_tokens;
   uint trellis = 0, level = RANS_LEVEL;
@@ -72,11 +61,6 @@ for (uint group = 0; group < n_tokens; group += 32) {
     const uint kind = classes[j];
     int value = 0;
     if (kind != RANS_INACTIVE) {
-      if (reader.refills && steps_left <= n_tail) {
-        reader.refills = false;
-        reader.state -= RANS_LOW;
-      }
-      steps_left -= 1;
       const uint table = class_tables[kind * n_contexts + contexts[min(level >> 7, 255u)]];
       const uint set = N_STATES > 1 ? trellis & 1u : 0u;
       const uint at = (set * n_tables + table) * (n_symbols + 1);
@@ -102,10 +86,7 @@ for (uint group = 0; group < n_tokens; group += 32) {
     }
   }
 }
-if (reader.refills) {
-  reader.state -= RANS_LOW;
-}
-const bool wrong = reader.damaged || reader.state != 0 || reader.at != end;
+const bool wrong = reader.damaged || reader.state != RANS_LOW || reader.at != end;
 const bool any_wrong = simd_any(wrong);
 if (lane == 0) {
   status[block] = any_wrong ? 1 : 0;

@@ -20,7 +20,7 @@ from veloxquant_kernels.kernel import Backend, Kernel, check_not_empty, resolve_
 LANES: Final = 32
 WORD_BITS: Final = 16
 STATE_LOW: Final = 1 << WORD_BITS
-"""Smallest state of a lane outside of a block's tail."""
+"""Smallest state of a lane, and its first one in the encoder."""
 INACTIVE: Final = 0xFFFF
 """The class of a coefficient that is always zero."""
 FIRST_LEVEL: Final = 1 << 13
@@ -32,7 +32,7 @@ MAX_BLOCK_TOKENS: Final = 256
 MAX_SHIFT: Final = 16
 MAX_PRECISION: Final = 15
 LENGTH_BITS: Final = 6
-HEADER_WORDS: Final = 2
+HEADER_WORDS: Final = 1
 
 NEXT_STATES: Final[dict[int, tuple[tuple[int, int], ...]]] = {
     1: ((0, 0),),
@@ -161,11 +161,10 @@ class _Lanes:
     states: NDArray[np.uint64]
     at: NDArray[np.int64]
     end: NDArray[np.int64]
-    refills: NDArray[np.bool_]
     damaged: NDArray[np.bool_]
 
     def refill(self, active: NDArray[np.bool_]) -> None:
-        wants = active & self.refills[:, None] & (self.states < STATE_LOW)
+        wants = active & (self.states < STATE_LOW)
         position = self.at[:, None] + np.cumsum(wants, axis=1) - wants
         there = wants & (position < self.end[:, None])
         self.damaged |= (wants & ~there).any(axis=1)
@@ -216,31 +215,21 @@ def _decode_equal(
     short = ends < payload
     safe = np.where(short, 0, starts)
     padded = np.concatenate([words, np.zeros(HEADER_WORDS + 2 * LANES, np.uint16)])
-    n_tail = padded[safe + 1].astype(np.int64)
     halves = padded[safe[:, None] + HEADER_WORDS + np.arange(2 * n_lanes)].astype(np.uint64)
     lanes = _Lanes(
         words=padded,
         states=halves[:, ::2] | (halves[:, 1::2] << np.uint64(WORD_BITS)),
         at=payload.copy(),
         end=ends,
-        refills=np.ones(n_blocks, np.bool_),
         damaged=short | (padded[safe].astype(np.int64) + 1 != n_tokens),
     )
     groups = -(-n_tokens // LANES)
-    steps_left = groups * len(tables.active)
-    lanes.damaged |= (lanes.states < STATE_LOW).any(axis=1) | (n_tail > steps_left)
-
-    def end_refills(now: NDArray[np.bool_]) -> None:
-        lanes.states = np.where(now[:, None], (lanes.states - np.uint64(STATE_LOW)) & np.uint64(0xFFFFFFFF), lanes.states)
-        lanes.refills &= ~now
-
+    lanes.damaged |= (lanes.states < STATE_LOW).any(axis=1)
     for group in range(groups):
         n_here = min(LANES, n_tokens - LANES * group)
         active = np.broadcast_to(np.arange(n_lanes) < n_here, (n_blocks, n_lanes))
         model = TokenModel.start(tables, (n_blocks, n_lanes))
         for j in tables.active:
-            end_refills(lanes.refills & (steps_left <= n_tail))
-            steps_left -= 1
             symbol = lanes.symbol(active, model.cumulative(j), tables.precision)
             escapes, shift = active & (symbol == tables.escape), int(tables.shifts[j])
             value = symbol - tables.half
@@ -250,8 +239,7 @@ def _decode_equal(
                 value = np.where(escapes, unzigzag(lanes.number(escapes)), value)
             model.update(j, symbol, value)
             symbols[j, :, LANES * group : LANES * group + n_here] = value[:, :n_here].astype(np.int32)
-    end_refills(lanes.refills)
-    lanes.damaged |= (lanes.states != 0).any(axis=1) | (lanes.at != lanes.end)
+    lanes.damaged |= (lanes.states != STATE_LOW).any(axis=1) | (lanes.at != lanes.end)
     return symbols, lanes.damaged
 
 

@@ -17,10 +17,8 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kLow = 1u << 16;
-constexpr uint64_t kTailLimit = (uint64_t(1) << 32) - kLow;
 constexpr uint16_t kInactive = 0xFFFF;
-constexpr int kMaxTail = 0xFFFF;
-constexpr int kHeader = 2;
+constexpr int kHeader = 1;
 constexpr int kLengthBits = 6;
 constexpr uint32_t kFirstLevel = 1u << 13;
 constexpr uint32_t kMaxGain = 1024;
@@ -60,10 +58,6 @@ struct Escape {
   int lane;
 };
 
-inline uint64_t pushed(uint64_t x, const Part& p) {
-  return ((x / p.frequency) << p.width) + x % p.frequency + p.start;
-}
-
 // One block, encoded backwards from its last step.
 class BlockEncoder {
  public:
@@ -74,16 +68,13 @@ class BlockEncoder {
     const int lanes = std::min(n_tokens, kLanes), groups = (n_tokens + kLanes - 1) / kLanes;
     const size_t n_steps = size_t(groups) * active_.size();
     choose(symbols, n_tokens);
-    uint64_t state[kLanes] = {};
-    size_t tail = 0;
-    while (tail < n_steps && tail < size_t(kMaxTail) && grow_tail(n_steps - 1 - tail, n_tokens, state)) ++tail;
-    for (int l = 0; l < lanes; ++l) state[l] += kLow;
+    uint32_t state[kLanes];
+    std::fill(state, state + kLanes, kLow);
     reversed_.clear();
-    for (size_t step = n_steps - tail; step-- > 0;) put(step, n_tokens, state);
+    for (size_t step = n_steps; step-- > 0;) put(step, n_tokens, state);
     const size_t n_words = kHeader + 2 * size_t(lanes) + reversed_.size();
     if (out) {
       out->push_back(uint16_t(n_tokens - 1));
-      out->push_back(uint16_t(tail));
       for (int l = 0; l < lanes; ++l) {
         out->push_back(uint16_t(state[l]));
         out->push_back(uint16_t(state[l] >> 16));
@@ -129,7 +120,7 @@ class BlockEncoder {
 
   // Calls f(lane, part) in encoding order: the parts of a step backwards, in each the lanes backwards.
   template <typename F>
-  bool each_part(size_t step, int n_tokens, F f) {
+  void each_part(size_t step, int n_tokens, F f) {
     const int group = int(step / active_.size()), here = std::min(kLanes, n_tokens - group * kLanes);
     const int shift = t_.shifts[active_[step % active_.size()]];
     const std::vector<Escape>& escapes = escapes_[step];
@@ -141,7 +132,7 @@ class BlockEncoder {
         const Part part = pass == 0   ? Part{mantissa >> 16, 1, uint8_t(rest - low)}
                           : pass == 1 ? Part{mantissa & 0xFFFF, 1, uint8_t(low)}
                                       : Part{uint32_t(length), 1, kLengthBits};
-        if (!f(escapes[i].lane, part)) return false;
+        f(escapes[i].lane, part);
       }
     }
     if (shift) {
@@ -149,36 +140,22 @@ class BlockEncoder {
       for (int l = here; l-- > 0;) {
         if (i > 0 && escapes[i - 1].lane == l) {
           --i;
-        } else if (!f(l, Part{lows_[step * kLanes + l], 1, uint8_t(shift)})) {
-          return false;
+        } else {
+          f(l, Part{lows_[step * kLanes + l], 1, uint8_t(shift)});
         }
       }
     }
-    for (int l = here; l-- > 0;)
-      if (!f(l, parts_[step * kLanes + l])) return false;
-    return true;
+    for (int l = here; l-- > 0;) f(l, parts_[step * kLanes + l]);
   }
 
-  bool grow_tail(size_t step, int n_tokens, uint64_t* state) {
-    uint64_t grown[kLanes];
-    memcpy(grown, state, sizeof grown);
-    const bool fits = each_part(step, n_tokens, [&](int lane, const Part& part) {
-      grown[lane] = pushed(grown[lane], part);
-      return grown[lane] < kTailLimit;
-    });
-    if (fits) memcpy(state, grown, sizeof grown);
-    return fits;
-  }
-
-  void put(size_t step, int n_tokens, uint64_t* state) {
+  void put(size_t step, int n_tokens, uint32_t* state) {
     each_part(step, n_tokens, [&](int lane, const Part& part) {
-      uint32_t x = uint32_t(state[lane]);
+      uint32_t x = state[lane];
       if (x >= uint64_t(part.frequency) << (32 - part.width)) {
         reversed_.push_back(uint16_t(x));
         x >>= 16;
       }
       state[lane] = ((x / part.frequency) << part.width) + x % part.frequency + part.start;
-      return true;
     });
   }
 
@@ -215,11 +192,11 @@ struct Reader {
   uint32_t state[kLanes];
   const uint16_t* words;
   const uint16_t* end;
-  bool refills = true, damaged = false;
+  bool damaged = false;
 
   // One word for a lane that needs it.
   void refill(int l) {
-    if (refills && state[l] < kLow) {
+    if (state[l] < kLow) {
       if (words < end) {
         state[l] = (state[l] << 16) | *words++;
       } else {
@@ -276,9 +253,6 @@ bool decode_block(const VqTables& t, const Lookup& lookup, const std::vector<int
                   const uint16_t* end, int n_tokens, const Output& out, size_t first_token) {
   const int lanes = std::min(n_tokens, kLanes), half = half_of(t), escape = t.n_symbols - 1;
   if (end - words < kHeader + 2 * lanes || words[0] + 1 != n_tokens) return false;
-  const size_t n_tail = words[1];
-  size_t steps_left = size_t((n_tokens + kLanes - 1) / kLanes) * active.size();
-  if (n_tail > steps_left) return false;
   Reader r;
   r.end = end;
   for (int l = 0; l < lanes; ++l) {
@@ -297,16 +271,11 @@ bool decode_block(const VqTables& t, const Lookup& lookup, const std::vector<int
     std::fill(level, level + kLanes, kFirstLevel);
     std::fill(trellis, trellis + kLanes, uint8_t(0));
     for (int j : active) {
-      if (r.refills && steps_left <= n_tail) {
-        r.refills = false;
-        for (int l = 0; l < lanes; ++l) r.state[l] -= kLow;
-      }
-      --steps_left;
       const int kind = t.classes[j], shift = t.shifts[j];
       const uint16_t* class_tables = t.class_tables + size_t(kind) * t.n_contexts;
       const uint32_t weight = t.weights[kind];
       const uint16_t* next_word = r.words;
-      const bool plenty = r.refills && r.end - next_word >= kLanes;
+      const bool plenty = r.end - next_word >= kLanes;
       bool escapes = false;
       for (int l = 0; l < here; ++l) {
         rows[l] = class_tables[kContexts ? context_of(t, level[l]) : 0];
@@ -353,10 +322,8 @@ bool decode_block(const VqTables& t, const Lookup& lookup, const std::vector<int
         for (int l = 0; l < here; ++l) trellis[l] = next[trellis[l]][values[l] & 1];
     }
   }
-  if (r.refills)
-    for (int l = 0; l < lanes; ++l) r.state[l] -= kLow;
   for (int l = 0; l < lanes; ++l)
-    if (r.state[l] != 0) return false;
+    if (r.state[l] != kLow) return false;
   return r.words == r.end;
 }
 
