@@ -93,7 +93,7 @@ def find_compiler() -> tuple[str, str]:
     raise CompilerNotFound("no C++ compiler found: install g++ or clang++, or set CXX")
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
     hasher = hashlib.sha256()
     for part in parts:
         hasher.update(part.encode())
@@ -101,7 +101,7 @@ def _digest(*parts: str) -> str:
     return hasher.hexdigest()[:32]
 
 
-def _compile(commands: list[list[str]], produced: Path, target: Path) -> None:
+def compile_library(commands: list[list[str]], produced: Path, target: Path) -> None:
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=produced.parent)
         if done.returncode != 0:
@@ -114,14 +114,14 @@ def _runtime_library(directory: Path) -> Path:
     compiler, version = find_compiler()
     texts = [(HERE / name).read_text() for name in ("runtime.cpp", "runtime.h")]
     flags = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-D_DARWIN_C_SOURCE", *_COMMON, "-fvisibility=default"]
-    target = directory / f"libvqruntime-{_digest(*texts, *flags, version, platform.machine())}.so"
+    target = directory / f"libvqruntime-{digest(*texts, *flags, version, platform.machine())}.so"
     if not target.exists():
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             produced = Path(folder) / target.name
             install_name = [f"-Wl,-install_name,@rpath/{target.name}"] if platform.system() == "Darwin" else []
             source = str(HERE / "runtime.cpp")
-            _compile([[compiler, *flags, *install_name, "-shared", source, "-o", str(produced), "-ldl"]],
+            compile_library([[compiler, *flags, *install_name, "-shared", source, "-o", str(produced), "-ldl"]],
                      produced, target)  # fmt: skip
     return target
 
@@ -172,7 +172,7 @@ def _build(text: str, mode: Mode, directory: Path) -> Module:
     runtime = _runtime_library(directory)
     flags = [*_KERNEL_FLAGS[mode], *_COMMON, f"-I{HERE}"]
     prelude = (HERE / "metal_prelude.hpp").read_text()
-    key = _digest(text, prelude, *flags, version, runtime.name)
+    key = digest(text, prelude, *flags, version, runtime.name)
     target, source = directory / f"{key}.so", directory / f"{key}.cpp"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=directory) as folder:
@@ -184,7 +184,7 @@ def _build(text: str, mode: Mode, directory: Path) -> Module:
             if mode == "coverage":
                 unit = directory / f"{key}.o"  # gcov looks for its notes beside the object
                 link = [*link[:2], str(unit), *link[3:], "--coverage"]
-            _compile([[compiler, *flags, "-c", str(source), "-o", str(unit)], link], produced, target)
+            compile_library([[compiler, *flags, "-c", str(source), "-o", str(unit)], link], produced, target)
     library = ctypes.CDLL(str(target))
     entry = ctypes.cast(library.vq_entry, ctypes.c_void_p).value
     assert entry is not None
