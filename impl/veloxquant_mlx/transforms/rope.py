@@ -217,7 +217,7 @@ def _check_length_independence(module: RotateFunction, dim: int) -> None:
 
 def rope_modules(model: Module) -> Iterator[tuple[str, RotateFunction]]:
     """What in a model may rotate, by name: modules and methods called rope or rotary, and tables of frequencies."""
-    for path, module in model.named_modules():
+    for path, module in model.named_modules():  # type: ignore[no-untyped-call]
         name = path.rsplit(".", 1)[-1]
         if any(word in text.lower() for text in (name, type(module).__name__) for word in ("rope", "rotary")):
             if callable(module):
