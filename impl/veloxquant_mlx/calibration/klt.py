@@ -93,7 +93,7 @@ class KLTCalibration:
         step: the operating step in √nats; other steps work, the forecast from below is fitted to this one.
         layers: one for every layer with a KV cache, in the model's order, which is the order of prediction.
         provenance: model, text and settings.
-        line_hashes: ``[n]`` uint64, of the calibration text's lines (:meth:`shared_lines`).
+        line_hashes: ``[n]`` uint64, of the lines of all texts that were given (:meth:`shared_lines`).
     """
 
     scope: Scope
@@ -300,6 +300,7 @@ def calibrate_klt(
         weights_sha256: :func:`model_sha256` of the model, where the caller has it.
 
     Raises:
+        TypeError: one string in place of several texts.
         ValueError: a scope or number out of range, texts too short, a rope that cannot be probed, a model without KV
             caches, numbers that are not finite, naming the layer.
     """
@@ -311,9 +312,12 @@ def calibrate_klt(
         raise ValueError(f"epsilon must be finite and above 0, got {epsilon!r}")
     start = time.monotonic()
     ropes = probe_ropes(model)
+    if isinstance(texts, str):
+        raise TypeError("texts must be an iterable of documents, got one string: pass [text]")
+    documents = list(bundled_texts() if texts is None else texts)
     sequences = calibration_sequences(
         tokenizer,
-        bundled_texts() if texts is None else texts,
+        documents,
         num_samples=gradient_sequences + vector_sequences,
         seq_len=split.tokens,
     )
@@ -374,13 +378,7 @@ def calibrate_klt(
         seconds=round(time.monotonic() - start, 1),
         settings={"epsilon": epsilon, "split": asdict(split), "bits": asdict(bits)},
     )
-    read = text_line_hashes(_whole_lines(tokenizer, sequences))
-    return KLTCalibration(scope, step, tuple(made), provenance, read)
-
-
-def _whole_lines(tokenizer: Any, sequences: NDArray[np.int32]) -> list[str]:
-    """The sequences' text; a first or last line that a cut has shortened is hashed to no harm."""
-    return [str(tokenizer.decode([int(i) for i in ids])) for ids in sequences]
+    return KLTCalibration(scope, step, tuple(made), provenance, text_line_hashes(documents))
 
 
 def cached_shapes(model: Module, layers: Sequence[int]) -> dict[int, CachedShape]:
