@@ -74,6 +74,8 @@ class AlignedBatch(TokenStore, Generic[Single]):
                 self._remaining[i] -= count
             if count:
                 sequence.store(*(x[i : i + 1, :, begin : begin + count] for x in half))
+            else:
+                sequence.storage.idle(sequence.offset)
         self._idx += new
         width = self._idx if self.spec.max_size is None else min(self._idx, self.spec.max_size - 1 + new)
         fetched = self._aligned(width, fetch_dtype(dtype), keys, values)

@@ -21,6 +21,9 @@ class LayerStore(ABC):
     def append(self, keys: mx.array, values: mx.array, offset: int) -> None:
         """Store ``[B, H, L, D]`` fp16 of the positions ``offset`` and behind."""
 
+    def idle(self, offset: int) -> None:
+        """A step that brings other sequences of a batch tokens and this one none."""
+
     @abstractmethod
     def fetch(self, offset: int, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Decode the last ``tokens`` tokens before ``offset`` to ``[B, H, tokens, D]``."""

@@ -140,6 +140,10 @@ class KLTCalibration:
 
     def save(self, path: str | Path) -> None:
         """Write one ``.safetensors`` file, to :meth:`load`."""
+        mx.save_safetensors(str(path), *self.parts())
+
+    def parts(self) -> tuple[dict[str, mx.array], dict[str, str]]:
+        """Arrays and metadata of its file."""
         arrays = {f"{layer.layer}.{name}": a for layer in self.layers for name, a in layer.arrays().items()}
         arrays["line_hashes"] = mx.array(self.line_hashes)
         metadata = {
@@ -148,9 +152,9 @@ class KLTCalibration:
             "step": repr(self.step),
             "layers": json.dumps([layer.description() for layer in self.layers]),
             "provenance": json.dumps(asdict(self.provenance)),
-            "arrays_sha256": _arrays_sha256(arrays),
+            "arrays_sha256": arrays_sha256(arrays),
         }
-        mx.save_safetensors(str(path), arrays, metadata)
+        return arrays, metadata
 
     @classmethod
     def load(cls, path: str | Path, *, scope: Scope | None = None) -> Self:
@@ -168,19 +172,9 @@ class KLTCalibration:
             arrays, metadata = loaded
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path} is no calibration of this version ({FORMAT})")
-            if metadata["arrays_sha256"] != _arrays_sha256(arrays):
+            if metadata["arrays_sha256"] != arrays_sha256(arrays):
                 raise ValueError(f"{path} is damaged: its tables do not have the hash it states; calibrate again")
-            layers = tuple(
-                LayerKLT.from_arrays(_under(arrays, f"{description['layer']}."), description)
-                for description in json.loads(metadata["layers"])
-            )
-            made = cls(
-                scope=metadata["scope"],
-                step=float(metadata["step"]),
-                layers=layers,
-                provenance=KLTProvenance(**json.loads(metadata["provenance"])),
-                line_hashes=np.array(arrays["line_hashes"]),
-            )
+            made = cls.from_parts(arrays, metadata)
         except FileNotFoundError:
             raise
         except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
@@ -189,12 +183,32 @@ class KLTCalibration:
             raise ValueError(f"{path} is a calibration of scope {made.scope!r}, not {scope!r}")
         return made
 
+    @classmethod
+    def from_parts(cls, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> Self:
+        """The calibration of what :meth:`parts` gave.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        layers = tuple(
+            LayerKLT.from_arrays(_under(arrays, f"{description['layer']}."), description)
+            for description in json.loads(metadata["layers"])
+        )
+        scope: Any = metadata["scope"]
+        return cls(
+            scope=scope,
+            step=float(metadata["step"]),
+            layers=layers,
+            provenance=KLTProvenance(**json.loads(metadata["provenance"])),
+            line_hashes=np.array(arrays["line_hashes"]),
+        )
+
 
 def _under(arrays: Mapping[str, mx.array], prefix: str) -> dict[str, mx.array]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def _arrays_sha256(arrays: Mapping[str, mx.array]) -> str:
+def arrays_sha256(arrays: Mapping[str, mx.array]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = mx.contiguous(arrays[name])
