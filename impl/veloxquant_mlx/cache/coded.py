@@ -313,15 +313,13 @@ class CodedStore(LayerStore):
             for tier in range(len(ends) + 1):
                 own = moved[tiers[moved] == tier]
                 if len(own):
-                    zone = code.tiers[tier].zone
-                    symbols[:, own] = zone.quantize(y[:, own])
-                    y[:, own] = zone.values(symbols[:, own])
+                    symbols[:, own] = code.tiers[tier].quantize(y[:, own])
+                    y[:, own] = code.tiers[tier].zone.values(symbols[:, own])
         if x.shape[1]:
             new = np.array(transform.encode(x, self._below(handed, stop - x.shape[1], stop)))
-            zone = code.tiers[-1].zone
-            new_symbols = zone.quantize(new)
+            new_symbols = code.tiers[-1].quantize(new)
             symbols = np.concatenate([symbols, new_symbols], axis=1)
-            y = np.concatenate([y, zone.values(new_symbols)], axis=1)
+            y = np.concatenate([y, code.tiers[-1].zone.values(new_symbols)], axis=1)
         coded_stop = max(self._start, stop) if x.shape[1] else self._stop
         decoded_first = first
         if not self.keep_decoded:

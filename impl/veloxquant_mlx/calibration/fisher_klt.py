@@ -37,7 +37,7 @@ from veloxquant_mlx.calibration.klt import (
 )
 from veloxquant_mlx.calibration.vectors import captured_vectors
 from veloxquant_mlx.codes.deadzone import DeadZone
-from veloxquant_mlx.codes.entropy import EntropyTables, coded_nbytes
+from veloxquant_mlx.codes.entropy import coded_nbytes
 from veloxquant_mlx.codes.fit import fit_tables
 from veloxquant_mlx.codes.layer import LayerCode, SharedTables, TierCode
 from veloxquant_mlx.transforms.klt import SCOPES, CachedShape, LayerKLT, Scope
@@ -443,7 +443,7 @@ def _fit_at(
             own_decoded.append(last)
             own_kept.append(y[len(chosen) :])
             some_of = slice(None, len(chosen), 1 if tier == 0 else 2)
-            symbols.append(q[some_of].astype(np.int32))
+            symbols.append(_all_coded(q[some_of]))
         zones[layer] = own_zones[::-1]
         decoded[layer] = own_decoded[::-1]
         kept[layer] = own_kept[::-1]
@@ -463,8 +463,11 @@ def _fit_at(
     return _Fitted(transforms, tiers, kept)
 
 
-def _active(symbols: NDArray[np.int32], tables: EntropyTables) -> NDArray[np.int32]:
-    return np.where(tables.active, symbols, 0).astype(np.int32)
+def _all_coded(symbols: NDArray[np.int32]) -> NDArray[np.int32]:
+    """With a one in columns of zeros: a coefficient that calibration never saw above zero must still have a code."""
+    symbols = symbols.copy()
+    symbols[0, ~symbols.any(axis=0)] = 1
+    return symbols
 
 
 def measured_bits(
@@ -491,15 +494,12 @@ def measured_bits(
         for tier, code in enumerate(tiers):
             y = coefficients[layer][tier]
             y = y if tier == 0 else y[: max(256, len(y) // 4)]
-            q = _active(replace(code.zone, step=code.zone.step * scale).quantize(y), code.tables)
+            q = replace(code, zone=replace(code.zone, step=code.zone.step * scale)).quantize(y)
             for length in {part.last - part.first for part in parts if part.tier == tier}:
                 count = sum(part.tier == tier and part.last - part.first == length for part in parts)
-                whole = len(q) // length * length if len(q) >= length else 0
-                if not whole:
-                    raise ValueError(f"held-out sequences have {len(q)} tokens, too few for a block of {length}")
-                if count == 1 and length < 64 and tier == 0:
-                    whole = min(whole, 32 * length)
-                nbytes = coded_nbytes(np.ascontiguousarray(q[:whole]), code.tables, length)
+                some = q if len(q) >= length else np.resize(q, (length, q.shape[1]))
+                whole = min(len(some) // length, 8 if count == 1 else 1 << 30) * length
+                nbytes = coded_nbytes(np.ascontiguousarray(some[:whole]), code.tables, length)
                 total += 8 * nbytes * count / (whole // length)
     return total / values
 

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from veloxquant_mlx.codes.deadzone import DeadZone
+from veloxquant_mlx.codes.deadzone import DeadZone, Singles, Symbols
 from veloxquant_mlx.codes.entropy import EntropyTables, TableFamily
 from veloxquant_mlx.transforms.klt import LayerKLT
 
@@ -61,6 +61,11 @@ class TierCode:
     def tables(self) -> EntropyTables:
         """For encoder and decoder; it shares the arrays' memory."""
         return EntropyTables(self.shared.family, viewed(self.classes), viewed(self.shifts))
+
+    def quantize(self, y: Singles) -> Symbols:
+        """Integers of coefficients ``[..., n]``; one that the tables do not code becomes zero."""
+        symbols = self.zone.quantize(y)
+        return symbols if self.tables.active.all() else np.where(self.tables.active, symbols, np.int32(0))
 
     def arrays(self) -> dict[str, mx.array]:
         """The arrays that are this tier's own."""
