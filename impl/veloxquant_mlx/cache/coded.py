@@ -12,12 +12,13 @@ such cut there is one block up to the last 32nd position and one for the rest, w
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import mlx.core as mx
 import numpy as np
@@ -59,7 +60,7 @@ def cut_into_blocks(start: int, ends: Sequence[int], stop: int) -> list[Part]:
         else:
             cuts = set(range(first + LARGE_BLOCK, last, LARGE_BLOCK))
         edges = [first, *sorted(cuts), last]
-        parts += [Part(tier, a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        parts += [Part(tier, a, b) for a, b in itertools.pairwise(edges) if b > a]
     return parts
 
 
@@ -110,7 +111,7 @@ class Handoff:
             if (handed.offset, handed.stop, handed.decoded.shape[0]) == (offset, stop, n_batch):
                 return handed
         raise RuntimeError(
-            f"layer {reader} is predicted from layer {source}, which has decoded nothing for tokens {offset} to {stop}: "
+            f"layer {reader} is predicted from layer {source}, which decoded nothing for tokens {offset} to {stop}: "
             "caches of one calibration must be updated layer by layer, all from the same token on"
         )
 
@@ -188,17 +189,12 @@ class CodedSpec:
 
 
 class CodedStore(LayerStore):
-    """Storage of one layer as ``spec`` says.
+    """Storage of one layer as ``spec`` says."""
 
-    Attributes:
-        keep_decoded: whether the decoded keys and values of all tokens stay beside the coded ones, to save the time of
-            decoding them at every step: what attention reads is the same. They are no part of what the cache says it
-            holds; only a measurement of quality may switch this on, before anything is stored.
-    """
+    can_keep_decoded: ClassVar[bool] = True
 
     def __init__(self, spec: CodedSpec) -> None:
         self.spec = spec
-        self.keep_decoded = False
         self._shape: CachedShape | None = None
         self._n_batch = 0
         self._start = self._stop = 0

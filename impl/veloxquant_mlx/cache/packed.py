@@ -36,6 +36,8 @@ class PackedKVCache(PackedSequence):
     @property
     def attention(self) -> str:
         """How attention reads the cache: ``plain`` decodes every token of every step, with the reason if known."""
+        if self.keep_decoded:
+            return "plain (decoded tokens kept beside the coded ones to save time)"
         return "plain" if self.not_fused is None else f"plain ({self.not_fused})"
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -194,6 +194,27 @@ class PackedSequence(TokenStore):
         self.dtype_name = dtype_name
         self.storage.load_state(held, offset)
 
+    @property
+    def keep_decoded(self) -> bool:
+        """Whether decoded tokens stay beside the coded ones; false for a storage that decodes quickly enough.
+
+        Setting it has no effect there.
+
+        Raises:
+            ValueError: it is set on a cache that holds tokens.
+        """
+        return self.storage.keep_decoded
+
+    @keep_decoded.setter
+    def keep_decoded(self, keep: bool) -> None:
+        if not self.empty():
+            raise ValueError("keep_decoded can only be set while the cache is empty")
+        self.storage.keep_decoded = keep and self.storage.can_keep_decoded
+
+    def decoded_arrays(self) -> list[mx.array]:
+        """What :attr:`keep_decoded` keeps beside the tokens that are held."""
+        return self.storage.decoded_arrays()
+
     def rows(self, index: slice) -> Self:
         """A cache of some sequences of a lockstep batch, with the same observers."""
         part = copy.copy(self)
@@ -228,5 +249,5 @@ class PackedSequence(TokenStore):
         return self.storage.values_held(self.size())
 
     def formula_nbytes(self) -> Fraction:
-        """Bytes in use by the codes' own formulas: from token counts, and where the data decide, from what they decided."""
+        """Bytes in use by the codes' own formulas: token counts, and where the data decide, what they decided."""
         return self.storage.formula_nbytes(self.size())

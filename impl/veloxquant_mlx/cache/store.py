@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import mlx.core as mx
 
@@ -15,13 +15,27 @@ from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
 
 class LayerStore(ABC):
-    """Keys and values of one layer, for one sequence or for several in lockstep; positions are the cache's to know."""
+    """Keys and values of one layer, for one sequence or for several in lockstep; positions are the cache's to know.
+
+    Attributes:
+        can_keep_decoded: whether ``keep_decoded`` may be set.
+        keep_decoded: whether decoded tokens stay beside the coded ones, to save the time of decoding them at every
+            step. What attention reads is the same. They are no part of what is held, so only a measurement of quality
+            may ask for it, before anything is stored.
+    """
+
+    can_keep_decoded: ClassVar[bool] = False
+    keep_decoded: bool = False
+
+    def decoded_arrays(self) -> list[mx.array]:
+        """What ``keep_decoded`` keeps."""
+        return []
 
     @abstractmethod
     def append(self, keys: mx.array, values: mx.array, offset: int) -> None:
         """Store ``[B, H, L, D]`` fp16 of the positions ``offset`` and behind."""
 
-    def idle(self, offset: int) -> None:
+    def idle(self, offset: int) -> None:  # noqa: B027  (most storages have nothing to do)
         """A step that brings other sequences of a batch tokens and this one none."""
 
     @abstractmethod

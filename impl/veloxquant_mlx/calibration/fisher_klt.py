@@ -114,7 +114,9 @@ class Measurements:
                 line_hashes = held["line_hashes"]
         except (KeyError, ValueError, OSError, EOFError) as error:
             raise ValueError(f"{path} holds no measurements of this model: {error}") from error
-        return cls(fishers, vectors, _shapes(model, ropes), ropes, window_sizes(model, list(ropes)), provenance, line_hashes)
+        return cls(
+            fishers, vectors, _shapes(model, ropes), ropes, window_sizes(model, list(ropes)), provenance, line_hashes
+        )
 
 
 def _shapes(model: Module, layers: Mapping[int, Any]) -> dict[int, CachedShape]:
@@ -229,12 +231,17 @@ class FisherCode:
             handoff=self.handoff,
         )
 
-    def caches(self, model: Module) -> list[Any]:
+    def caches(self, model: Module, *, weights_sha256: str | None = None) -> list[Any]:
         """One cache per layer of the model, for ``prompt_cache=`` of mlx-lm.
 
+        Args:
+            model: the one that was calibrated.
+            weights_sha256: its :func:`model_sha256`, or whatever it was calibrated under, where the caller has it.
+
         Raises:
-            ValueError: the model is not the one that was calibrated, by the kinds of its caches.
+            ValueError: another model.
         """
+        self.klt.check_model(model, sha256=weights_sha256)
         own = make_prompt_cache(model)
         attention = {i for i, cache in enumerate(own) if isinstance(cache, (KVCache, RotatingKVCache))}
         if attention != set(self.layers):
