@@ -239,9 +239,7 @@ def test_coding_anew_stays_within_the_steps() -> None:
     for i in range(200):
         keys, values = cache.update_and_fetch(x[:, :, i : i + 1], -x[:, :, i : i + 1])
     transform = layer.transform
-    was, now = (
-        np.array(transform.encode(transform.vectors(k, v))[0]) for k, v in ((x, -x), (keys, values))
-    )
+    was, now = (np.array(transform.encode(transform.vectors(k, v))[0]) for k, v in ((x, -x), (keys, values)))
     error = np.abs(was - now)
     steps = [tier.zone.step for tier in layer.tiers]
     slack = 1e-2 * steps[-1]  # fp16 tables: what encode does to decode's output

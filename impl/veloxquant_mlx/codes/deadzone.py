@@ -1,7 +1,7 @@
 """A uniform code with a dead zone: integers of coefficients, and what the integers stand for.
 
-``q = sign(y) ⌊|y|/Δ + 1 − z⌋`` with z = .6: a coefficient below .6 steps becomes zero, larger ones are cut at every step
-from there. An integer stands for the centroid of its bin, as calibration coefficients fill it (Sullivan 1996).
+``q = sign(y) ⌊|y|/Δ + 1 − z⌋`` with z = .6: a coefficient below .6 steps becomes zero, larger ones are cut at every
+step from there. An integer stands for the centroid of its bin, as calibration coefficients fill it (Sullivan 1996).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Singles = NDArray[np.float32]
 Symbols = NDArray[np.int32]
 
 CENTROIDS: Final = 16
-"""Bins on each side of zero that have a centroid of their own; the last one's place within its bin serves all behind."""
+"""Bins on each side of zero with a centroid of their own; the last one's place within its bin serves all behind."""
 LEAST_COUNT: Final = 50
 """Coefficients that a bin must hold for a centroid of its own."""
 
