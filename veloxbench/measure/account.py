@@ -17,7 +17,6 @@ from veloxbench.errors import EngagementError
 from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxbench.records.record import LayerEngagement
 
-
 SMALL_NBYTES = 4096
 """NumPy arrays up to this size may be anything, a plan or a table of a few numbers: nothing that grows with tokens."""
 
@@ -66,7 +65,8 @@ def held_arrays(cache: Any) -> list[HeldArray]:
     """Every token array of a cache, with the slots in use.
 
     A cache may say itself what it holds (``held_arrays()`` and ``static_arrays()``), and what a measurement of quality
-    let it keep in decoded form beside that (``decoded_arrays()``, which is not counted); otherwise each array found on it counts, with axis -2 as its token slots, filled up to the cache's ``offset`` or sliding window
+    let it keep in decoded form beside that (``decoded_arrays()``, which is not counted). Otherwise each array found on
+    it counts, with axis -2 as its token slots, filled up to the cache's ``offset`` or sliding window
     (mlx-lm's keeps a whole prefill chunk beyond its window until the next token comes).
 
     Raises:

@@ -39,7 +39,8 @@ def storage_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fr
     wanted = min(tokens, cache.max_size or tokens)
     if cache.tokens_held() != (wanted, wanted):
         raise EngagementError(
-            f"layer {cache.spec.layer} holds {cache.tokens_held()} tokens of keys and values after {tokens}, not {wanted}"
+            f"layer {cache.spec.layer} holds {cache.tokens_held()} tokens of keys and values after {tokens}, "
+            f"not {wanted}"
         )
     return cache.formula_nbytes()
 
