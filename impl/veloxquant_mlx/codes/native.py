@@ -178,6 +178,38 @@ def decode_values(
     return values, _decode(library, words, starts, first_tokens, tables, output)
 
 
+def quantize(
+    library: ctypes.CDLL,
+    scaled: Floats32,
+    tables: Tables,
+    bits: Floats32,
+    levels: Floats32,
+    outer: float,
+    multiplier: float,
+) -> Symbols:
+    """Integers of least cost for ``scaled`` ``[T, d]``, in steps."""
+    symbols = np.empty(scaled.shape, np.int32)
+    library.vq_quantize(
+        ctypes.byref(_tables(tables)), ctypes.c_void_p(_pointer(scaled)), ctypes.c_int64(len(scaled)),
+        ctypes.c_void_p(_pointer(bits)), ctypes.c_void_p(_pointer(levels)),
+        ctypes.c_float(outer), ctypes.c_float(multiplier), ctypes.c_void_p(_pointer(symbols)),
+    )  # fmt: skip
+    return symbols
+
+
+def values(
+    library: ctypes.CDLL, symbols: Symbols, tables: Tables, levels: Floats32, step: float, outer: float
+) -> Floats32:
+    """What symbols ``[T, d]`` stand for."""
+    out = np.zeros(symbols.shape, np.float32)
+    output = _Output(values=_pointer(out), levels=_pointer(levels), step=step, outer=outer)
+    library.vq_values(
+        ctypes.byref(_tables(tables)), ctypes.c_void_p(_pointer(symbols)), ctypes.c_int64(len(symbols)),
+        ctypes.byref(output),
+    )  # fmt: skip
+    return out
+
+
 def _decode(
     library: ctypes.CDLL,
     words: Words,
