@@ -546,3 +546,57 @@ VQ_EXPORT void vq_values(const VqTables* tables, const int32_t* symbols, int64_t
     }
   }
 }
+
+// ---- the fixed code -----------------------------------------------------------------------------------------------
+
+// Packs y [n_tokens, d] into words [n_tokens, n_words], which come zeroed; fixed.py has the layout.
+VQ_EXPORT void vq_encode_fixed(const VqFixed* code, const float* y, int64_t n_tokens, uint32_t* words) {
+  const VqFixed& c = *code;
+  for (int64_t token = 0; token < n_tokens; ++token) {
+    const float* row = y + token * c.n_coefficients;
+    uint32_t* out = words + token * c.n_words;
+    uint64_t held = 0;  // bits that are not yet a whole word
+    int n_held = 0, word = 0;
+    for (int j = 0; j < c.n_coefficients; ++j) {
+      const int width = c.widths[j];
+      if (!width) continue;
+      const float* levels = c.books + c.first_levels[j];
+      const float x = row[j] / c.scales[j];
+      uint32_t index = 0;
+      for (uint32_t bit = 1u << (width - 1); bit; bit >>= 1) {
+        const float edge = (levels[index + bit] + levels[index + bit - 1]) * 0.5f;
+        index += x >= edge ? bit : 0;
+      }
+      held |= uint64_t(index) << n_held;
+      n_held += width;
+      if (n_held >= 32) {
+        out[word++] = uint32_t(held);
+        held >>= 32;
+        n_held -= 32;
+      }
+    }
+    if (n_held) out[word] = uint32_t(held);
+  }
+}
+
+VQ_EXPORT void vq_decode_fixed(const VqFixed* code, const uint32_t* words, int64_t n_tokens, float* y) {
+  const VqFixed& c = *code;
+  for (int64_t token = 0; token < n_tokens; ++token) {
+    const uint32_t* row = words + token * c.n_words;
+    float* out = y + token * c.n_coefficients;
+    uint64_t held = 0;
+    int n_held = 0, word = 0;
+    for (int j = 0; j < c.n_coefficients; ++j) {
+      const int width = c.widths[j];
+      if (!width) continue;
+      if (n_held < width) {
+        held |= uint64_t(row[word++]) << n_held;
+        n_held += 32;
+      }
+      const uint32_t index = uint32_t(held) & ((1u << width) - 1);
+      held >>= width;
+      n_held -= width;
+      out[j] = c.books[c.first_levels[j] + index] * c.scales[j];
+    }
+  }
+}
