@@ -19,3 +19,11 @@ struct VqOutput {
   float step, outer;
   int64_t token_stride, coefficient_stride;
 };
+
+struct VqFixed {  // fixed.FixedCode
+  const uint8_t* widths;
+  const float* scales;
+  const int32_t* first_levels;
+  const float* books;
+  int32_t n_coefficients, n_words;
+};

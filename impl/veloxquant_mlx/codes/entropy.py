@@ -392,23 +392,34 @@ def decode_blocks(blocks: EntropyBlocks, tables: EntropyTables, first: int = 0, 
     Raises:
         DamagedBlock: words that no encoder wrote; nothing is read outside of the block.
     """
-    first, last, _ = slice(first, last).indices(blocks.n_blocks)
-    if last <= first:
+    first, last, starts, tokens = decoding_range(blocks, first, last)
+    if last == first:
         return np.zeros((0, len(tables.classes)), np.int32)
-    starts = blocks.starts[first : last + 1]
-    tokens = np.concatenate([[0], np.cumsum(blocks.tokens[first:last])]).astype(np.int64)
-    check_layout(starts, tokens, blocks.words.size)
     library = native.library()
     if library is None:
         planes, status = rans_decode_reference(blocks.words, starts, tokens, tables.tables)
         symbols = np.ascontiguousarray(planes.T)
     else:
         symbols, status = native.decode(library, blocks.words, starts, tokens, tables.tables)
-    _check_status(status, first)
+    check_decoded(status, first)
     return symbols
 
 
-def _check_status(status: NDArray[np.uint32], first: int) -> None:
+def decoding_range(
+    blocks: EntropyBlocks, first: int, last: int | None
+) -> tuple[int, int, NDArray[np.int64], NDArray[np.int64]]:
+    """A slice of blocks as first, last, and where their words and their tokens begin."""
+    first, last, _ = slice(first, last).indices(blocks.n_blocks)
+    last = max(first, last)
+    starts = blocks.starts[first : last + 1]
+    tokens = np.concatenate([[0], np.cumsum(blocks.tokens[first:last])]).astype(np.int64)
+    if last > first:
+        check_layout(starts, tokens, blocks.words.size)
+    return first, last, starts, tokens
+
+
+def check_decoded(status: NDArray[np.uint32], first: int) -> None:
+    """Raise DamagedBlock unless every block from ``first`` on was intact."""
     damaged = np.flatnonzero(status)
     if damaged.size:
         raise DamagedBlock(f"block {first + damaged[0]} is damaged ({damaged.size} of {status.size} blocks)")
