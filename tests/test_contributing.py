@@ -13,7 +13,7 @@ from contributing_steps import contributing_commands, contributing_files
 from veloxbench.inputs.models import resolve_model
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("veloxbench", "impl", "kernels", "tests", "suites", "conftest.py", "pyproject.toml")
+COPIED = ("veloxbench", "impl", "kernels", "tests", "suites", "docs", "examples", "conftest.py", "pyproject.toml")
 
 
 @pytest.fixture(scope="module")

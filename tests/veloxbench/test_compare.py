@@ -92,8 +92,8 @@ def repository(tmp_path_factory):
         folder,
         "crashing",
         CENTROIDS,
-        "return Codebook(",
-        "raise RuntimeError('broken on purpose')\n    return Codebook(",
+        "return Codebook(centroids,",
+        "raise RuntimeError('broken on purpose')\n    return Codebook(centroids,",
     )
     edit(folder, "unbuildable", "pyproject.toml", '"numpy>=2.0"', '"numpy==0.0.1"')
     edit(folder, "pinned", "pyproject.toml", '"numpy>=2.0"', '"numpy>=2.0", "tinydep==2.0"')
