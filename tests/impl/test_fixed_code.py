@@ -40,7 +40,9 @@ def test_fitted_books_are_lloyd_max(books, width):
     y = np.random.default_rng(9).standard_normal((20000, 8)).astype(np.float32)
     code = FixedCode(np.full(8, width), np.ones(8), np.zeros(8), books)
     error = np.square(code.decode(code.encode(y)) - y).mean()
-    assert error == pytest.approx(LLOYD_MAX[width], rel=0.02)  # 160,000 samples: 1% at 4 bits, whose tail cells are rare
+    assert error == pytest.approx(
+        LLOYD_MAX[width], rel=0.02
+    )  # 160,000 samples: 1% at 4 bits, whose tail cells are rare
 
 
 def test_the_layout_by_hand():
@@ -120,7 +122,7 @@ def test_a_weighted_layer_gets_more():
 
 
 def test_fitted_codes_meet_their_target_and_their_forecast():
-    """Gaussian coefficients of falling variance at 2 bits: the error is within 5% of the water level's Lloyd–Max sum."""
+    """Gaussian coefficients of falling variance at 2 bits: the error is the widths' Lloyd–Max sum within 5%."""
     rng = np.random.default_rng(4)
     scales = np.geomspace(4, 0.1, 64)
     y = (rng.standard_normal((8192, 64)) * scales).astype(np.float32)

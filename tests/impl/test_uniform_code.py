@@ -67,7 +67,9 @@ def test_compiled_and_numpy_choose_alike(n_states, multiplier, compiler):
     """The native search is the NumPy definition, number for number; so are the values that numbers stand for."""
     own = tables(40, n_states=n_states, n_contexts=4)
     levels = uneven_levels(own.family)
-    y = np.random.default_rng(5).standard_normal((60, 40)).astype(np.float32) * np.geomspace(60, 0.2, 40, dtype=np.float32)
+    y = np.random.default_rng(5).standard_normal((60, 40)).astype(np.float32) * np.geomspace(
+        60, 0.2, 40, dtype=np.float32
+    )
     y[3, :7], y[4, 0] = 1e12, -3e38
     scaled = np.clip(y, -(2.0**29), 2.0**29).astype(np.float32)
     costs, expanded = symbol_costs(own.family), levels.expanded(own.family)
@@ -133,9 +135,7 @@ def test_scalar_codes_reach_the_known_curve(step, bits, known):
     assert shannon_gap(rate, error) == pytest.approx(shannon_gap(bits, known), abs=0.015)
 
 
-@pytest.mark.parametrize(
-    ("name", "n_states", "gain"), [("gauss", 4, 0.11), ("gauss", 8, 0.125), ("laplace", 8, 0.10)]
-)
+@pytest.mark.parametrize(("name", "n_states", "gain"), [("gauss", 4, 0.11), ("gauss", 8, 0.125), ("laplace", 8, 0.10)])
 def test_the_trellis_saves_what_theory_says(name, n_states, gain, record_property):
     """At 2 to 3 bits the trellis costs less than optimised rounding at equal error, in tokens of 384 coefficients.
 
@@ -160,9 +160,9 @@ def test_no_code_beats_the_bound():
 
 @pytest.mark.parametrize("name", ["gauss", "laplace"])
 def test_coding_anew_from_a_third_of_the_step_costs_little(name, record_property):
-    """Thirds nest: bits and error, at the price of a bit, grow by less than .02 bits; other ratios cost several times that.
+    """Thirds nest: bits and error, at the price of a bit, grow by less than .02 bits; other ratios cost far more.
 
-    A third is odd: a coarse cell is the union of three fine ones, and its edges are theirs. Halves and quarters are not.
+    A third is odd: a coarse cell is the union of three fine ones, with their edges. Halves and quarters are not.
     """
     step, shape = 0.8, (1500, 48)
     fresh, other = source(name, shape, 2), source(name, shape, 1)

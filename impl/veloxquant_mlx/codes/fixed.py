@@ -1,8 +1,8 @@
 """A code of fixed width for each coefficient: plain packed words, every token readable alone.
 
 A coefficient is divided by its scale and takes one of ``2**width`` levels of a fitted codebook, which coefficients of
-like shape (tails) share; widths from 0 to 8 come from reverse water-filling on measured distortions. A token is a row of
-32-bit words: coefficient j lies at bits ``[sum(widths[:j]), sum(widths[:j + 1]))``, little-endian, and may straddle
+like shape (tails) share; widths from 0 to 8 come from reverse water-filling on measured distortions. A token is a row
+of 32-bit words: coefficient j lies at bits ``[sum(widths[:j]), sum(widths[:j + 1]))``, little-endian, and may straddle
 words; the bits behind the last one are zero.
 
 Cost: ``32 ceil(sum(widths) / 32) / d`` bits a value, nothing per block. A code of fixed width clips the rare large
@@ -209,7 +209,9 @@ class FixedCode:
         return y
 
 
-def allocate_widths(losses: Sequence[ArrayLike], target_bits: float, weights: ArrayLike | None = None) -> list[NDArray[np.uint8]]:
+def allocate_widths(
+    losses: Sequence[ArrayLike], target_bits: float, weights: ArrayLike | None = None
+) -> list[NDArray[np.uint8]]:
     """Widths of all layers' coefficients by reverse water-filling: the least summed loss within the bits.
 
     The steps of all coefficients run along their lower convex hulls, the best first
@@ -244,9 +246,7 @@ def allocate_widths(losses: Sequence[ArrayLike], target_bits: float, weights: Ar
     for layer in np.argsort(words - wanted, kind="stable"):
         if words.sum() < n_words and words[layer] < most[layer] and wanted[layer] > words[layer]:
             words[layer] += 1
-    return [
-        np.array(_greedy(table, int(n) * WORD_BITS), np.uint8) for table, n in zip(tables, words, strict=True)
-    ]
+    return [np.array(_greedy(table, int(n) * WORD_BITS), np.uint8) for table, n in zip(tables, words, strict=True)]
 
 
 def _greedy(losses: Floats, n_bits: int) -> tuple[int, ...]:
@@ -276,7 +276,9 @@ def fit_fixed(
         ValueError: too few samples for the codebooks, or as :func:`allocate_widths`.
     """
     arrays = [np.asarray(layer, np.float32) for layer in layers]
-    scales = [np.maximum(np.sqrt(np.square(x, dtype=np.float64).mean(axis=0)), 1e-30).astype(np.float32) for x in arrays]
+    scales = [
+        np.maximum(np.sqrt(np.square(x, dtype=np.float64).mean(axis=0)), 1e-30).astype(np.float32) for x in arrays
+    ]
     unit = [x / scale for x, scale in zip(arrays, scales, strict=True)]
     tails = [_kurtosis(x) for x in unit]
     edges = np.quantile(np.concatenate(tails), np.arange(1, n_shapes) / n_shapes)
@@ -292,9 +294,7 @@ def fit_fixed(
         for x, own, scale in zip(unit, shapes, scales, strict=True)
     ]
     widths = allocate_widths(losses, target_bits, weights)
-    return tuple(
-        FixedCode(width, scale, own, books) for width, scale, own in zip(widths, scales, shapes, strict=True)
-    )
+    return tuple(FixedCode(width, scale, own, books) for width, scale, own in zip(widths, scales, shapes, strict=True))
 
 
 def _distortions(x: Floats32, shapes: NDArray[np.uint8], books: Floats32) -> Floats:
@@ -305,5 +305,7 @@ def _distortions(x: Floats32, shapes: NDArray[np.uint8], books: Floats32) -> Flo
         own = shapes == shape
         for width in WIDTHS[1:]:
             levels = books[shape, _book(width)]
-            errors[own, width] = np.square(levels[_indices(x[:, own], levels)] - x[:, own], dtype=np.float64).mean(axis=0)
+            errors[own, width] = np.square(levels[_indices(x[:, own], levels)] - x[:, own], dtype=np.float64).mean(
+                axis=0
+            )
     return errors

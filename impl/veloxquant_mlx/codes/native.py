@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veloxquant_kernels.emulator import build
-from veloxquant_kernels.rans_decode import Symbols, Tables, Words
+from veloxquant_kernels.rans_format import Symbols, Tables, Words
 
 HERE: Final = Path(__file__).parent
 NATIVE_VARIABLE: Final = "VELOXQUANT_NATIVE"
@@ -135,9 +135,7 @@ def _n_blocks(n_tokens: int, block_tokens: int) -> int:
     return -(-n_tokens // block_tokens)
 
 
-def coded_lengths(
-    library: ctypes.CDLL, symbols: Symbols, tables: Tables, block_tokens: int
-) -> NDArray[np.uint32]:
+def coded_lengths(library: ctypes.CDLL, symbols: Symbols, tables: Tables, block_tokens: int) -> NDArray[np.uint32]:
     """Words of each block's record."""
     lengths = np.zeros(_n_blocks(len(symbols), block_tokens), np.uint32)
     library.vq_encode(
