@@ -122,7 +122,7 @@ def test_a_weighted_layer_gets_more():
 
 
 def test_fitted_codes_meet_their_target_and_their_forecast():
-    """Gaussian coefficients of falling variance at 2 bits: the error is within 5% of the water level's Lloyd–Max sum."""
+    """Gaussian coefficients of falling variance at 2 bits: the error is the widths' Lloyd–Max sum within 5%."""
     rng = np.random.default_rng(4)
     scales = np.geomspace(4, 0.1, 64)
     y = (rng.standard_normal((8192, 64)) * scales).astype(np.float32)

@@ -160,9 +160,9 @@ def test_no_code_beats_the_bound():
 
 @pytest.mark.parametrize("name", ["gauss", "laplace"])
 def test_coding_anew_from_a_third_of_the_step_costs_little(name, record_property):
-    """Thirds nest: bits and error, at the price of a bit, grow by less than .02 bits; other ratios cost several times that.
+    """Thirds nest: bits and error, at the price of a bit, grow by less than .02 bits; other ratios cost far more.
 
-    A third is odd: a coarse cell is the union of three fine ones, and its edges are theirs. Halves and quarters are not.
+    A third is odd: a coarse cell is the union of three fine ones, with their edges. Halves and quarters are not.
     """
     step, shape = 0.8, (1500, 48)
     fresh, other = source(name, shape, 2), source(name, shape, 1)

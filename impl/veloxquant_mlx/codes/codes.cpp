@@ -1,7 +1,7 @@
 // Native path of the codes: interleaved rANS, and quantization against its tables.
 //
-// The entropy code's format stands at the head of veloxquant_kernels/rans_decode.metal; rans_decode.py beside it and
-// entropy.py here define it in NumPy, and tests hold all of them equal. The decoder reads no word outside of the block
+// The entropy code's format stands at the head of veloxquant_kernels/rans_decode.metal; rans_encode.py and rans_decode.py
+// beside it define it in NumPy, and tests hold all of them equal. The decoder reads no word outside of the block
 // that it decodes, whatever the words say. Tables come checked (Tables.check).
 #include <algorithm>
 #include <cmath>

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-struct VqTables {  // veloxquant_kernels.rans_decode.Tables
+struct VqTables {  // veloxquant_kernels.rans_format.Tables
   const uint16_t* classes;
   const uint8_t* shifts;
   const uint16_t* cumulative;

@@ -1,11 +1,11 @@
 """An entropy code for integers with static tables: what quantized coefficients of known distribution cost.
 
 The format is the one that ``veloxquant_kernels/rans_decode.metal`` states: blocks of tokens, each a record of 16-bit
-words that decodes alone; a lane a token, 32 interleaved rANS lanes on one stream; a table for each class of coefficients
-in each context, which is how large the token's coefficients have been so far. Any int32 has a code.
+words that decodes alone; a lane a token, 32 interleaved rANS lanes on one stream; a table for each class of
+coefficients in each context, which is how large the token's coefficients have been so far. Any int32 has a code.
 
-Here: the tables, the encoder, sizes. :mod:`veloxquant_mlx.codes.native` does the same in C++ where a compiler is; the
-NumPy encoder below and the NumPy decoder of ``veloxquant_kernels.rans_decode`` define it.
+Here: tables, blocks, sizes. :mod:`veloxquant_mlx.codes.native` codes in C++ where a compiler is; the NumPy definitions
+are ``veloxquant_kernels.rans_encode`` and ``rans_decode``.
 
 Cost: ``log2 1/p`` bits a number; beside it, for each block, a word, 4 bytes of length and 32 bits of state a lane, of
 which 8 on average carry symbols: .06 bits a value in blocks of 32 tokens of 384 coefficients, .008 in blocks of 256.
@@ -20,26 +20,20 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from veloxquant_kernels.rans_decode import (
+from veloxquant_kernels.rans_decode import rans_decode_reference
+from veloxquant_kernels.rans_encode import rans_encode_reference, step_parts
+from veloxquant_kernels.rans_format import (
     HEADER_WORDS,
-    LANES,
-    LENGTH_BITS,
     MAX_BLOCK_TOKENS,
-    STATE_LOW,
-    WORD_BITS,
     DamagedBlock,
     Symbols,
     Tables,
     TokenModel,
     Words,
-    block_lanes,
     check_layout,
-    rans_decode_reference,
 )
-from veloxquant_kernels.rans_decode import INACTIVE as INACTIVE
+from veloxquant_kernels.rans_format import INACTIVE as INACTIVE
 from veloxquant_mlx.codes import native
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,12 +72,12 @@ class TableFamily:
     @property
     def n_classes(self) -> int:
         """Number of classes."""
-        return self.class_tables.shape[0]
+        return int(self.class_tables.shape[0])
 
     @property
     def half(self) -> int:
         """Largest magnitude that has a symbol of its own."""
-        return (self.cumulative.shape[2] - 3) // 2
+        return int(self.cumulative.shape[2] - 3) // 2
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +111,8 @@ class TableFamily:
         form = np.asarray(arrays["form"]).ravel()
         if form.size != 2:
             raise ValueError(f"form must be [precision, n_states], got {form.size} numbers")
-        return cls(*(np.asarray(arrays[name]) for name in names[:4]), int(form[0]), int(form[1]))
+        cumulative, class_tables, weights, contexts = (np.asarray(arrays[name]) for name in names[:4])
+        return cls(cumulative, class_tables, weights, contexts, int(form[0]), int(form[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,98 +234,9 @@ class EntropyBlocks:
         return EntropyBlocks(words.copy(), self.lengths[first:last].copy())
 
 
-# ---- the encoder, in NumPy -----------------------------------------------------------------------
-
-
-@dataclass
-class _Put:
-    """One part of a step, for all lanes: numbers of ``width`` bits, or symbols where ``frequency`` is given."""
-
-    active: NDArray[np.bool_]
-    value: NDArray[np.uint64]
-    width: NDArray[np.uint64]
-    frequency: NDArray[np.uint64]
-
-    def push(self, states: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """The lanes' states with it on top."""
-        quotient, rest = states // self.frequency, states % self.frequency
-        return np.where(self.active, (quotient << self.width) + rest + self.value, states)
-
-    def full(self, states: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Lanes that give a word away first, so that their states stay below 2**32."""
-        return self.active & (states >= self.frequency << (np.uint64(32) - self.width))
-
-
-def _bits(active: NDArray[np.bool_], value: NDArray[np.uint64], width: NDArray[np.uint64]) -> _Put:
-    return _Put(active, value & ((np.uint64(1) << width) - np.uint64(1)), width, np.ones_like(value))
-
-
-def _step(
-    tables: Tables, model: TokenModel, j: int, values: NDArray[np.int64], active: NDArray[np.bool_]
-) -> list[_Put]:
-    """The parts of one step in decoding order; the model moves on."""
-    cumulative, shift = model.cumulative(j), int(tables.shifts[j])
-    near = values >> shift
-    inside = np.abs(near) <= tables.half
-    symbol = np.where(inside, np.clip(near, -tables.half, tables.half) + tables.half, tables.escape)
-
-    def bounds(symbol: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        low, high = (np.take_along_axis(cumulative, (symbol + i)[..., None], -1)[..., 0] for i in (0, 1))
-        return low, high - low
-
-    symbol = np.where(bounds(symbol)[1] == 0, tables.escape, symbol)
-    start, frequency = bounds(symbol)
-    escapes = active & (symbol == tables.escape)
-    precision = np.full(start.shape, tables.precision, np.uint64)
-    parts = [_Put(active, start, precision, np.maximum(frequency, np.uint64(1)))]
-    if shift:
-        parts.append(_bits(active & ~escapes, values.astype(np.uint64), np.full(start.shape, shift, np.uint64)))
-    if escapes.any():
-        number = ((values << 1) ^ (values >> 63)).astype(np.uint64)
-        length = np.frexp(number.astype(np.float64))[1].astype(np.int64)
-        rest = np.maximum(length - 1, 0).astype(np.uint64)
-        low = np.minimum(rest, np.uint64(WORD_BITS))
-        parts.append(_bits(escapes, length.astype(np.uint64), np.full(start.shape, LENGTH_BITS, np.uint64)))
-        parts.append(_bits(escapes, number, low))
-        parts.append(_bits(escapes, number >> np.uint64(WORD_BITS), rest - low))
-    model.update(j, symbol, values)
-    return parts
-
-
-def _encode_equal(symbols: Symbols, tables: Tables) -> list[Words]:
-    """Records of blocks of equal length, ``[n_blocks, n_tokens, d]``."""
-    n_blocks, n_tokens, _ = symbols.shape
-    n_lanes, groups = block_lanes(n_tokens), -(-n_tokens // LANES)
-    steps: list[list[_Put]] = []
-    for group in range(groups):
-        here = symbols[:, LANES * group : LANES * (group + 1)].astype(np.int64)
-        values = np.zeros((n_blocks, n_lanes, symbols.shape[2]), np.int64)
-        values[:, : here.shape[1]] = here
-        active = np.broadcast_to(np.arange(n_lanes) < here.shape[1], (n_blocks, n_lanes))
-        model = TokenModel.start(tables, (n_blocks, n_lanes))
-        steps += [_step(tables, model, int(j), values[..., j], active) for j in tables.active]
-    states = np.full((n_blocks, n_lanes), STATE_LOW, np.uint64)
-    given: list[tuple[NDArray[np.bool_], NDArray[np.uint64]]] = []
-    for part in (part for step in reversed(steps) for part in reversed(step)):
-        out = part.full(states)
-        given.append((out, states & np.uint64(STATE_LOW - 1)))
-        states = part.push(np.where(out, states >> np.uint64(WORD_BITS), states))
-    flags = np.array([out for out, _ in reversed(given)], np.bool_).reshape(-1, n_blocks, n_lanes)
-    words = np.array([word for _, word in reversed(given)], np.uint16).reshape(-1, n_blocks, n_lanes)
-    halves = np.stack([states & np.uint64(STATE_LOW - 1), states >> np.uint64(WORD_BITS)], -1)
-    return [
-        np.concatenate([[n_tokens - 1], halves[b].ravel(), words[:, b][flags[:, b]]]).astype(np.uint16)
-        for b in range(n_blocks)
-    ]
-
-
 def encode_reference(symbols: Symbols, tables: EntropyTables, block_tokens: int) -> EntropyBlocks:
     """The definition of :func:`encode_blocks`."""
-    n_tokens, n_full = len(symbols), len(symbols) // block_tokens
-    full = symbols[: n_full * block_tokens].reshape(n_full, block_tokens, symbols.shape[1])
-    records = _encode_equal(full, tables.tables) if n_full else []
-    if n_full * block_tokens < n_tokens:
-        records += _encode_equal(symbols[None, n_full * block_tokens :], tables.tables)
+    records = rans_encode_reference(symbols, tables.tables, block_tokens)
     if not records:
         return EntropyBlocks.empty()
     return EntropyBlocks(np.concatenate(records), np.array([len(record) for record in records], np.uint32))
@@ -372,7 +278,7 @@ def encode_blocks(symbols: ArrayLike, tables: EntropyTables, block_tokens: int =
         ``ceil(T / block_tokens)`` blocks.
 
     Raises:
-        ValueError: a wrong shape, a block length outside 1..256, or a nonzero number of a coefficient that is not coded.
+        ValueError: a wrong shape, a block length outside 1..256, or a number other than 0 where none is coded.
         TypeError: symbols that are not integers.
     """
     _check_block_tokens(block_tokens)
@@ -432,7 +338,7 @@ def coded_bits(symbols: ArrayLike, tables: EntropyTables) -> float:
     model, total = TokenModel.start(tables.tables, (len(array),)), 0.0
     active = np.ones(len(array), np.bool_)
     for j in tables.tables.active:
-        for part in _step(tables.tables, model, int(j), array[:, j], active):
+        for part in step_parts(tables.tables, model, int(j), array[:, j], active):
             cost = part.width.astype(np.float64) - np.log2(part.frequency.astype(np.float64))
             total += float(cost[part.active].sum())
     return total

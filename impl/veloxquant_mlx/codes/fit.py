@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxquant_kernels.rans_decode import LEVEL_SHIFT, MAX_SHIFT, N_LEVELS, Symbols, TokenModel
+from veloxquant_kernels.rans_format import LEVEL_SHIFT, MAX_SHIFT, N_LEVELS, Symbols, TokenModel
 from veloxquant_mlx.codes.entropy import INACTIVE, EntropyTables, TableFamily
 
 Floats = NDArray[np.float64]
@@ -89,7 +89,7 @@ def _clusters(counts: Floats, n_clusters: int) -> tuple[NDArray[np.int64], Float
 
 
 def integer_frequencies(p: Floats, precision: int) -> NDArray[np.uint16]:
-    """Cumulative frequencies ``[..., n_symbols + 1]`` that sum to ``2**precision``, for probabilities ``[..., n_symbols]``.
+    """Cumulative frequencies ``[..., n_symbols + 1]``, up to ``2**precision``, for probabilities ``[..., n_symbols]``.
 
     A symbol less likely than half a slot has none and is coded by the escape, the last symbol, which takes its
     probability and has at least one. What rounding leaves over goes where it costs least.
@@ -179,7 +179,12 @@ def fit_tables(
     n_sets = 1 + (n_states > 1)
     flat = integer_frequencies(np.repeat(_smoothed(pooled[:, 0])[None], n_sets, 0), precision)
     blank = TableFamily(
-        flat, np.arange(len(weights))[:, None], weights, np.zeros(N_LEVELS, np.uint8), precision, n_states
+        flat,
+        np.arange(len(weights), dtype=np.uint16)[:, None],
+        weights,
+        np.zeros(N_LEVELS, np.uint8),
+        precision,
+        n_states,
     )
     drafts = [EntropyTables(blank, own, shift) for own, shift in zip(classes, shifts, strict=True)]
     walked = [_levels(layer, draft) for layer, draft in zip(layers, drafts, strict=True)]
@@ -194,5 +199,7 @@ def fit_tables(
         joint += _histograms(keys, symbols, len(joint), n_symbols)
     table, pooled = _clusters(joint.reshape(-1, n_sets, n_symbols), n_tables)
     cumulative = integer_frequencies(_smoothed(pooled).transpose(1, 0, 2), precision)
-    family = TableFamily(cumulative, table.reshape(len(weights), n_contexts), weights, contexts, precision, n_states)
+    family = TableFamily(
+        cumulative, table.astype(np.uint16).reshape(len(weights), n_contexts), weights, contexts, precision, n_states
+    )
     return family, tuple(EntropyTables(family, d.classes, d.shifts) for d in drafts)

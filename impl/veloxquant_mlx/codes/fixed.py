@@ -1,8 +1,8 @@
 """A code of fixed width for each coefficient: plain packed words, every token readable alone.
 
 A coefficient is divided by its scale and takes one of ``2**width`` levels of a fitted codebook, which coefficients of
-like shape (tails) share; widths from 0 to 8 come from reverse water-filling on measured distortions. A token is a row of
-32-bit words: coefficient j lies at bits ``[sum(widths[:j]), sum(widths[:j + 1]))``, little-endian, and may straddle
+like shape (tails) share; widths from 0 to 8 come from reverse water-filling on measured distortions. A token is a row
+of 32-bit words: coefficient j lies at bits ``[sum(widths[:j]), sum(widths[:j + 1]))``, little-endian, and may straddle
 words; the bits behind the last one are zero.
 
 Cost: ``32 ceil(sum(widths) / 32) / d`` bits a value, nothing per block. A code of fixed width clips the rare large
@@ -153,7 +153,8 @@ class FixedCode:
         missing = [name for name in ("widths", "scales", "shapes") if name not in arrays]
         if missing:
             raise ValueError(f"arrays lacks {missing[0]!r} of the fixed code")
-        return cls(*(np.asarray(arrays[name]) for name in ("widths", "scales", "shapes")), np.asarray(books))
+        widths, scales, shapes = (np.asarray(arrays[name]) for name in ("widths", "scales", "shapes"))
+        return cls(widths, scales, shapes, np.asarray(books))
 
     def encode(self, y: ArrayLike) -> NDArray[np.uint32]:
         """Pack coefficients ``[T, d]`` into ``[T, n_words]`` uint32.

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veloxquant_kernels.emulator import build
-from veloxquant_kernels.rans_decode import Symbols, Tables, Words
+from veloxquant_kernels.rans_format import Symbols, Tables, Words
 
 HERE: Final = Path(__file__).parent
 NATIVE_VARIABLE: Final = "VELOXQUANT_NATIVE"
@@ -62,10 +62,12 @@ class _Fixed(ctypes.Structure):
 class FixedArrays(Protocol):
     """What a fixed code hands over; shapes and meanings as in ``fixed.FixedCode``."""
 
-    widths: NDArray[np.uint8]
-    scales: Floats32
-    books: Floats32
-
+    @property
+    def widths(self) -> NDArray[np.uint8]: ...  # noqa: D102
+    @property
+    def scales(self) -> Floats32: ...  # noqa: D102
+    @property
+    def books(self) -> Floats32: ...  # noqa: D102
     @property
     def first_levels(self) -> NDArray[np.int32]: ...  # noqa: D102
     @property
@@ -128,7 +130,8 @@ def _tables(tables: Tables) -> _Tables:
     assert all(array.flags.c_contiguous for array in arrays)
     n_tables, n_symbols = t.cumulative.shape[1], t.cumulative.shape[2] - 1
     sizes = (len(t.classes), n_tables, n_symbols, t.class_tables.shape[1], t.precision, t.n_states)
-    return _Tables(*map(_pointer, arrays), *sizes)
+    pointers = [_pointer(array) for array in arrays]
+    return _Tables(*pointers, *sizes)
 
 
 def _n_blocks(n_tokens: int, block_tokens: int) -> int:
@@ -249,7 +252,8 @@ def _decode(
 
 def _fixed(code: FixedArrays) -> _Fixed:
     arrays = (code.widths, code.scales, code.first_levels, code.books)
-    return _Fixed(*map(_pointer, arrays), len(code.widths), code.n_words)
+    pointers = [_pointer(array) for array in arrays]
+    return _Fixed(*pointers, len(code.widths), code.n_words)
 
 
 def encode_fixed(library: ctypes.CDLL, y: Floats32, code: FixedArrays) -> NDArray[np.uint32]:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxquant_mlx.packing import MAX_CODE_BITS, pack_codes, packed_words, unpack_codes
+from veloxquant_kernels.packing import MAX_CODE_BITS, pack_codes, packed_words, unpack_codes
 
 Floats = NDArray[np.float64]
 

@@ -96,6 +96,7 @@ def find_compiler() -> tuple[str, str]:
 
 
 def digest(*parts: str) -> str:
+    """A name for what was made of these texts."""
     hasher = hashlib.sha256()
     for part in parts:
         hasher.update(part.encode())
@@ -104,6 +105,11 @@ def digest(*parts: str) -> str:
 
 
 def compile_library(commands: list[list[str]], produced: Path, target: Path) -> None:
+    """Run a compiler's commands, the last of which writes ``produced``, and put that in ``target``'s place.
+
+    Raises:
+        CompilationFailed: with the compiler's messages.
+    """
     for command in commands:
         done = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", check=False, cwd=produced.parent
