@@ -240,8 +240,15 @@ class CodedStore(LayerStore):
         for tier, code in enumerate(self.spec.code.tiers):
             own = np.flatnonzero(tiers == tier)
             if len(own):
-                values[:, own] = code.zone.values(symbols[:, own])
+                values[:, own] = code.values(symbols[:, own])
         return values
+
+    def _old_values(self) -> NDArray[np.float32]:
+        """What the symbols of the oldest tier stand for, ``[B, T, n]``, decoded in one pass."""
+        n_blocks = sum(part.tier == 0 for part in self._parts)
+        return np.stack(
+            [self.spec.code.tiers[0].decoded(self._blocks(row), 0, n_blocks) for row in range(self._n_batch)]
+        )
 
     def _rewrite(self, start: int, ends: Sequence[int], stop: int, first: int, symbols: Symbols | None) -> None:
         """Hold ``[start, stop)`` with these ends; ``symbols`` are those from ``first`` on, None where none is new."""
@@ -310,18 +317,17 @@ class CodedStore(LayerStore):
                 own = moved[tiers[moved] == tier]
                 if len(own):
                     symbols[:, own] = code.tiers[tier].quantize(y[:, own])
-                    y[:, own] = code.tiers[tier].zone.values(symbols[:, own])
+                    y[:, own] = code.tiers[tier].values(symbols[:, own])
         if x.shape[1]:
             new = np.array(transform.encode(x, self._below(handed, stop - x.shape[1], stop)))
             new_symbols = code.tiers[-1].quantize(new)
             symbols = np.concatenate([symbols, new_symbols], axis=1)
-            y = np.concatenate([y, code.tiers[-1].zone.values(new_symbols)], axis=1)
+            y = np.concatenate([y, code.tiers[-1].values(new_symbols)], axis=1)
         coded_stop = max(self._start, stop) if x.shape[1] else self._stop
         decoded_first = first
         if not self.keep_decoded:
             decoded_first = self._start
-            old = self._symbols(self._start, first)
-            y = np.concatenate([code.tiers[0].zone.values(old), y], axis=1)
+            y = np.concatenate([self._old_values(), y], axis=1)
         decoded = self._transformed(y, self._below(handed, decoded_first, decoded_first + y.shape[1]))
         if code.readers:
             self._hand_on(decoded, decoded_first, was, first, handed, offset, stop)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from veloxquant_mlx.allocators.sensitivity import calibration_sequences, model_sha256
 from veloxquant_mlx.cache.coded import CodedSpec, CodedStore, Handoff, cut_into_blocks
 from veloxquant_mlx.cache.packed import PackedKVCache
-from veloxquant_mlx.calibration.fit import FP16_TABLES, TableBits, fit_layer
+from veloxquant_mlx.calibration.fit import FP16_TABLES, TableBits, fit_layer, quantized
 from veloxquant_mlx.calibration.gradients import DEFAULT_SPLIT, SINKS, Split, fisher_matrices, window_sizes
 from veloxquant_mlx.calibration.klt import (
     KLTCalibration,
@@ -36,10 +36,9 @@ from veloxquant_mlx.calibration.klt import (
     text_line_hashes,
 )
 from veloxquant_mlx.calibration.vectors import captured_vectors
-from veloxquant_mlx.codes.deadzone import DeadZone
 from veloxquant_mlx.codes.entropy import coded_nbytes
-from veloxquant_mlx.codes.fit import fit_tables
 from veloxquant_mlx.codes.layer import LayerCode, SharedTables, TierCode
+from veloxquant_mlx.codes.uniform import fit_code as fit_uniform
 from veloxquant_mlx.transforms.klt import SCOPES, CachedShape, LayerKLT, Scope
 from veloxquant_mlx.transforms.rope import LayerRopes, probe_ropes
 
@@ -52,7 +51,7 @@ AGES: Final = ((64, 3), (16, 9))
 HELD_OUT: Final = 2
 """Sequences of vectors that rates are measured on and nothing is fitted to."""
 
-TABLE_TOKENS: Final = 4096
+TABLE_TOKENS: Final = 2048
 """Tokens that the old tokens' tables are fitted to, spread over the rest; those of young ones to half as many."""
 
 FIRST_STEP: Final = 0.0075
@@ -265,14 +264,17 @@ class FisherCode:
     def save(self, path: str | Path) -> FisherCode:
         """Write one ``.safetensors`` file, to :meth:`load`; returns the calibration that knows where it lies."""
         _, metadata = self.klt.parts()
-        steps = {str(i): [tier.zone.step for tier in code.tiers] for i, code in self.layers.items()}
+        steps = {str(i): [tier.step for tier in code.tiers] for i, code in self.layers.items()}
+        multiplier = next(iter(self.layers.values())).tiers[0].shared.multiplier
         names = ("sinks", "ages", "target", "bits_per_value", "at_tokens")
         metadata |= {
             "format": FORMAT,
             "klt_format": metadata["format"],
             "klt_sha256": metadata["arrays_sha256"],
             "arrays_sha256": self.sha256,
-            "code": json.dumps({name: getattr(self, name) for name in names} | {"steps": steps}),
+            "code": json.dumps(
+                {name: getattr(self, name) for name in names} | {"steps": steps, "multiplier": multiplier}
+            ),
         }
         mx.save_safetensors(str(path), self._arrays(), metadata)
         return replace(self, path=str(path))
@@ -301,11 +303,14 @@ class FisherCode:
             own = {name: a for name, a in arrays.items() if not name.startswith(("code.", "shared."))}
             klt = KLTCalibration.from_parts(own, metadata)
             told = json.loads(metadata["code"])
-            shared = SharedTables({n.removeprefix("shared."): a for n, a in arrays.items() if n.startswith("shared.")})
+            shared = SharedTables(
+                {n.removeprefix("shared."): a for n, a in arrays.items() if n.startswith("shared.")},
+                told["multiplier"],
+            )
             tiers = {
                 layer.layer: tuple(
                     TierCode(
-                        DeadZone(step, arrays[f"code.{layer.layer}.{t}.magnitudes"]),
+                        step,
                         arrays[f"code.{layer.layer}.{t}.classes"],
                         arrays[f"code.{layer.layer}.{t}.shifts"],
                         shared,
@@ -405,7 +410,13 @@ def _rows(sequences: int, tokens: int, count: int) -> NDArray[np.int64]:
 
 
 def _fit_at(
-    m: Measurements, scope: Scope, step: float, ages: Sequence[tuple[int, int]], epsilon: float, bits: TableBits
+    m: Measurements,
+    scope: Scope,
+    step: float,
+    ages: Sequence[tuple[int, int]],
+    n_states: int,
+    epsilon: float,
+    bits: TableBits,
 ) -> _Fitted:
     """Fit everything at one step of the oldest tokens."""
     steps = [step, *(step / divisor for _, divisor in ages)]
@@ -414,7 +425,7 @@ def _fit_at(
     chosen = _rows(n_fit, tokens, TABLE_TOKENS)
     decoded_fit: dict[int, Singles] = {}
     decoded: dict[int, list[mx.array]] = {}
-    transforms, zones, symbols, kept = [], {}, [], {}
+    transforms, scaled, kept = [], [], {}
     for layer, all_vectors in m.vectors.items():
         source = source_below(layer, m.windows) if scope == "below" else None
         x_fit = np.ascontiguousarray(all_vectors[:n_fit].reshape(-1, all_vectors.shape[2]))
@@ -434,7 +445,7 @@ def _fit_at(
         decoded_fit[layer] = fitted.decoded
         held_out = all_vectors[n_fit:].reshape(-1, all_vectors.shape[2])
         x = mx.array(np.concatenate([x_fit[chosen], held_out]).astype(np.float32))[None]
-        own_zones, own_decoded, own_kept, y, last = [], [], [], None, None
+        own_decoded, own_kept, y, last = [], [], None, None
         for tier in reversed(range(len(steps))):  # as a token ages
             below = None if source is None else decoded[source][tier]
             if y is None or last is None:
@@ -442,39 +453,35 @@ def _fit_at(
             else:
                 centred = fitted.transform.mean + last
                 y = np.array(fitted.transform.encode(centred, below)[0])
-            zone = DeadZone.fit(y[: len(chosen)], steps[tier])
-            q = zone.quantize(y)
-            last = fitted.transform.decode(mx.array(zone.values(q))[None], below)
+            last = fitted.transform.decode(mx.array(quantized(y, steps[tier]))[None], below)
             mx.eval(last)
-            own_zones.append(zone)
             own_decoded.append(last)
             own_kept.append(y[len(chosen) :])
             some_of = slice(None, len(chosen), 1 if tier == 0 else 2)
-            symbols.append(_all_coded(q[some_of]))
-        zones[layer] = own_zones[::-1]
+            scaled.append(_all_coded(y[some_of] / np.float32(steps[tier])))
         decoded[layer] = own_decoded[::-1]
         kept[layer] = own_kept[::-1]
         needed = {source_below(later, m.windows) for later in m.vectors if later > layer}
         decoded_fit = {i: d for i, d in decoded_fit.items() if i in needed}
         decoded = {i: d for i, d in decoded.items() if i in needed}
-    family, tables = fit_tables(symbols)
-    shared = SharedTables.of(family)
+    code = fit_uniform(scaled, 1.0, n_states=n_states)
+    shared = SharedTables.of(code)
     n_tiers = len(steps)
     tiers = {}
     for at, layer in enumerate(m.vectors):
-        own = tables[at * n_tiers : (at + 1) * n_tiers][::-1]
+        own = code.tables[at * n_tiers : (at + 1) * n_tiers][::-1]
         tiers[layer] = tuple(
-            TierCode(zone, mx.array(table.classes), mx.array(table.shifts), shared)
-            for zone, table in zip(zones[layer], own, strict=True)
+            TierCode(each, mx.array(table.classes), mx.array(table.shifts), shared)
+            for each, table in zip(steps, own, strict=True)
         )
     return _Fitted(transforms, tiers, kept)
 
 
-def _all_coded(symbols: NDArray[np.int32]) -> NDArray[np.int32]:
-    """With a one in columns of zeros: a coefficient that calibration never saw above zero must still have a code."""
-    symbols = symbols.copy()
-    symbols[0, ~symbols.any(axis=0)] = 1
-    return symbols
+def _all_coded(y: Singles) -> Singles:
+    """With a large coefficient in columns of nothing but zeros to be: what calibration never saw must have a code."""
+    y = y.copy()
+    y[0, np.abs(y).max(axis=0) < 1] = 3.0
+    return y
 
 
 def measured_bits(
@@ -501,7 +508,7 @@ def measured_bits(
         for tier, code in enumerate(tiers):
             y = coefficients[layer][tier]
             y = y if tier == 0 else y[: max(256, len(y) // 4)]
-            q = replace(code, zone=replace(code.zone, step=code.zone.step * scale)).quantize(y)
+            q = replace(code, step=code.step * scale).quantize(y)
             for length in {part.last - part.first for part in parts if part.tier == tier}:
                 count = sum(part.tier == tier and part.last - part.first == length for part in parts)
                 some = q if len(q) >= length else np.resize(q, (length, q.shape[1]))
@@ -520,6 +527,7 @@ def fit_code(
     sinks: int = SINKS,
     ages: Sequence[tuple[int, int]] = AGES,
     at_tokens: int = 2048,
+    n_states: int = 8,
     epsilon: float = 0.1,
     bits: TableBits = FP16_TABLES,
     first_step: float = FIRST_STEP,
@@ -535,6 +543,7 @@ def fit_code(
         sinks: first tokens kept in fp16, those of sliding-window layers excepted.
         ages: as in :data:`AGES`, the oldest first.
         at_tokens: context at which the target holds.
+        n_states: of the trellis that integers are chosen by: 4 or 8; 1 for none.
         epsilon: regularisation of Fisher matrices.
         bits: of the transforms' tables.
         first_step: where the search begins.
@@ -560,7 +569,7 @@ def fit_code(
 
     at = first_step if step is None else step
     for _ in range(MAX_FITS):
-        fitted = _fit_at(m, scope, at, ages, epsilon, bits)
+        fitted = _fit_at(m, scope, at, ages, n_states, epsilon, bits)
         real = bits_of(fitted)
         say(f"step {at:.5f}: {real:.3f} bits a value at {at_tokens} tokens")
         if target is None:
@@ -603,7 +612,6 @@ def _scale_for(bits_of: Callable[[_Fitted, float], float], fitted: _Fitted, real
 
 def _scaled(fitted: _Fitted, scale: float) -> _Fitted:
     tiers = {
-        layer: tuple(replace(code, zone=replace(code.zone, step=code.zone.step * scale)) for code in codes)
-        for layer, codes in fitted.tiers.items()
+        layer: tuple(replace(code, step=code.step * scale) for code in codes) for layer, codes in fitted.tiers.items()
     }
     return replace(fitted, tiers=tiers)

@@ -9,10 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
-from veloxquant_mlx.codes.deadzone import DeadZone, Singles, Symbols
-from veloxquant_mlx.codes.entropy import EntropyTables, TableFamily
+from veloxquant_mlx.codes.entropy import EntropyBlocks, EntropyTables, TableFamily
+from veloxquant_mlx.codes.uniform import Levels, UniformCode, decode_values, dequantize, quantize
 from veloxquant_mlx.transforms.klt import LayerKLT
+
+Singles = NDArray[np.float32]
+Symbols = NDArray[np.int32]
 
 
 def viewed(array: mx.array) -> Any:
@@ -22,23 +26,32 @@ def viewed(array: mx.array) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class SharedTables:
-    """The entropy code's tables that all layers and ages share, held once.
+    """What all layers and ages share, held once: the entropy code's tables, and what its symbols stand for.
 
     Attributes:
-        arrays: :meth:`TableFamily.to_arrays`.
+        arrays: of :meth:`TableFamily.to_arrays`, and of :meth:`Levels.to_arrays` under ``levels.``.
+        multiplier: what a bit may cost when integers are chosen, in squared steps.
     """
 
     arrays: Mapping[str, mx.array]
+    multiplier: float
 
     @classmethod
-    def of(cls, family: TableFamily) -> SharedTables:
-        """The tables of a fitted family."""
-        return cls({name: mx.array(array) for name, array in family.to_arrays().items()})
+    def of(cls, code: UniformCode) -> SharedTables:
+        """The tables of a fitted code."""
+        arrays = code.family.to_arrays() | {f"levels.{name}": a for name, a in code.levels.to_arrays().items()}
+        return cls({name: mx.array(array) for name, array in arrays.items()}, code.multiplier)
 
     @cached_property
     def family(self) -> TableFamily:
         """For encoder and decoder; it shares the arrays' memory."""
         return TableFamily.from_arrays({name: viewed(array) for name, array in self.arrays.items()})
+
+    @cached_property
+    def levels(self) -> Levels:
+        """Likewise."""
+        own = {name.removeprefix("levels."): a for name, a in self.arrays.items() if name.startswith("levels.")}
+        return Levels.from_arrays({name: viewed(array) for name, array in own.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +59,13 @@ class TierCode:
     """How tokens of one range of ages are coded.
 
     Attributes:
-        zone: step and centroids.
+        step: of all coefficients, in √nats.
         classes: ``[n]`` uint16, the class of each coefficient in the shared tables.
         shifts: ``[n]`` uint8, low bits stored plainly.
         shared: the shared tables.
     """
 
-    zone: DeadZone
+    step: float
     classes: mx.array
     shifts: mx.array
     shared: SharedTables
@@ -63,13 +76,23 @@ class TierCode:
         return EntropyTables(self.shared.family, viewed(self.classes), viewed(self.shifts))
 
     def quantize(self, y: Singles) -> Symbols:
-        """Integers of coefficients ``[..., n]``; one that the tables do not code becomes zero."""
-        symbols = self.zone.quantize(y)
-        return symbols if self.tables.active.all() else np.where(self.tables.active, symbols, np.int32(0))
+        """Integers of coefficients ``[..., n]``."""
+        shared = self.shared
+        flat = quantize(y.reshape(-1, y.shape[-1]), self.tables, shared.levels, self.step, shared.multiplier)
+        return flat.reshape(y.shape)
+
+    def values(self, symbols: Symbols) -> Singles:
+        """What integers ``[..., n]`` stand for."""
+        flat = dequantize(symbols.reshape(-1, symbols.shape[-1]), self.tables, self.shared.levels, self.step)
+        return flat.reshape(symbols.shape)
+
+    def decoded(self, blocks: EntropyBlocks, first: int, last: int) -> Singles:
+        """What the integers in blocks ``first`` to ``last`` (exclusive) stand for, ``[T, n]``."""
+        return decode_values(blocks, self.tables, self.shared.levels, self.step, first, last)
 
     def arrays(self) -> dict[str, mx.array]:
         """The arrays that are this tier's own."""
-        return {"magnitudes": self.zone.magnitudes, "classes": self.classes, "shifts": self.shifts}
+        return {"classes": self.classes, "shifts": self.shifts}
 
 
 @dataclass(frozen=True, eq=False)
