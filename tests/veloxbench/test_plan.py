@@ -2,6 +2,7 @@
 
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +10,8 @@ from veloxbench.errors import UsageError
 from veloxbench.inputs.corpora import Text
 from veloxbench.inputs.models import ModelHandle
 from veloxbench.run.grid import customise, load_grid, parse_grid
-from veloxbench.run.plan import cells, measurements
+from veloxbench.run.plan import cells, measurements, measurements_without_model
+from veloxbench.run.session import measure
 
 GRID = """
 summary = "lists"
@@ -86,3 +88,11 @@ def test_a_window_as_long_as_the_context_fits(tmp_path):
     assert len(measurements(grid, handle(96, tmp_path), text, Bytes())) == 7
     with pytest.raises(UsageError, match="needs 96 tokens of context, m has 95"):
         measurements(grid, handle(95, tmp_path), text, Bytes())
+
+
+def test_a_suite_that_needs_no_model_is_not_asked_of_one():
+    """Beside suites that read a model the exact suite's arms are no methods to be probed on it: ``cache`` is none."""
+    grid = parse_grid(GRID.replace('suites = ["perplexity"]', 'suites = ["exact", "perplexity"]'), "test")
+    planned = measurements_without_model(customise(grid, suites=["exact"]))
+    item = next(item for item in planned if item.cell.arm.name == "cache")
+    assert measure(item, SimpleNamespace(), lambda _: None).status == "measured"

@@ -51,6 +51,7 @@ def measure(item: Measurement, bench: Bench | None, tick: Tick) -> Record:
         EngagementError: the method did not hold a layer that it claims, or its bytes differ from its formula.
     """
     suite = get_suite(item.cell.suite)
+    bench = bench if suite.row.needs_model else None  # a run of several suites has one on the bench all the same
     started, clock, state = datetime.now(UTC), time.perf_counter(), provenance.machine_state()
     refusal = None if bench is None else suite.refusal(item.cell, bench)
     measured = Measured({}) if refusal else suite.measure(item, bench, tick)
