@@ -314,10 +314,10 @@ def test_a_dependency_that_is_not_here_is_installed_for_that_revision_alone(repo
 def test_a_revision_is_built_once(repository):
     """The second time finds it in the cache, untouched."""
     first = prepare("base", repository)
-    marker = first.folder / "tree" / "marker"
-    marker.touch()
+    file = first.folder / "tree" / "pyproject.toml"  # a file that is added would be damage, and healed
+    before = file.stat().st_ino, file.stat().st_mtime_ns
     assert prepare("base", repository) == first
-    assert marker.exists()
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == before
 
 
 def test_another_environment_is_another_build(repository, monkeypatch):
@@ -334,8 +334,8 @@ def test_a_revision_that_is_being_built_is_waited_for(repository):
     """The build of another process holds a lock; this one waits for it and builds nothing beside it."""
     built = prepare("base", repository)
     (built.folder / "ready").unlink()
-    marker = built.folder / "tree" / "marker"
-    marker.touch()
+    file = built.folder / "tree" / "pyproject.toml"
+    before = file.stat().st_ino, file.stat().st_mtime_ns
     with ThreadPoolExecutor(1) as pool, FileLock(built.folder.with_suffix(".lock")):
         waiting = pool.submit(prepare, "base", repository)
         with pytest.raises(TimeoutError):
@@ -343,7 +343,7 @@ def test_a_revision_that_is_being_built_is_waited_for(repository):
         (built.folder / "ready").touch()
     # the lock is free: what the other process finished is used
     assert waiting.result() == built
-    assert marker.exists()
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == before
 
 
 @pytest.mark.parametrize(
