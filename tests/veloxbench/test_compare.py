@@ -333,6 +333,7 @@ def test_another_environment_is_another_build(repository, monkeypatch):
 def test_a_revision_that_is_being_built_is_waited_for(repository):
     """The build of another process holds a lock; this one waits for it and builds nothing beside it."""
     built = prepare("base", repository)
+    ready = (built.folder / "ready").read_bytes()
     (built.folder / "ready").unlink()
     file = built.folder / "tree" / "pyproject.toml"
     before = file.stat().st_ino, file.stat().st_mtime_ns
@@ -340,7 +341,7 @@ def test_a_revision_that_is_being_built_is_waited_for(repository):
         waiting = pool.submit(prepare, "base", repository)
         with pytest.raises(TimeoutError):
             waiting.result(timeout=1.0)
-        (built.folder / "ready").touch()
+        (built.folder / "ready").write_bytes(ready)
     # the lock is free: what the other process finished is used
     assert waiting.result() == built
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == before
