@@ -83,7 +83,7 @@ def run(
     from veloxbench.report.files import PAGE, write_pages
     from veloxbench.run.grid import customise, load_grid
     from veloxbench.run.progress import BarProgress, default_progress
-    from veloxbench.run.runner import run as run_grid
+    from veloxbench.run.runner import Run
 
     if (out / JOURNAL).exists():  # until this run knows what it is to measure, nothing in the folder is judged
         with open_store(out) as store:
@@ -100,7 +100,9 @@ def run(
     progress = default_progress()
     with open_store(out) as store:
         try:
-            outcome = run_grid(grid, store, default_reporter(), progress, accept_licence=accept_licence, fresh=fresh)
+            options = {"accept_licence": accept_licence, "fresh": fresh}
+            with Run(grid, store, default_reporter(), progress, **options) as carried:
+                outcome = carried.all()
         finally:
             if isinstance(progress, BarProgress):
                 progress.stop()

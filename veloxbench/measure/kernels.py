@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from veloxbench.errors import UsageError
 from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures, needed
-from veloxbench.methods.registry import geometry
-from veloxbench.records.arm import REFERENCE, Arm
+from veloxbench.records.arm import Arm
+from veloxbench.records.frozen import Frozen
 from veloxbench.records.record import Estimate
 from veloxquant_kernels.emulator import CompilerNotFound, find_compiler
 from veloxquant_kernels.fused_attention import unsupported
@@ -38,10 +38,8 @@ class Traffic:
             raise UsageError(f"kernels: tokens is {self.tokens}; it must be at least 1")
 
 
-class KernelSection(BaseModel):
+class KernelSection(Frozen):
     """Packed tokens that a fused decode step reads, and the code widths to count it at."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: int = Field(default=4096, ge=1)
     code_bits: tuple[int, ...] = (8, 4, 3, 2)
@@ -125,11 +123,7 @@ class Kernels(Suite):
     def refusal(self, cell: Cell, bench: Bench) -> str | None:
         """Why nothing can be counted here, or None."""
         shape = head_shape(bench.handle.directory)
-        held = {
-            (layer.head_dim, layer.value_dim)
-            for layer in geometry(bench.caches(REFERENCE).caches, bench.model)
-            if layer
-        }
+        held = {(layer.head_dim, layer.value_dim) for layer in bench.shapes if layer}
         if shape is not None and held != {(shape.head_dim, shape.head_dim)}:
             dims = ", ".join(f"{keys} and {values}" for keys, values in sorted(held)) or "nothing that is counted"
             return f"its caches hold keys and values of {dims} channels, its config.json says {shape.head_dim}"

@@ -8,22 +8,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from veloxbench.errors import EngagementError, ExitCode, VeloxError
 from veloxbench.measure.account import allocated_bits_per_value, bits_per_value
 from veloxbench.measure.memory_process import Reply, Request
 from veloxbench.measure.suite import SLOWER, Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures, needed
 from veloxbench.records.arm import REFERENCE, Arm
+from veloxbench.records.frozen import Frozen
 from veloxbench.records.record import Estimate, LayerEngagement
 
 GIB = 2**30
 
 
-class MemorySpec(BaseModel):
+class MemorySpec(Frozen):
     """Tokens prefilled and decoded in the memory process, and the budget that tokens_in_budget fills."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: int = Field(ge=1)
     decode_steps: int = Field(ge=1)

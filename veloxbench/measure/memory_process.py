@@ -34,11 +34,6 @@ class Request(Arm):
     tokens: list[int]
     prefill_tokens: int
 
-    @property
-    def arm(self) -> Arm:
-        """The arm alone."""
-        return Arm(name=self.name, target=self.target, parameters=self.parameters)
-
 
 class Phase(BaseModel):
     """One phase's memory, in bytes. ``peak`` figures are over the phase, ``active`` at its end."""
@@ -128,7 +123,7 @@ def measure_in_this_process(request: Request) -> Reply:
         mx.eval([array for _, array in weights])
     method = get_method(request.name)
     context = BuildContext(model, tokenizer, handle.weights_sha256, request.n_layers, request.cache_folder)
-    caches, claimed = build(context, checked(request.arm))
+    caches, claimed = build(context, checked(request.alone))
     shapes = geometry(caches, model)
     tokens = np.array(request.tokens, dtype=np.int32)
     with phase("prefill"):

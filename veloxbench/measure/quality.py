@@ -33,6 +33,7 @@ from veloxbench.measure.suite import (
     measures,
     needed,
 )
+from veloxbench.methods.registry import reference_of
 from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.intervals import finite, mean_interval, quantile_interval
 from veloxbench.records.record import Estimate, LayerEngagement, content_hash
@@ -242,7 +243,7 @@ class Perplexity(Suite):
 
 def reference_key(item: Measurement) -> str:
     """The name under which the reference's log-probabilities are kept, made from the key of the reference's record."""
-    subject = item.subject.model_copy(update={"method": Perplexity().ref(REFERENCE)})
+    subject = item.subject.model_copy(update={"method": reference_of(REFERENCE)})
     return content_hash([subject.key, "log-probabilities"])
 
 

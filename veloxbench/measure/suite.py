@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import importlib.metadata
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +23,9 @@ from veloxbench.inputs.models import ModelHandle
 from veloxbench.measure.account import engagement
 from veloxbench.measure.reference import ReferenceCache
 from veloxbench.methods.cache_under_test import CacheUnderTest
-from veloxbench.methods.registry import BuildContext, build, get_method, probe, reference_of
-from veloxbench.records.arm import Arm
+from veloxbench.methods.registry import BuildContext, Geometry, build, geometry, get_method, probe, reference_of
+from veloxbench.records.arm import REFERENCE, Arm
+from veloxbench.records.plugins import load_plugins
 from veloxbench.records.provenance import code_hash, harness_hash
 from veloxbench.records.record import Estimate, LayerEngagement, MethodRef, Subject, TextRef, content_hash
 from veloxbench.records.suites import SuiteRow, all_suites, suite_row
@@ -132,6 +130,11 @@ class Bench:
     kept: dict[str, Any] = field(default_factory=dict)
     """What a suite keeps from one measurement to the next, by a name of its own."""
     refusals: dict[str, str | None] = field(default_factory=dict)
+
+    @functools.cached_property
+    def shapes(self) -> list[Geometry | None]:
+        """Stored shape of each layer's keys and values, None where there are none, from one token; asked once."""
+        return geometry(self.caches(REFERENCE).caches, self.model)
 
     def caches(self, arm: Arm) -> ArmCaches:
         """Fresh caches of an arm."""
@@ -240,17 +243,9 @@ def measures(suite: type[Suite]) -> type[Suite]:
     return suite
 
 
-@functools.cache
-def _discover() -> None:
-    for module in pkgutil.iter_modules(measure.__path__):
-        importlib.import_module(f"{measure.__name__}.{module.name}")
-    for entry_point in importlib.metadata.entry_points(group="veloxbench.measures"):
-        entry_point.load()
-
-
 def known_suites() -> Mapping[str, Suite]:
     """Every suite's behaviour by name, in the order of the rows."""
-    _discover()
+    load_plugins("veloxbench.measures", measure.__name__)
     return {name: _SUITES[name] for name in all_suites() if name in _SUITES}
 
 

@@ -5,10 +5,7 @@ group ``veloxbench.methods``) that decorates a factory with :func:`register`; no
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.metadata
 import inspect
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,10 +16,10 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from veloxbench import methods
 from veloxbench.errors import UsageError, unknown_name
 from veloxbench.methods.cache_under_test import CacheUnderTest, arrays_of
 from veloxbench.records.arm import Arm
+from veloxbench.records.plugins import load_plugins
 from veloxbench.records.provenance import code_hash
 from veloxbench.records.record import MethodRef
 
@@ -123,7 +120,7 @@ def register(
     def decorate(factory: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         if name in _REGISTRY:
             raise ValueError(f"method {name!r} is registered twice")
-        made = implementation or functools.cache(lambda: _code_of(factory, cache_classes))
+        made = implementation or functools.partial(_code_of, factory, cache_classes)
         _REGISTRY[name] = Method(name, summary, factory, cache_classes, targets, target_means, formula, made, foreign)
         return factory
 
@@ -136,17 +133,9 @@ def _code_of(factory: Callable[..., list[Any]], cache_classes: tuple[type, ...])
     return f"{package} {code_hash(factory, *theirs)[:16]}"
 
 
-@functools.cache
-def _discover() -> None:
-    for module in pkgutil.iter_modules(methods.__path__):
-        importlib.import_module(f"{methods.__name__}.{module.name}")
-    for entry_point in importlib.metadata.entry_points(group="veloxbench.methods"):
-        entry_point.load()
-
-
 def all_methods() -> dict[str, Method]:
     """Every registered method by name."""
-    _discover()
+    load_plugins("veloxbench.methods", "veloxbench.methods")
     return dict(_REGISTRY)
 
 

@@ -6,15 +6,16 @@ import json
 import re
 from typing import Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AliasChoices, Field, JsonValue
 
 from veloxbench.errors import UsageError
+from veloxbench.records.frozen import Frozen
 
 _EARLIER = re.compile(r"(?P<name>[^\s@:(]+)(?: (?P<target>[\d.]+))?(?: \((?P<parameters>[^()]*=[^()]*)\))?")
 """How an arm was written in tables and baselines before: ``mlx-affine 4 (group_size=32)``."""
 
 
-class Arm(BaseModel):
+class Arm(Frozen):
     """A method at one target with its parameters: one row of a table.
 
     It is written ``turboquant_mse@4:sinks=4`` wherever it is written: in grids and on the command line, in tables and
@@ -25,8 +26,6 @@ class Arm(BaseModel):
         target: a code width or bits_per_value, as the method understands it.
         parameters: those that are not the method's defaults.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(validation_alias=AliasChoices("name", "method"))
     target: float | None = None
@@ -41,6 +40,11 @@ class Arm(BaseModel):
 
     def __str__(self) -> str:
         return self.label
+
+    @property
+    def alone(self) -> Arm:
+        """The arm without what a subclass adds to it."""
+        return Arm(name=self.name, target=self.target, parameters=self.parameters)
 
     @property
     def at_any_target(self) -> Arm:

@@ -76,6 +76,7 @@ def package_of(thing: Any) -> Path:
     raise ValueError(f"{thing!r} is defined in no file, so that nothing can tell one state of its code from another")
 
 
+@functools.cache
 def code_hash(*things: Any) -> str:
     """Hash of all code of the packages that define some functions and classes: sources, kernels, binaries, data.
 
@@ -160,6 +161,7 @@ NO_BASELINES = (".", ":(exclude,glob)**/baselines/*/*.json")
 """Pathspec of what can move a number: a baseline that was approved and committed is no change of code."""
 
 
+@functools.cache
 def changed_since(commit: str, place: Path) -> list[str] | None:
     """Tracked files of the checkout around ``place`` that are not as in a commit, baselines left out; None: unknown."""
     top = git(place, "rev-parse", "--show-toplevel")

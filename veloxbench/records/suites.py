@@ -69,11 +69,6 @@ class SuiteRow:
     per_sequence_of_reference: Mapping[str, Budget] = field(default_factory=dict)
     device_bound: bool = False
 
-    @property
-    def gates(self) -> bool:
-        """Whether a gate judges anything of it."""
-        return self.exact is None or bool(self.exact or self.per_sequence or self.per_sequence_of_reference)
-
 
 _OWN = (
     SuiteRow(

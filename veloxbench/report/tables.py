@@ -7,13 +7,12 @@ package registers its own with :func:`register_table` in a module that an entry 
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from veloxbench.gate.paired_test import MIN_SEQUENCES
 from veloxbench.records.arm import REFERENCE
+from veloxbench.records.plugins import load_plugins
 from veloxbench.records.record import NO_MODEL, Record
 from veloxbench.records.suites import all_suites
 from veloxbench.report.allocation import comparisons, summary
@@ -55,19 +54,13 @@ def register_table(suite: str) -> Callable[[SuiteTables], SuiteTables]:
     return decorate
 
 
-@functools.cache
-def _load_packages() -> None:
-    for entry_point in importlib.metadata.entry_points(group="veloxbench.tables"):
-        entry_point.load()
-
-
 def sections(records: Sequence[Record]) -> list[str]:
     """The tables of every suite that has records, in the suites' order; suites that are unknown here come last.
 
     Args:
         records: of one model, or all that read none.
     """
-    _load_packages()
+    load_plugins("veloxbench.tables")
     by_suite: dict[str, list[Record]] = {}
     for record in records:
         by_suite.setdefault(record.subject.suite, []).append(record)

@@ -14,21 +14,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 from veloxbench.errors import UsageError, unknown_name, validation_reason
 from veloxbench.inputs.corpora import Role
 from veloxbench.measure.suite import Suite, get_suite, known_suites
 from veloxbench.methods.registry import checked, get_method
 from veloxbench.records.arm import Arm
+from veloxbench.records.frozen import Frozen
 
 ERRORS_SHOWN = 20
 
 
-class ArmSpec(BaseModel):
+class ArmSpec(Frozen):
     """A method with the targets to measure; a parameter that is a list is measured at each of its values."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str
     targets: tuple[float, ...] = Field(min_length=1)
@@ -57,10 +56,8 @@ class ArmSpec(BaseModel):
             yield checked(Arm(name=self.method, target=target, parameters=parameters))
 
 
-class Grid(BaseModel):
+class Grid(Frozen):
     """A profile: models x arms x suites. The suites' sections are fields of the class that :func:`grid_class` makes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     summary: str
     models: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from veloxbench.inputs.corpora import NO_TEXT, Text, TokenBlock, token_block
 from veloxbench.inputs.models import ModelHandle
 from veloxbench.measure.machine import machine_class
 from veloxbench.measure.suite import Cell, Measurement, get_suite
-from veloxbench.records.arm import REFERENCE, Arm
+from veloxbench.records.arm import REFERENCE
 from veloxbench.records.provenance import changed_since, project_state
 from veloxbench.records.record import NO_MODEL, ModelRef, Provenance, Record, Subject, content_hash
 from veloxbench.run.grid import Grid
@@ -132,7 +132,7 @@ def other_code(record: Record, *, any_checkout: bool = False) -> str | None:
         suite = get_suite(subject.suite)
         if subject.harness != suite.harness():
             return f"the measuring code is {suite.harness()[:12]} here and was {subject.harness[:12]}"
-        here = suite.ref(Arm(**subject.method.model_dump(include=set(Arm.model_fields))))
+        here = suite.ref(subject.method.alone)
     except (UsageError, KeyError) as error:
         return f"{subject.method.label} cannot be measured here any more: {error}"
     if here.implementation != subject.method.implementation:

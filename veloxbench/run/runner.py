@@ -188,20 +188,6 @@ class Run:
         self.close()
 
 
-def run(
-    grid: Grid,
-    store: Store,
-    reporter: Reporter,
-    progress: Progress,
-    *,
-    accept_licence: bool = False,
-    fresh: bool = False,
-) -> Outcome:
-    """Measure everything in the grid that the store does not have yet; arguments as for :class:`Run`."""
-    with Run(grid, store, reporter, progress, accept_licence=accept_licence, fresh=fresh) as carried:
-        return carried.all()
-
-
 def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Measurement]:
     """The measurements of one model, its text fetched and tokenized."""
     text = load_text(grid.corpus, grid.part, reporter=reporter)

@@ -6,6 +6,7 @@ import re
 import pytest
 from gate_records import quality_record
 
+from veloxbench.records.plugins import load_plugins
 from veloxbench.records.record import NO_MODEL, Record
 from veloxbench.report import tables
 from veloxbench.report.page import render
@@ -60,9 +61,9 @@ def test_another_package_brings_its_tables(monkeypatch):
         return [Point()] if group == "veloxbench.tables" else []
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
-    tables._load_packages.cache_clear()
+    load_plugins.cache_clear()
     try:
         assert sections([of_suite("toy"), of_suite("toy")]) == ["### Toys: 2"]
         assert sections([of_suite("toy")]) == ["### Toys: 1"]  # loaded once: a second time would raise
     finally:
-        tables._load_packages.cache_clear()
+        load_plugins.cache_clear()
