@@ -27,7 +27,7 @@ length = 24
 
 COMMITTED = """
 from veloxbench.records import provenance
-provenance.git_state = lambda: ("c" * 40, False)  # the tests' own checkout may have changes; whose it is does not matter
+provenance.git_state = lambda: ("c" * 40, False)  # the tests' own checkout may have changes
 from veloxbench.cli import main
 main()
 """
