@@ -27,8 +27,8 @@ check: $(VENV)/.installed
 fresh: $(VENV)/.installed
 	$(BIN)/veloxbench schema | cmp - schema/record.json
 	$(BIN)/veloxbench report records --check BENCHMARK_RESULTS.md
-	$(BIN)/veloxbench damages --check docs/damages.md
-	$(BIN)/veloxbench aa report records/timing-gate/error-rates.json --check docs/gate-error-rates.md
+	$(BIN)/veloxbench trial damages --check docs/damages.md
+	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --check docs/gate-error-rates.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -37,8 +37,8 @@ format: $(VENV)/.installed
 report: $(VENV)/.installed
 	$(BIN)/veloxbench schema > schema/record.json
 	$(BIN)/veloxbench report records --out BENCHMARK_RESULTS.md
-	$(BIN)/veloxbench damages --out docs/damages.md
-	$(BIN)/veloxbench aa report records/timing-gate/error-rates.json --out docs/gate-error-rates.md
+	$(BIN)/veloxbench trial damages --out docs/damages.md
+	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --out docs/gate-error-rates.md
 	$(BIN)/python -m veloxbench.report.guide
 
 # pip reads dependency groups from 25.1 on

@@ -29,8 +29,9 @@ from veloxbench.inputs.models import load_model, resolve_model
 from veloxbench.measure import machine
 from veloxbench.measure.divergence import worker_pool
 from veloxbench.measure.protocol import Chunked, feed
-from veloxbench.measure.quality import ArmCaches, run_arm
+from veloxbench.measure.quality import run_arm
 from veloxbench.measure.reference import lockstep
+from veloxbench.measure.suite import ArmCaches
 from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxbench.records import provenance
 from veloxquant_mlx.allocators.ratequant import Sensitivities, calibrate_layer_sensitivities, fit_distortion_curve

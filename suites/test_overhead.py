@@ -12,52 +12,52 @@ import pytest
 from veloxbench.inputs.corpora import load_text, token_block
 from veloxbench.inputs.models import resolve_model
 from veloxbench.measure import quality
-from veloxbench.measure.divergence import worker_pool
+from veloxbench.measure.divergence import ReferenceRows, worker_pool
 from veloxbench.measure.protocol import Chunked, feed
 from veloxbench.measure.reference import ReferenceCache, vocabulary_of
-from veloxbench.methods.registry import make_arm
+from veloxbench.measure.suite import Bench
+from veloxbench.methods.registry import checked
+from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.intervals import ratio_interval
-from veloxbench.run.plan import REFERENCE
-from veloxbench.run.session import Session
+from veloxbench.run.progress import LineProgress
+from veloxbench.run.session import opened
 
 PROTOCOL = Chunked(8, 256, chunk=64, score_from=64)
 PAIRS = 4
 LIMIT = 1.15
 
 
-class _Quiet:
-    def message(self, text: str) -> None:
-        print(text)
-
-
 @pytest.fixture
-def session(request: pytest.FixtureRequest) -> Iterator[Session]:
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     if not request.config.getoption("--benchmark"):
         pytest.skip("a timing: run with --benchmark")
-    session = Session.open(resolve_model("smollm2-135m"), None, _Quiet())  # type: ignore[arg-type]
-    yield session
-    session.close()
+    with opened(resolve_model("smollm2-135m"), None, LineProgress()) as bench:
+        yield bench
 
 
-def test_comparing_costs_little_beside_the_forward_pass(session, tmp_path, record_property):
+def never() -> Iterator[ReferenceRows]:
+    raise AssertionError("the reference was written a moment ago")
+
+
+def test_comparing_costs_little_beside_the_forward_pass(bench, tmp_path, record_property):
     """Reference pass and arm pass of the suite take at most 1.15 x the same passes without any comparison."""
-    tokens = token_block(load_text("wikitext-2"), session.context.tokenizer, n_sequences=8, length=257).tokens
-    arm = make_arm("turboquant_mse", 4.0)
+    tokens = token_block(load_text("wikitext-2"), bench.context.tokenizer, n_sequences=8, length=257).tokens
+    arm = checked(Arm(name="turboquant_mse", target=4.0))
     pool, cache = worker_pool(), ReferenceCache(tmp_path)
-    vocabulary, n_rows = vocabulary_of(session.model, tokens), 8 * PROTOCOL.n_scored
+    vocabulary, n_rows = vocabulary_of(bench.model, tokens), 8 * PROTOCOL.n_scored
     rows = quality.rows_per_step(PROTOCOL, 8)
 
     def bare() -> None:
         for each in (REFERENCE, arm):
-            for _ in feed(session.model, session.arm(each).caches, tokens, PROTOCOL):
+            for _ in feed(bench.model, bench.caches(each).caches, tokens, PROTOCOL):
                 pass
 
     def suite() -> None:
         key = str(time.monotonic_ns())
-        steps = feed(session.model, session.arm(REFERENCE).caches, tokens, PROTOCOL)
+        steps = feed(bench.model, bench.caches(REFERENCE).caches, tokens, PROTOCOL)
         quality.run_reference(cache.write(key, steps, n_rows, vocabulary, pool), 8, lambda _: None)
-        caches, reference = session.arm(arm), cache.read(key, rows)
-        stats, nll = quality.run_arm(session.model, caches, tokens, PROTOCOL, reference, pool, lambda _: None)
+        caches, reference = bench.caches(arm), cache.read(key, rows, never)
+        stats, nll = quality.run_arm(bench.model, caches, tokens, PROTOCOL, reference, pool, lambda _: None)
         quality.arm_metrics(stats, nll, caches.engagement())
 
     def seconds(work: Callable[[], None]) -> float:

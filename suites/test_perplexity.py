@@ -2,8 +2,8 @@
 
 import math
 
+from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import Record
-from veloxbench.run.plan import REFERENCE
 
 SUITE = "perplexity"
 
@@ -16,7 +16,7 @@ def test_arm_reads_what_its_cache_stores(record: Record) -> None:
     """Every claimed layer held the tokens, and the loss against fp16 is finite and not negative."""
     assert all(layer.engaged for layer in record.engagement if layer.claimed)
     assert math.isfinite(record.metrics["nll"].value)
-    if record.subject.method.name == REFERENCE.method:
+    if record.subject.method.name == REFERENCE.name:
         assert record.metrics["bits_per_value"].value == 16.0
         assert record.metrics["kld_floor_mean"].value < NOISE_FLOOR_NATS
     else:

@@ -26,6 +26,6 @@ def test_four_bits_on_a_cpu_stay_within_their_limits(record: Record) -> None:
     method, depth = record.subject.method, record.subject.settings["depth"]
     on_cpu = record.provenance.hardware["device"] == "cpu"
     if not on_cpu or depth != 2048 or (method.name, method.target) != ("turboquant_mse", 4.0):
-        pytest.skip("the limits are for turboquant_mse 4 at 2048 tokens on a CPU")
+        pytest.skip("the limits are for turboquant_mse@4 at 2048 tokens on a CPU")
     for phase, limit in CPU_LIMITS.items():
         assert 1 / record.metrics[f"{phase}_speed_ratio"].value <= limit

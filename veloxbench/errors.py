@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from enum import IntEnum
 
+from pydantic import ValidationError
+
 
 class ExitCode(IntEnum):
     """Exit codes of ``veloxbench`` (and of a gate run through pytest)."""
@@ -24,8 +26,11 @@ class VeloxError(Exception):
     exit_code = ExitCode.USAGE
 
 
-class UsageError(VeloxError):
-    """What was asked for does not exist or cannot be done: a name, a value, a combination."""
+class UsageError(VeloxError, ValueError):
+    """What was asked for does not exist or cannot be done: a name, a value, a combination.
+
+    As a ``ValueError`` it joins the other errors of a grid that is validated, so that all are said at once.
+    """
 
 
 class UnfitEnvironmentError(VeloxError):
@@ -44,10 +49,27 @@ class BaselineError(VeloxError):
     exit_code = ExitCode.BASELINE
 
 
+class NotFiniteError(VeloxError, ValueError):
+    """A figure that was measured is NaN or infinite: no result, and never a pass."""
+
+    exit_code = ExitCode.REGRESSION
+
+
 class EngagementError(VeloxError):
     """A method did not hold a layer that it claims: an error, never a result."""
 
     exit_code = ExitCode.REGRESSION
+
+
+def validation_reason(error: ValidationError, limit: int = 1) -> str:
+    """What is wrong, each thing with the field where it is: up to ``limit`` of them, the others counted."""
+    lines = []
+    for each in error.errors(include_url=False)[:limit]:
+        place = ".".join(map(str, each["loc"]))
+        message = str(each["msg"]).removeprefix("Value error, ")
+        lines.append(f"{place}: {message}" if place else message)
+    more = error.error_count() - len(lines)
+    return "; ".join(lines) + (f"; and {more} more" if more > 0 and limit > 1 else "")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:

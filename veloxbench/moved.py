@@ -56,4 +56,4 @@ class _MovedFinder:
 
 def install() -> None:
     """Let old names be imported; called once by ``veloxbench`` itself."""
-    sys.meta_path.append(_MovedFinder())  # type: ignore[arg-type]
+    sys.meta_path.append(_MovedFinder())

@@ -19,11 +19,8 @@ import pytest
 if TYPE_CHECKING:
     from veloxbench.gate.baselines import Baselines
     from veloxbench.gate.verdicts import Finding
-    from veloxbench.inputs.models import ModelHandle
     from veloxbench.records.record import Record
     from veloxbench.run.grid import Grid
-    from veloxbench.run.plan import Measurement
-    from veloxbench.run.session import Session
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,7 +62,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     grid = _grid(metafunc.config)
     places = [
-        pytest.param((model, index), id=f"{model}-{cell.protocol}-{cell.arm.label}".replace(" ", "-"))
+        pytest.param((model, index), id=f"{model}-{cell.protocol}-{cell.arm}".replace(" ", "-"))
         for model in grid.models
         for index, cell in enumerate(cells(grid))
         if cell.suite == suite
@@ -74,57 +71,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class SuiteRun:
-    """What the items of one pytest session share: the store, and one loaded model at a time."""
+    """What the items of one pytest session share: the run that measures, and what it produced."""
 
     def __init__(self, grid: Grid, folder: Path) -> None:
+        from veloxbench.inputs.transfer_progress import default_reporter
         from veloxbench.records.store import open_store
+        from veloxbench.run.progress import LineProgress
+        from veloxbench.run.runner import Run
 
-        self.grid = grid
         self.folder = folder
         self.exits = ExitStack()
         self.store = self.exits.enter_context(open_store(folder))
-        self.plans: dict[str, list[Measurement]] = {}
+        self.run = self.exits.enter_context(Run(grid, self.store, default_reporter(), LineProgress()))
         self.produced: dict[str, Record] = {}
-        self.session: Session | None = None
 
     def record(self, model: str, index: int) -> Record:
         """The record of a cell: from the store, or measured now and kept."""
-        from veloxbench.inputs.models import resolve_model
-        from veloxbench.inputs.transfer_progress import default_reporter
-        from veloxbench.run.runner import plan_model
-
-        handle = resolve_model(model, reporter=default_reporter())
-        if model not in self.plans:
-            self.plans[model] = plan_model(self.grid, handle, default_reporter())
-            self.store.begin([item.subject.key for plan in self.plans.values() for item in plan])
-        item = self.plans[model][index]
-        found = self.store.get(item.subject.key) or self._measured(handle, item)
-        self.produced[found.key] = found
-        return found
-
-    def _measured(self, handle: ModelHandle, item: Measurement) -> Record:
-        from veloxbench.run.progress import LineProgress
-        from veloxbench.run.runner import keep_failure
-        from veloxbench.run.session import Session
-
-        if self.session is None or self.session.handle != handle:
-            if self.session is not None:
-                self.session.close()
-            self.session = Session.open(handle, self.grid.n_layers, LineProgress())
-        try:
-            record = self.session.measure(item, lambda _: None)
-        except Exception as error:
-            keep_failure(item, error, self.store)
-            raise
-        self.store.append(record)
+        plan = self.run.plan(model)
+        record = self.run.record(plan, plan.items[index])
+        self.produced[record.key] = record
         return record
 
     def close(self) -> None:
         """Write the pages and free model and store."""
-        from veloxbench.cli.app import write_pages
+        from veloxbench.report.files import write_pages
 
-        if self.session is not None:
-            self.session.close()
         write_pages(self.folder, self.store)
         self.exits.close()
 
@@ -175,12 +146,10 @@ def _gated_subjects(config: pytest.Config) -> list[Any]:
     except BaselineError:
         return []  # the item for the gate as a whole says what is wrong
     machine = machine_fields(hardware(), versions())
-    return [
-        pytest.param((file.tier, entry.subject), id=f"{file.tier}-{entry.subject}".replace(" ", "-"))
-        for file in files
-        if file.holds_on(machine)
-        for entry in file.entries
-    ]
+    subjects = {  # two baselines of one subject differ in rounding: it is judged once
+        (file.tier, entry.subject): None for file in files if file.holds_on(machine) for entry in file.entries
+    }
+    return [pytest.param(subject, id="-".join(subject).replace(" ", "-")) for subject in subjects]
 
 
 @pytest.fixture(scope="session")
@@ -193,6 +162,16 @@ def gate_findings(request: pytest.FixtureRequest, suite_run: SuiteRun) -> list[F
         pytest.skip("gates judge with --benchmark and --veloxbench-baseline")
     profile = config.getoption("--veloxbench-profile")
     return judge(suite_run.produced.values(), _baselines(config), profile=profile)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse several processes: they would measure beside each other, and no gate would see all that was measured.
+
+    Raises:
+        pytest.UsageError: ``--benchmark`` with ``-n``.
+    """
+    if config.getoption("--benchmark") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--benchmark measures in one process: leave -n out (workers would time each other)")
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,7 +1,8 @@
-"""The methods of this package: one options dataclass each, under one registry.
+"""The one list of methods: options classes by name, each beside its quantizer.
 
-An options class holds what only its method needs, says which code widths exist, and makes the quantizer of one side
-of one layer. A new method is a quantizer and one class here.
+A method is one module of ``veloxquant_mlx.quantizers``: a quantizer, and an options class registered with
+``@METHODS.register``. The module is found by being there. Configurations, the harness and its command line read what
+they need of a method here.
 """
 
 from __future__ import annotations
@@ -9,34 +10,39 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
-from veloxquant_mlx.packing import MAX_CODE_BITS
-from veloxquant_mlx.quantizers.affine import Affine, PerChannelAffine
+from veloxquant_kernels.packing import MAX_CODE_BITS
 from veloxquant_mlx.quantizers.base import Quantizer
-from veloxquant_mlx.quantizers.rvq import RVQ
-from veloxquant_mlx.quantizers.ternary import Ternary
-from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
-from veloxquant_mlx.quantizers.turboquant_prod import TurboQuantProd, TurboQuantProdAdaptive
-from veloxquant_mlx.quantizers.turboquant_static import TurboQuantStatic
 from veloxquant_mlx.registry import Registry, near_matches
 
 Role = Literal["keys", "values"]
+TargetMeaning = Literal["code_bits", "bits_per_value"]
 
 
 @dataclass(frozen=True)
 class MethodOptions(ABC):
     """What a configuration needs of a method.
 
+    Its fields are what only its method needs.
+
     Attributes:
+        summary: the method in half a sentence.
+        targets: the targets that a measurement can name, the most costly first; none where only an allocation can tell.
+        target_means: ``code_bits`` (the real cost is higher: scales count) or ``bits_per_value``.
+        target_field: the field that a target sets; None where there is one target only.
         widths: code widths that ``bit_allocation``, ``value_bits`` and ``outlier_bits`` may name.
         default_window: ``window`` where the configuration names none.
         allocatable: whether layers may have different widths.
         needs_allocation: whether a ``bit_allocation`` must be given.
     """
 
+    summary: ClassVar[str]
+    targets: ClassVar[tuple[float, ...]] = tuple(float(bits) for bits in range(MAX_CODE_BITS, 0, -1))
+    target_means: ClassVar[TargetMeaning] = "code_bits"
+    target_field: ClassVar[str | None] = "code_bits"
     widths: ClassVar[range] = range(1, MAX_CODE_BITS + 1)
     default_window: ClassVar[int] = 0
     allocatable: ClassVar[bool] = True
@@ -59,7 +65,22 @@ class MethodOptions(ABC):
         return self.quantizer(role, code_bits, seed)
 
 
-METHODS: Registry[type[MethodOptions]] = Registry("method")
+@dataclass(frozen=True)
+class WidthOptions(MethodOptions):
+    """Options of a method that has one code width: ``code_bits`` unless a layer or a side is given another."""
+
+    code_bits: int = 4
+
+    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+        """The quantizer at ``code_bits``, or at the method's own width."""
+        return self.coded(role, self.code_bits if code_bits is None else code_bits, seed)
+
+    @abstractmethod
+    def coded(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """The quantizer of one side of a layer at a width."""
+
+
+METHODS: Registry[type[MethodOptions]] = Registry("method", "veloxquant_mlx.quantizers")
 
 
 def make_options(method: str, options: Mapping[str, Any], common: frozenset[str] = frozenset()) -> MethodOptions:
@@ -86,167 +107,3 @@ def make_options(method: str, options: Mapping[str, Any], common: frozenset[str]
         for role in ("keys", "values"):
             made.quantizer(role, None, 0)  # its own checks name what is out of range
     return made
-
-
-@METHODS.register("turboquant_mse")
-@dataclass(frozen=True)
-class TurboQuantMSEOptions(MethodOptions):
-    """Options of :class:`TurboQuantMSE`."""
-
-    code_bits: int = 4
-
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
-        """The same code for keys and values."""
-        return TurboQuantMSE(self.code_bits if code_bits is None else code_bits, seed)
-
-
-@METHODS.register("turboquant_prod")
-@dataclass(frozen=True)
-class TurboQuantProdOptions(MethodOptions):
-    """Options of :class:`TurboQuantProd`."""
-
-    code_bits: int = 4
-
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
-        """The same code for keys and values."""
-        return TurboQuantProd(self.code_bits if code_bits is None else code_bits, seed)
-
-
-@METHODS.register("turboquant_prod_adaptive")
-@dataclass(frozen=True)
-class TurboQuantProdAdaptiveOptions(MethodOptions):
-    """Options of :class:`TurboQuantProdAdaptive`; ``value_bits`` gives values a fixed width."""
-
-    allocatable: ClassVar[bool] = False
-    base_bits: int = 2
-    max_bits: int = 4
-    distortion_threshold: float = 0.05
-    block_size: int = 32
-
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
-        """Adaptive, or TurboQuant Prod at a width that is named."""
-        if code_bits is not None:
-            return TurboQuantProd(code_bits, seed)
-        return TurboQuantProdAdaptive(
-            base_bits=self.base_bits,
-            max_bits=self.max_bits,
-            distortion_threshold=self.distortion_threshold,
-            block_size=self.block_size,
-            seed=seed,
-        )
-
-
-@METHODS.register("rvq")
-@dataclass(frozen=True)
-class RVQOptions(MethodOptions):
-    """Options of :class:`RVQ`."""
-
-    code_bits: int = 2
-
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
-        """The same code for keys and values."""
-        return RVQ(self.code_bits if code_bits is None else code_bits, seed)
-
-    def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
-        """Scalar codes: at high widths they leave less than residual stages."""
-        return TurboQuantMSE(code_bits, seed)
-
-
-@METHODS.register("affine")
-@dataclass(frozen=True)
-class AffineOptions(MethodOptions):
-    """Options of :class:`Affine`."""
-
-    code_bits: int = 4
-    group_size: int = 32
-
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
-        """The same code for keys and values."""
-        return Affine(self.code_bits if code_bits is None else code_bits, self.group_size)
-
-
-@METHODS.register("kivi")
-@dataclass(frozen=True)
-class KIVIOptions(MethodOptions):
-    """KIVI (arXiv 2402.02750): keys in groups of tokens per channel, values in groups of channels per token.
-
-    The last 128 tokens stay in fp16 unless ``window`` says otherwise.
-    """
-
-    default_window: ClassVar[int] = 128
-    code_bits: int = 2
-    group_size: int = 32
-
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
-        """Per channel for keys, per token for values."""
-        bits = self.code_bits if code_bits is None else code_bits
-        return PerChannelAffine(bits, self.group_size) if role == "keys" else Affine(bits, self.group_size)
-
-    def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
-        """Per token on both sides: a flagged token has no neighbours."""
-        return Affine(code_bits, self.group_size)
-
-
-@METHODS.register("ternary")
-@dataclass(frozen=True)
-class TernaryOptions(MethodOptions):
-    """:class:`Ternary`, which has one width; ``value_bits`` gives values TurboQuant MSE."""
-
-    allocatable: ClassVar[bool] = False
-
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
-        """Ternary, or TurboQuant MSE at a width that is named."""
-        return Ternary(seed) if code_bits is None else TurboQuantMSE(code_bits, seed)
-
-
-@METHODS.register("turboquant_static")
-@dataclass(frozen=True)
-class TurboQuantStaticOptions(MethodOptions):
-    """Options of :class:`TurboQuantStatic`; width 0 keeps nothing but the mean."""
-
-    widths: ClassVar[range] = range(MAX_CODE_BITS + 1)
-    code_bits: int = 1
-    calibration: int = 64
-
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
-        """The same code for keys and values."""
-        return TurboQuantStatic(self.code_bits if code_bits is None else code_bits, self.calibration, seed)
-
-    def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
-        """With a norm per token: a flagged token is far from the calibrated scale."""
-        return TurboQuantMSE(code_bits, seed)
-
-
-@METHODS.register("ratequant")
-@dataclass(frozen=True)
-class RateQuantOptions(MethodOptions):
-    """A width per layer (or finer) from ``bit_allocation``, coded by another method.
-
-    Args:
-        base: the method that codes.
-        base_options: its own fields.
-    """
-
-    needs_allocation: ClassVar[bool] = True
-    base: str = "turboquant_mse"
-    base_options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not METHODS[self.base].allocatable or METHODS[self.base].needs_allocation:
-            raise ValueError(f"base={self.base!r} has no width to allocate")
-        made = make_options(self.base, self.base_options)
-        # the base's widths and window become this object's
-        object.__setattr__(self, "widths", made.widths)
-        object.__setattr__(self, "default_window", made.default_window)
-
-    @property
-    def _base(self) -> MethodOptions:
-        return make_options(self.base, self.base_options)
-
-    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
-        """The base's quantizer at the allocated width."""
-        return self._base.quantizer(role, code_bits, seed)
-
-    def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
-        """The base's."""
-        return self._base.outlier_quantizer(role, code_bits, seed)

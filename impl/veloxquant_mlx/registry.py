@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
@@ -20,11 +22,21 @@ class Registry(Generic[T]):
 
     Args:
         kind: what an entry is, for error messages.
+        package: whose modules enter something; they are imported when the first entry is asked for.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
+        self.package = package
         self._entries: dict[str, T] = {}
+        self._complete = False
+
+    def _all(self) -> dict[str, T]:
+        if not self._complete:
+            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+            self._complete = True
+        return self._entries
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that enters its argument under ``name``.
@@ -47,12 +59,12 @@ class Registry(Generic[T]):
         Raises:
             ValueError: no such name; near matches are listed.
         """
-        if name not in self._entries:
-            raise ValueError(f"unknown {self.kind} {name!r}; did you mean {near_matches(name, self._entries)}?")
-        return self._entries[name]
+        if name not in self._all():
+            raise ValueError(f"unknown {self.kind} {name!r}; did you mean {near_matches(name, self._all())}?")
+        return self._all()[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._all()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._entries))
+        return iter(sorted(self._all()))

@@ -8,17 +8,11 @@ from typing import Final
 import mlx.core as mx
 
 from veloxquant_kernels.emulator.run import THREADGROUP_MEMORY
-from veloxquant_kernels.kernel import Backend, Kernel, check_float, check_not_empty, resolve_backend
-from veloxquant_kernels.pack_codes import check_code_bits, packed_words
+from veloxquant_kernels.kernel import SIMDGROUPS, Backend, Kernel, check_float, no_rows, resolve_backend
+from veloxquant_kernels.packing import check_code_bits, check_words, packed_words
 from veloxquant_kernels.rotation import check_signs, hadamard_order
-from veloxquant_kernels.unpack_codes import check_words
-from veloxquant_kernels.unpack_dequantize_unrotate import (
-    check_centroids,
-    check_norms,
-    unpack_dequantize_unrotate_reference,
-)
+from veloxquant_kernels.turboquant import check_norms, decode_in_order
 
-SIMDGROUPS: Final = 4
 TILE: Final = 32
 """Tokens that a threadgroup holds at a time."""
 OVERHEAD_SHARE: Final = 16
@@ -72,14 +66,17 @@ class PackedSide:
 
     def check(self, name: str) -> None:
         """Raise unless the arrays belong together."""
-        check_code_bits(self.code_bits, f"{name}.code_bits")
-        check_not_empty(f"{name}.words", self.words, min_ndim=4)
-        if self.words.ndim != 4:
-            raise ValueError(f"{name}.words must be [B, n_kv_heads, slots, W], got shape {self.words.shape}")
+        check_code_bits(self.code_bits, name=f"{name}.code_bits")
+        if self.words.ndim != 4 or no_rows(name, self.words):
+            raise ValueError(f"{name}.words must be [B, n_kv_heads, slots, W], none of them 0, got {self.words.shape}")
         check_signs(self.signs, self.head_dim)
         check_words(self.words, self.code_bits, self.head_dim, f"{name}.words")
         check_norms(self.norms, self.words, f"{name}.norms")
-        check_centroids(self.centroids, self.code_bits, f"{name}.centroids")
+        levels = (1 << self.code_bits,)
+        if self.centroids.dtype != mx.float32 or tuple(self.centroids.shape) != levels:
+            raise ValueError(
+                f"{name}.centroids must be float32 of shape {levels}, got {self.centroids.dtype} {self.centroids.shape}"
+            )
         for part, tokens in (("sinks", self.sinks), ("tail", self.tail)):
             if tokens is None:
                 continue
@@ -150,7 +147,7 @@ def decode_side(side: PackedSide, n_packed: int) -> mx.array:
     if n_packed:
         words, norms = side.words[:, :, :n_packed], side.norms[:, :, :n_packed]
         tables = (side.centroids, side.signs, side.code_bits)
-        parts.append(unpack_dequantize_unrotate_reference(words, norms, *tables, mx.float32))
+        parts.append(decode_in_order(words, norms, *tables, mx.float32))
     parts += [] if side.tail is None else [side.tail.astype(mx.float32)]
     return mx.concatenate(parts, axis=2)
 

@@ -1,12 +1,14 @@
-"""A Metal kernel as a value: a ``.metal`` body with its headers, launched on Metal or on the CPU emulator."""
+"""A Metal kernel as a value: a ``.metal`` body with its headers, and where it runs: Metal, the CPU emulator, or not."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, cast, get_args
@@ -20,6 +22,8 @@ Backend = Literal["metal", "emulator", "reference"]
 Triple = tuple[int, int, int]
 
 FOLDER: Final = Path(__file__).parent
+SIMDGROUPS: Final = 4
+"""Rows of a threadgroup, one for each of its simdgroups."""
 FLOAT_DTYPES: Final = (mx.float16, mx.bfloat16, mx.float32)
 MAX_ELEMENTS: Final = 1 << 31
 """Bodies index with 32-bit integers."""
@@ -32,13 +36,32 @@ def why_no_metal() -> str | None:
     return None if mx.default_device() == mx.gpu else "MLX's default device is the CPU"
 
 
+_ambient: contextvars.ContextVar[Backend | None] = contextvars.ContextVar("backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Run everything in a block on ``backend``, quantizers and caches too, where a call does not name its own.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: ``"metal"`` where Metal cannot run.
+    """
+    token = _ambient.set(resolve_backend(backend))
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
+
+
 def resolve_backend(backend: Backend | None) -> Backend:
-    """The backend that runs: Metal where it can and none is named, else the plain-MLX reference.
+    """The backend that runs: the named one, that of :func:`use_backend`, else Metal where it can, else plain MLX.
 
     Raises:
         ValueError: an unknown name.
         RuntimeError: ``"metal"`` without a Metal device, or with the CPU as MLX's default device.
     """
+    backend = backend or _ambient.get()
     problem = why_no_metal()
     if backend is None:
         return "metal" if problem is None else "reference"
@@ -50,6 +73,29 @@ def resolve_backend(backend: Backend | None) -> Backend:
             "'reference' here"
         )
     return backend
+
+
+def launches_on(backend: Backend | None, *problems: str | None) -> Backend | None:
+    """Where a kernel is launched, or None where plain MLX computes the same.
+
+    Args:
+        backend: the caller's. ``"metal"`` and ``"emulator"`` launch the kernel, ``"reference"`` is plain MLX. None
+            takes what :func:`resolve_backend` says, and plain MLX where the kernel does not serve the arguments.
+        problems: why the kernel does not serve the arguments, None for each rule that is kept.
+
+    Raises:
+        ValueError: the caller named a backend for arguments that its kernel does not serve, or an unknown one.
+        RuntimeError: ``"metal"`` where Metal cannot run.
+    """
+    where = resolve_backend(backend)
+    if where == "reference":
+        return None
+    for problem in problems:
+        if problem is not None:
+            if backend is None:
+                return None
+            raise ValueError(problem)
+    return where
 
 
 @functools.cache
@@ -129,6 +175,46 @@ class Kernel:
             output_dtypes=list(output_dtypes),
         )
 
+    def per_value(
+        self, inputs: Sequence[mx.array], width: int, dtype: mx.Dtype, *, backend: Backend, template: Template = ()
+    ) -> mx.array:
+        """Launch one thread per value of an output ``[..., width]``, a row for each row of the first of ``inputs``."""
+        rows = [as_rows(array) for array in inputs]
+        shape = (rows[0].shape[0], width)
+        (out,) = self(
+            rows,
+            backend=backend,
+            template=template,
+            grid=(width, shape[0], 1),
+            threadgroup=(min(width, 32), 8, 1),
+            output_shapes=[shape],
+            output_dtypes=[dtype],
+        )
+        return out.reshape(*inputs[0].shape[:-1], width)
+
+    def per_row(
+        self,
+        x: mx.array,
+        tables: Sequence[mx.array],
+        outputs: Sequence[tuple[int, mx.Dtype]],
+        *,
+        backend: Backend,
+        template: Template,
+    ) -> list[mx.array]:
+        """Launch one simdgroup per row of ``x`` (``[..., D]``); an output ``(width, dtype)`` is ``[..., width]``."""
+        rows = as_rows(x)
+        n_groups = -(-rows.shape[0] // SIMDGROUPS)
+        made = self(
+            [rows, *tables],
+            backend=backend,
+            template=[*template, ("SIMDGROUPS", SIMDGROUPS)],
+            grid=(n_groups * SIMDGROUPS * 32, 1, 1),
+            threadgroup=(SIMDGROUPS * 32, 1, 1),
+            output_shapes=[(rows.shape[0], width) for width, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+        )
+        return [array.reshape(*x.shape[:-1], array.shape[-1]) for array in made]
+
 
 @functools.cache
 def _metal(kernel: Kernel) -> Callable[..., list[mx.array]]:
@@ -143,15 +229,14 @@ def _metal(kernel: Kernel) -> Callable[..., list[mx.array]]:
 
 
 def shipped_kernels() -> list[Kernel]:
-    """Every kernel of the package, by stem: those that the module beside a ``.metal`` body of its name holds."""
-    modules = [path for path in sorted(FOLDER.glob("*.metal")) if path.with_suffix(".py").exists()]
-    found = {
+    """Every kernel of the package, by stem: those that its modules hold."""
+    kernels = {
         kernel.stem: kernel
-        for path in modules
+        for path in FOLDER.glob("[!_]*.py")
         for kernel in vars(importlib.import_module(f"veloxquant_kernels.{path.stem}")).values()
         if isinstance(kernel, Kernel)
     }
-    return [found[stem] for stem in sorted(found)]
+    return [kernels[stem] for stem in sorted(kernels)]
 
 
 @dataclass(frozen=True)
@@ -187,7 +272,6 @@ def check_float(name: str, x: mx.array) -> None:
         raise TypeError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}")
 
 
-def check_not_empty(name: str, x: mx.array, min_ndim: int = 1) -> None:
-    """Raise ValueError unless ``x`` has at least ``min_ndim`` axes and one element."""
-    if x.ndim < min_ndim or x.size == 0:
-        raise ValueError(f"{name} must have {min_ndim} axes or more and at least one element, got shape {x.shape}")
+def no_rows(name: str, x: mx.array) -> str | None:
+    """Why no kernel can run over the rows of ``x``: it has none; else None."""
+    return f"{name} must have at least one element, got shape {x.shape}" if x.size == 0 else None

@@ -138,26 +138,26 @@ def _recursion(text: str) -> Iterator[Finding]:
 def findings(text: str, *, header: bool = False) -> tuple[Finding, ...]:
     """Everything in a kernel's body, or in a ``header``, that Metal refuses, in the order of the lines."""
     code = _without_comments(text)
-    found = [
+    refused = [
         Finding(_line(code, match.start()), rule)
         for pattern, rule in _FORBIDDEN.items()
         for match in re.finditer(pattern, code)
     ]
     plain = {match.start() for match in _THREADGROUP_ARRAY.finditer(code)}
-    found += [
+    refused += [
         Finding(_line(code, match.start()), "declare threadgroup memory as: threadgroup type name[count];")
         for match in _THREADGROUP_VARIABLE.finditer(code)
         if match.start() not in plain
     ]
-    found += _unqualified_pointers(code)
-    found += _threadgroup_in_functions(code)
-    found += _file_scope(code) if header else ()
-    found += _recursion(code)
-    return tuple(sorted(set(found), key=lambda finding: (finding.line, finding.rule)))
+    refused += _unqualified_pointers(code)
+    refused += _threadgroup_in_functions(code)
+    refused += _file_scope(code) if header else ()
+    refused += _recursion(code)
+    return tuple(sorted(set(refused), key=lambda finding: (finding.line, finding.rule)))
 
 
 def check(name: str, text: str, *, header: bool = False) -> None:
     """Raise :class:`LintError` unless ``text`` is free of :func:`findings`."""
-    found = findings(text, header=header)
-    if found:
-        raise LintError(name, found)
+    refused = findings(text, header=header)
+    if refused:
+        raise LintError(name, refused)

@@ -11,7 +11,7 @@ import numpy as np
 
 from veloxquant_kernels import emulator
 from veloxquant_kernels.fused_attention import PackedSide, fused_attention
-from veloxquant_kernels.pack_codes import packed_words
+from veloxquant_kernels.packing import packed_words
 
 PACKED: Final = ("key_words", "key_norms", "value_words", "value_norms")
 OTHER: Final[Mapping[str, tuple[str, ...]]] = {

@@ -1,4 +1,4 @@
-"""Check every kernel on this machine against its plain-MLX definition.
+"""Check every kernel on this machine against its definition in plain MLX.
 
 ``verify()`` runs small cases that reach every line of every body: where Metal is MLX's default device the bodies as
 they ship, elsewhere through the CPU emulator, which also looks for races, out-of-bounds accesses and uninitialised
@@ -8,7 +8,6 @@ reads.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from veloxquant_kernels import emulator
-from veloxquant_kernels.affine_quantize_pack import affine_quantize_pack
-from veloxquant_kernels.affine_unpack_dequantize import affine_unpack_dequantize
+from veloxquant_kernels.affine import affine_quantize_pack, affine_unpack_dequantize, kivi_quantize_pack
+from veloxquant_kernels.codebook import Codebook, boundaries_array, centroids_array
 from veloxquant_kernels.fused_attention import (
     PackedSide,
     decode_side,
@@ -25,18 +24,15 @@ from veloxquant_kernels.fused_attention import (
     fused_attention_reference,
 )
 from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
-from veloxquant_kernels.kivi_quantize_pack import kivi_quantize_pack
-from veloxquant_kernels.pack_codes import pack_codes
-from veloxquant_kernels.pack_trits import pack_trits
-from veloxquant_kernels.rotate_quantize_pack import (
-    root_mean_square,
+from veloxquant_kernels.packing import pack_codes, pack_trits, unpack_codes, unpack_trits
+from veloxquant_kernels.rotation import Rotation, hadamard_rotation, rotate_in_order
+from veloxquant_kernels.turboquant import (
+    decode_in_order,
+    encode_in_order,
+    root_mean_square_in_order,
     rotate_quantize_pack,
-    rotate_quantize_pack_reference,
+    unpack_dequantize_unrotate,
 )
-from veloxquant_kernels.rotation import rotate
-from veloxquant_kernels.unpack_codes import unpack_codes
-from veloxquant_kernels.unpack_dequantize_unrotate import unpack_dequantize_unrotate
-from veloxquant_kernels.unpack_trits import unpack_trits
 
 ROUNDING = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}
 """Relative error of rounding a result once to a dtype."""
@@ -160,57 +156,66 @@ def _codes(shape: tuple[int, ...], levels: int, seed: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).integers(0, levels, shape).astype(np.uint8))
 
 
-def _tables(head_dim: int, code_bits: int, seed: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Signs, edges and ascending centroids: any will do to compare arithmetic."""
+def _tables(head_dim: int, code_bits: int, seed: int) -> tuple[mx.array, Rotation, Codebook]:
+    """Signs, their rotation and ascending centroids: any will do to compare arithmetic."""
     rng = np.random.default_rng([seed, head_dim, code_bits])
-    signs = rng.choice(np.array([-1, 1], np.float32), head_dim)
-    centroids = np.sort(rng.standard_normal(1 << code_bits)).astype(np.float32)
-    return mx.array(signs), mx.array((centroids[1:] + centroids[:-1]) / 2), mx.array(centroids)
+    signs = mx.array(rng.choice(np.array([-1, 1], np.float32), head_dim))
+    centroids = np.sort(rng.standard_normal(1 << code_bits))
+    return signs, hadamard_rotation(signs), Codebook(centroids, (centroids[1:] + centroids[:-1]) / 2, np.nan)
 
 
-def _exact(backend: Backend, call: Callable[[Backend], tuple[mx.array, ...]]) -> float:
-    with mx.stream(mx.cpu):  # the definition, whatever device the kernel runs on
-        expected = call("reference")
-    pairs = zip(call(backend), expected, strict=True)
-    return 0.0 if all(same_bits(a, b) for a, b in pairs) else float("inf")
+def _exact(
+    kernel: str,
+    name: str,
+    call: Callable[[Backend], Sequence[mx.array]],
+    defined: Callable[[], Sequence[mx.array]] | None = None,
+) -> Case:
+    """The kernel writes the bits that plain MLX computes, or those of ``defined``."""
+
+    def run(backend: Backend) -> float:
+        with mx.stream(mx.cpu):  # the definition, whatever device the kernel runs on
+            expected = call("reference") if defined is None else defined()
+        pairs = zip(call(backend), expected, strict=True)
+        return 0.0 if all(same_bits(a, b) for a, b in pairs) else float("inf")
+
+    return Case(kernel, name, run)
 
 
 def _packing(code_bits: int, n_codes: int) -> Iterator[Case]:
-    codes = _codes((3, n_codes), 256, code_bits)  # bits above the width are dropped
-    words = pack_codes(codes, code_bits, backend="reference")
+    codes = _codes((3, n_codes), 256, code_bits)  # the kernel drops bits above the width
+    allowed = codes & ((1 << code_bits) - 1)
+    words = pack_codes(allowed, code_bits, backend="reference")
     name = f"{code_bits} bits, rows of {n_codes}"
-    yield Case("pack_codes", name, lambda b: _exact(b, lambda b: (pack_codes(codes, code_bits, backend=b),)))
-    yield Case(
-        "unpack_codes", name, lambda b: _exact(b, lambda b: (unpack_codes(words, code_bits, n_codes, backend=b),))
-    )
+    given = {"reference": allowed, "metal": codes, "emulator": codes}
+    yield _exact("pack_codes", name, lambda b: [pack_codes(given[b], code_bits, backend=b)])
+    yield _exact("unpack_codes", name, lambda b: [unpack_codes(words, code_bits, n_codes, backend=b)])
 
 
 def _trits(n_trits: int) -> Iterator[Case]:
     trits = _codes((3, n_trits), 3, n_trits)
     data = pack_trits(trits, backend="reference")
-    name = f"rows of {n_trits}"
-    yield Case("pack_trits", name, lambda b: _exact(b, lambda b: (pack_trits(trits, backend=b),)))
-    yield Case("unpack_trits", name, lambda b: _exact(b, lambda b: (unpack_trits(data, n_trits, backend=b),)))
+    yield _exact("pack_trits", f"rows of {n_trits}", lambda b: [pack_trits(trits, backend=b)])
+    yield _exact("unpack_trits", f"rows of {n_trits}", lambda b: [unpack_trits(data, n_trits, backend=b)])
 
 
 def _turboquant(code_bits: int, head_dim: int, dtype: mx.Dtype) -> Iterator[Case]:
-    signs, edges, centroids = _tables(head_dim, code_bits, 1)
+    signs, rotation, codebook = _tables(head_dim, code_bits, 1)
+    edges, centroids = boundaries_array(codebook), centroids_array(codebook)
     x = _normal((7, head_dim), 2, dtype)
     x[4] = 0
-    words, norms = rotate_quantize_pack_reference(x, signs, edges, code_bits)
+    words, norms = encode_in_order(x, signs, edges, code_bits)
     name = f"{code_bits} bits, head_dim {head_dim}, {str(dtype).split('.')[-1]}"
-    yield Case(
+    yield _exact(
         "rotate_quantize_pack",
         name,
-        lambda b: _exact(b, lambda b: rotate_quantize_pack(x, signs, edges, code_bits, backend=b)),
+        lambda b: rotate_quantize_pack(x, rotation, codebook, code_bits, backend=b),
+        lambda: encode_in_order(x, signs, edges, code_bits),
     )
-    yield Case(
+    yield _exact(
         "unpack_dequantize_unrotate",
         name,
-        lambda b: _exact(
-            b,
-            lambda b: (unpack_dequantize_unrotate(words, norms, centroids, signs, code_bits, dtype, backend=b),),
-        ),
+        lambda b: [unpack_dequantize_unrotate(words, norms, rotation, codebook, code_bits, dtype, backend=b)],
+        lambda: [decode_in_order(words, norms, centroids, signs, code_bits, dtype)],
     )
 
 
@@ -219,22 +224,26 @@ def _last_bits(head_dim: int, n_rows: int) -> Case:
 
     Such an error in the norm, as from a sum in another order, survives rounding in some rows only: hence several.
     """
-    signs, _, _ = _tables(head_dim, 8, 1)
+    signs, rotation, _ = _tables(head_dim, 8, 1)
     x = _normal((n_rows, head_dim), 8)
     with mx.stream(mx.cpu):
-        rotated = np.array(rotate(x * (1 / root_mean_square(x)), signs))
+        rotated = np.array(rotate_in_order(x * (1 / root_mean_square_in_order(x)), signs))
 
-    def edges(row: int) -> mx.array:
+    def beside(row: int) -> Codebook:
         values = np.unique(rotated[row])
         pairs = np.stack([np.nextafter(values, np.float32(-np.inf)), values], axis=1).reshape(-1)
-        return mx.array(np.pad(pairs, (0, 255 - pairs.size), constant_values=np.inf))
+        return Codebook(np.zeros(256), np.pad(pairs, (0, 255 - pairs.size), constant_values=np.inf), np.nan)
 
-    def encode(backend: Backend) -> tuple[mx.array, ...]:
-        rows = (rotate_quantize_pack(x[row : row + 1], signs, edges(row), 8, backend=backend) for row in range(n_rows))
-        return tuple(itertools.chain(*rows))
+    rows = [(x[row : row + 1], beside(row)) for row in range(n_rows)]
+
+    def encode(backend: Backend) -> list[mx.array]:
+        return [a for row, book in rows for a in rotate_quantize_pack(row, rotation, book, 8, backend=backend)]
+
+    def defined() -> list[mx.array]:
+        return [a for row, book in rows for a in encode_in_order(row, signs, boundaries_array(book), 8)]
 
     name = f"8 bits, head_dim {head_dim}, float32, edges beside the values"
-    return Case("rotate_quantize_pack", name, lambda b: _exact(b, encode))
+    return _exact("rotate_quantize_pack", name, encode, defined)
 
 
 def _affine(code_bits: int, head_dim: int, group_size: int, dtype: mx.Dtype, per_channel: bool) -> Iterator[Case]:
@@ -243,15 +252,14 @@ def _affine(code_bits: int, head_dim: int, group_size: int, dtype: mx.Dtype, per
     x[0, :, 2] = 7.25  # a constant group of a channel
     packed = quantize(x, code_bits, group_size, backend="reference")
     name = f"{code_bits} bits, head_dim {head_dim}, groups of {group_size}, {str(dtype).split('.')[-1]}"
-    stem = "kivi_quantize_pack" if per_channel else "affine_quantize_pack"
-    yield Case(stem, name, lambda b: _exact(b, lambda b: quantize(x, code_bits, group_size, backend=b)))
+    yield _exact(quantize.__name__, name, lambda b: quantize(x, code_bits, group_size, backend=b))
 
-    def dequantize(backend: Backend) -> tuple[mx.array]:
+    def dequantize(backend: Backend) -> list[mx.array]:
         arguments = (*packed, code_bits, head_dim, group_size, dtype)
-        return (affine_unpack_dequantize(*arguments, per_channel=per_channel, backend=backend),)
+        return [affine_unpack_dequantize(*arguments, per_channel=per_channel, backend=backend)]
 
     kind = "per channel" if per_channel else "per token"
-    yield Case("affine_unpack_dequantize", f"{name}, {kind}", lambda b: _exact(b, dequantize))
+    yield _exact("affine_unpack_dequantize", f"{name}, {kind}", dequantize)
 
 
 def _attention(
@@ -271,14 +279,14 @@ def _attention(
     n_hidden: int = 32,
 ) -> Case:
     def side(code_bits: int, seed: int) -> PackedSide:
-        signs, edges, centroids = _tables(head_dim, code_bits, seed)
+        signs, _, codebook = _tables(head_dim, code_bits, seed)
         x = _normal((n_batch, n_kv_heads, n_packed + 3, head_dim), seed)
-        words, norms = rotate_quantize_pack_reference(x, signs, edges, code_bits)
+        words, norms = encode_in_order(x, signs, boundaries_array(codebook), code_bits)
         norms[:, :, n_packed:] = float("nan")  # slots that are not in use
         plain = [
             _normal((n_batch, n_kv_heads, n, head_dim), seed + n, mx.float16) if n else None for n in (n_sinks, n_tail)
         ]
-        return PackedSide(words, norms, centroids, signs, code_bits, *plain)
+        return PackedSide(words, norms, centroids_array(codebook), signs, code_bits, *plain)
 
     keys, values = side(bits[0], 4), side(bits[1], 5)
     queries = _normal((n_batch, n_kv_heads * group, 1, head_dim), 6, dtype)

@@ -9,6 +9,8 @@ import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models import gemma3_text, llama
 
+from veloxquant_mlx.methods import METHODS
+
 
 def seeded(model: Any, seed: int) -> Any:
     """Replace every weight by seeded NumPy normals of deviation 1/sqrt(fan-in); norms stay."""
@@ -64,15 +66,17 @@ def gaussian(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-ALL_METHODS: dict[str, dict[str, Any]] = {
+_SMALL: dict[str, dict[str, Any]] = {
     "turboquant_mse": {"code_bits": 3},
     "turboquant_prod": {"code_bits": 3},
     "turboquant_prod_adaptive": {"block_size": 8, "distortion_threshold": 0.1},
     "rvq": {"code_bits": 2},
     "affine": {"code_bits": 4, "group_size": 16},
     "kivi": {"code_bits": 2, "group_size": 8, "window": 16},
-    "ternary": {},
     "turboquant_static": {"code_bits": 2, "calibration": 16},
     "ratequant": {"bit_allocation": {"layer_0": 2, "layer_1": 4, "layer_2": 1}},
 }
-"""Every registered method with small blocks, so that short sequences reach all code paths (three layers)."""
+"""Options with small blocks, so that short sequences (of a model of three layers) reach all code paths."""
+
+ALL_METHODS: dict[str, dict[str, Any]] = {name: _SMALL.get(name, {}) for name in METHODS}
+"""Every registered method, as it is by default where nothing smaller is named."""

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from impl_inputs import gaussian
 
+from veloxquant_kernels.codebook import nearest_codes
 from veloxquant_mlx.allocators.sensitivity import calibration_sequences
 from veloxquant_mlx.cache.base import KVCacheConfig, PackedKVCache
 from veloxquant_mlx.cache.storage import STEP
 from veloxquant_mlx.observers.key_norm import KeyNormObserver, KeyNormTracker, Tail
-from veloxquant_mlx.quantizers.scalar import nearest_codes, sphere_codebook
+from veloxquant_mlx.quantizers.lloyd_max import sphere_codebook
 from veloxquant_mlx.quantizers.turboquant_prod import cosine_similarity
 
 

@@ -6,13 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxquant_mlx.packing import (
-    lookup,
-    lookup_table,
+from veloxquant_kernels.codebook import table_group
+from veloxquant_kernels.lookup import lookup, lookup_table
+from veloxquant_kernels.packing import (
     pack_codes,
     pack_trits,
     packed_words,
-    table_group,
     trit_bytes,
     unpack_codes,
     unpack_groups,
@@ -86,7 +85,7 @@ def test_a_width_outside_1_to_8_is_named(code_bits: int) -> None:
 
 def test_too_few_words_are_refused() -> None:
     """Unpacking 64 three-bit codes needs six words."""
-    with pytest.raises(ValueError, match="need 6"):
+    with pytest.raises(ValueError, match="fill 6"):
         unpack_codes(mx.zeros((1, 5), dtype=mx.uint32), 3, 64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 
 import mlx.core as mx
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from impl_inputs import gaussian
 
+from veloxquant_kernels.packing import packed_words
+from veloxquant_mlx.methods import METHODS, Role, make_options
 from veloxquant_mlx.observers.distortion import DistortionObserver
-from veloxquant_mlx.packing import packed_words
-from veloxquant_mlx.quantizers.affine import Affine, PerChannelAffine
+from veloxquant_mlx.quantizers.affine import Affine
 from veloxquant_mlx.quantizers.base import Codes, Quantizer, quantizer_from_spec
+from veloxquant_mlx.quantizers.kivi import PerChannelAffine
 from veloxquant_mlx.quantizers.lloyd_max import SphereMarginal, lloyd_max
 from veloxquant_mlx.quantizers.per_head import PerHead
 from veloxquant_mlx.quantizers.rvq import RVQ
@@ -34,6 +37,49 @@ def distortion(quantizer: Quantizer, x: np.ndarray) -> float:
     """Energy of the error over energy of the input."""
     decoded = quantizer.decode(quantizer.encode(mx.array(x)), mx.float32)
     return float(np.sum((np.array(decoded) - x) ** 2) / np.sum(x**2))
+
+
+def as_good_as_said(quantizer: Quantizer, x: np.ndarray) -> None:
+    """The distortion on Gaussian vectors is what theory says of this quantizer, and without a theory no more than a
+    scalar code of high resolution leaves at the same bits per value (Panter & Dite 1951: √3π/2 · 4^(−b))."""
+    expected = quantizer.expected_distortion(x.shape[-1])
+    measured = distortion(quantizer, x)
+    if expected is not None:
+        assert measured == pytest.approx(expected, rel=0.03)  # three times the error of 200,000 values at any width
+        return
+    assert measured <= np.sqrt(3) * np.pi / 2 * 4.0 ** -float(quantizer.bits_per_value(x.shape[-1]))
+
+
+ROLES: list[tuple[str, Role]] = [(name, role) for name in METHODS for role in ("keys", "values")]
+
+
+@pytest.mark.parametrize(("method", "role"), ROLES, ids=str)
+def test_every_method_is_as_good_as_it_says(method: str, role: Role) -> None:
+    """Each registered method's quantizer of each side, with its default options (at 4 bits where it must be told)."""
+    options = make_options(method, {})
+    as_good_as_said(options.quantizer(role, 4 if options.needs_allocation else None, 0), gaussian((1, 2, 1600, 64)))
+
+
+@dataclass(frozen=True)
+class TooLong(RVQ):
+    """Decodes 1.5 times too long."""
+
+    theory: float | None = None
+
+    def _decode(self, codes: Codes) -> mx.array:
+        return super()._decode(codes) * 1.5
+
+    def expected_distortion(self, head_dim: int) -> float | None:
+        return self.theory
+
+
+@pytest.mark.parametrize("theory", [None, 0.108])
+def test_a_quantizer_that_decodes_too_long_is_noticed(theory: float | None) -> None:
+    """Vectors 1.5 times too long leave .25 + .75 D of the energy, .33 at 2 bits: three times what is promised."""
+    x = gaussian((1, 2, 1600, 64))
+    assert distortion(TooLong(), x) == pytest.approx(0.25 + 0.75 * 0.108, rel=0.03)
+    with pytest.raises(AssertionError):
+        as_good_as_said(TooLong(theory=theory), x)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +286,11 @@ EVERY_KIND: list[Quantizer] = [
     TurboQuantStatic(0, calibration=8),
     PerHead((TurboQuantMSE(2), TurboQuantMSE(4), TurboQuantMSE(2))),
 ]
+for _method, _role in ROLES:  # a new method comes by itself, with its default options
+    _options = make_options(_method, {})
+    _quantizer = _options.quantizer(_role, 4 if _options.needs_allocation else None, 0)
+    if _quantizer.name not in {quantizer.name for quantizer in EVERY_KIND}:
+        EVERY_KIND.append(_quantizer)
 
 
 @pytest.mark.parametrize("quantizer", EVERY_KIND, ids=lambda q: f"{q.name}-{getattr(q, 'code_bits', '')}")

@@ -23,7 +23,8 @@ from veloxquant_mlx.allocators.ratequant import (
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance
 from veloxquant_mlx.cache.base import KVCacheConfig, PackedKVCache
 from veloxquant_mlx.methods import make_options
-from veloxquant_mlx.quantizers.affine import Affine, PerChannelAffine
+from veloxquant_mlx.quantizers.affine import Affine
+from veloxquant_mlx.quantizers.kivi import PerChannelAffine
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.quantizers.turboquant_static import TurboQuantStatic
 

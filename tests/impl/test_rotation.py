@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxquant_mlx.transforms.hadamard import hadamard_matrix
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
+from veloxquant_kernels.rotation import hadamard_matrix
+from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation, rotation_matrix
 
 HEAD_DIMS = (48, 64, 80, 96, 100, 128, 256)
 
@@ -51,10 +51,10 @@ def test_seeds_give_different_rotations() -> None:
 
 @pytest.mark.parametrize("head_dim", [120, 256])
 def test_both_directions_hold_the_bytes_that_are_counted(head_dim: int) -> None:
-    """Active memory grows by ``rotation_arrays``, also where no Hadamard matrix exists (120)."""
+    """Active memory grows by ``Rotation.arrays``, also where no Hadamard matrix exists (120)."""
     seed = 1234  # nobody else's: the tables are made here
     before = mx.get_active_memory()
     mx.eval(rotation_matrix(head_dim, seed), inverse_rotation_matrix(head_dim, seed))
-    counted = sum(array.nbytes for array in rotation_arrays(head_dim, seed))
+    counted = sum(array.nbytes for array in rotation(head_dim, seed).arrays)
     page = 16 * 1024  # to which Metal's allocator rounds each of the two buffers
     assert 0 <= mx.get_active_memory() - before - counted < 2 * page

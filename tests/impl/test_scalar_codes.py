@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from impl_inputs import gaussian
 
-from veloxquant_mlx.packing import pack_codes
-from veloxquant_mlx.quantizers.scalar import BROADCAST_LIMIT, decode_words, nearest_codes, sphere_codebook
+from veloxquant_kernels.codebook import BROADCAST_LIMIT, decode_words, nearest_codes
+from veloxquant_kernels.packing import pack_codes
+from veloxquant_mlx.quantizers.lloyd_max import sphere_codebook
 
 
 @pytest.mark.parametrize("n_values", [100, 300_000])

@@ -1,6 +1,7 @@
-"""Packing, TurboQuant and affine kernels: the executed ``.metal`` bodies against the plain-MLX definitions.
+"""Packing, TurboQuant and affine kernels: the executed ``.metal`` bodies against plain MLX.
 
-Codes, norms, scales and decoded values are compared bit for bit: bodies and references sum in the same order.
+Codes, norms, scales and decoded values are compared bit for bit: TurboQuant's with plain MLX in the bodies'
+order of sums.
 """
 
 from hashlib import sha256
@@ -11,24 +12,28 @@ import numpy as np
 import pytest
 from covering import pairwise
 
-import veloxquant_mlx.packing as impl_packing
 from veloxquant_kernels import emulator, lint
-from veloxquant_kernels.affine_quantize_pack import affine_quantize_pack
-from veloxquant_kernels.affine_unpack_dequantize import affine_unpack_dequantize
+from veloxquant_kernels.affine import affine_quantize_pack, affine_unpack_dequantize, kivi_quantize_pack
+from veloxquant_kernels.codebook import Codebook, boundaries_array, centroids_array, decode_trits, decode_words
 from veloxquant_kernels.emulator.build import restore
-from veloxquant_kernels.kernel import FOLDER, resolve_backend, shipped_kernels
-from veloxquant_kernels.kivi_quantize_pack import kivi_quantize_pack
-from veloxquant_kernels.pack_codes import pack_codes, pack_codes_reference
-from veloxquant_kernels.pack_trits import pack_trits
-from veloxquant_kernels.rotate_quantize_pack import rotate_quantize_pack
-from veloxquant_kernels.rotation import hadamard_transform, rotate, unrotate
-from veloxquant_kernels.unpack_codes import unpack_codes
-from veloxquant_kernels.unpack_dequantize_unrotate import unpack_dequantize_unrotate
-from veloxquant_kernels.unpack_trits import unpack_trits
+from veloxquant_kernels.kernel import FOLDER, launches_on, resolve_backend, shipped_kernels, use_backend
+from veloxquant_kernels.packing import pack_codes, pack_trits, unpack_codes, unpack_trits
+from veloxquant_kernels.rotation import (
+    Rotation,
+    hadamard_rotation,
+    hadamard_transform,
+    rotate_in_order,
+    unrotate_in_order,
+)
+from veloxquant_kernels.turboquant import (
+    decode_in_order,
+    encode_in_order,
+    rotate_quantize_pack,
+    unpack_dequantize_unrotate,
+)
 from veloxquant_kernels.verify import same_bits
-from veloxquant_mlx.quantizers.affine import Affine, PerChannelAffine
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
-from veloxquant_mlx.transforms.rotation import rotation_matrix, rotation_signs
+from veloxquant_mlx.transforms.rotation import rotation, rotation_matrix
 
 WIDTHS = range(1, 9)
 HEAD_DIMS = (48, 64, 80, 96, 128, 256)
@@ -64,10 +69,18 @@ def random_codes(shape, levels, seed=0):
 
 
 def turboquant_tables(head_dim, code_bits, seed=0):
-    """Signs, edges and centroids of the quantizer that uses these kernels."""
-    codebook = TurboQuantMSE(code_bits, seed).codebook(head_dim)
-    edges, centroids = (mx.array(x.astype(np.float32)) for x in (codebook.boundaries, codebook.centroids))
-    return rotation_signs(head_dim, seed), edges, centroids
+    """Rotation and codebook of the quantizer that uses these kernels."""
+    return rotation(head_dim, seed), TurboQuantMSE(code_bits, seed).codebook(head_dim)
+
+
+def encoded_in_order(x, turn, book, code_bits):
+    """What the encoding kernel must write."""
+    return encode_in_order(x, turn.signs, boundaries_array(book), code_bits)
+
+
+def decoded_in_order(words, norms, turn, book, code_bits, dtype):
+    """What the decoding kernel must write."""
+    return decode_in_order(words, norms, centroids_array(book), turn.signs, code_bits, dtype)
 
 
 # ---- packing -------------------------------------------------------------------------------------
@@ -84,11 +97,10 @@ def test_packed_layout_by_hand():
 @pytest.mark.parametrize("code_bits", WIDTHS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_codes_are_packed_and_unpacked_as_defined(code_bits, head_dim, checked):
-    """Words equal the definition's and the cache's own packing; every thread's accesses are in bounds."""
+    """Words equal plain MLX's, which other tests hold against NumPy; every thread's accesses are in bounds."""
     codes = random_codes((2, 3, head_dim), 1 << code_bits)
     words = pack_codes(codes, code_bits, backend="emulator")
-    assert same_bits(words, pack_codes_reference(codes, code_bits))
-    assert same_bits(words, impl_packing.pack_codes(codes, code_bits))
+    assert same_bits(words, pack_codes(codes, code_bits, backend="reference"))
     assert same_bits(unpack_codes(words, code_bits, head_dim, backend="emulator"), codes)
     assert same_bits(unpack_codes(words, code_bits, head_dim, backend="reference"), codes)
 
@@ -99,7 +111,7 @@ def test_odd_row_lengths_pack(n_codes, code_bits, checked):
     """Rows that fill no whole word, down to one code (inputs below 8 elements arrive in constant memory)."""
     codes = random_codes((1, n_codes), 1 << code_bits).astype(mx.uint32)
     words = pack_codes(codes, code_bits, backend="emulator")
-    assert same_bits(words, pack_codes_reference(codes, code_bits))
+    assert same_bits(words, pack_codes(codes, code_bits, backend="reference"))
     assert same_bits(unpack_codes(words, code_bits, n_codes, backend="emulator"), codes.astype(mx.uint8))
 
 
@@ -113,26 +125,40 @@ def test_packing_reads_and_writes_each_byte_once(checked):
 
 @pytest.mark.parametrize("n_trits", [1, 4, 5, 6, 64, 80, 128])
 def test_trits_are_packed_and_unpacked_as_defined(n_trits, checked):
-    """Bytes equal the definition's and the cache's own packing."""
+    """Bytes equal plain MLX's, which other tests hold against NumPy."""
     trits = random_codes((3, 7, n_trits), 3)
     data = pack_trits(trits, backend="emulator")
     assert same_bits(data, pack_trits(trits, backend="reference"))
-    assert same_bits(data, impl_packing.pack_trits(trits))
     assert same_bits(unpack_trits(data, n_trits, backend="emulator"), trits)
     assert same_bits(unpack_trits(data, n_trits, backend="reference"), trits)
+
+
+def test_centroids_come_from_kernels_as_from_tables(checked):
+    """Unpacked by a kernel and looked up, or several codes to one table lookup: the same centroids."""
+    for code_bits, head_dim in ((1, 33), (3, 80), (8, 64)):
+        book = TurboQuantMSE(code_bits).codebook(64)
+        words = pack_codes(random_codes((2, 3, head_dim), 1 << code_bits), code_bits)
+        tables = (book, code_bits, head_dim)
+        assert same_bits(decode_words(words, *tables, backend="emulator"), decode_words(words, *tables))
+    book = Codebook(np.array([-1.2, 0.0, 1.2]), np.array([-0.6, 0.6]), np.nan)
+    data = pack_trits(random_codes((2, 3, 33), 3))
+    assert same_bits(decode_trits(data, book, 33, backend="emulator"), decode_trits(data, book, 33))
+    assert {report.kernel for report in checked.launches} == {"unpack_codes", "unpack_trits"}
 
 
 # ---- rotation ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_rotation_is_the_quantizers(head_dim):
-    """The Hadamard reference is the matrix that the caches rotate by, and unrotate is its inverse."""
-    signs, _, _ = turboquant_tables(head_dim, 1)
+def test_the_kernels_rotation_is_the_matrix(head_dim):
+    """The chain of butterflies is the matrix that quantizers rotate by on a CPU, and both undo themselves."""
+    turn = rotation(head_dim, 0)
     identity = mx.eye(head_dim)
-    matrix = np.array(rotate(identity, signs))
+    matrix = np.array(rotate_in_order(identity, turn.signs))
     np.testing.assert_allclose(matrix, np.array(rotation_matrix(head_dim, 0)), atol=1e-6)
-    np.testing.assert_allclose(np.array(unrotate(rotate(identity, signs), signs)), np.eye(head_dim), atol=1e-5)
+    back = unrotate_in_order(rotate_in_order(identity, turn.signs), turn.signs)
+    np.testing.assert_allclose(np.array(back), np.eye(head_dim), atol=1e-5)
+    np.testing.assert_allclose(np.array(turn.undo(turn.apply(identity))), np.eye(head_dim), atol=1e-5)
     assert set(np.unique(np.array(hadamard_transform(identity)))) == {-1.0, 1.0}
 
 
@@ -141,62 +167,56 @@ def test_rotation_is_the_quantizers(head_dim):
 
 @cases
 def test_turboquant_matches_its_definition(code_bits, head_dim, length, dtype, checked):
-    """Codes and norms equal the reference bit for bit, and so does what is decoded from them."""
-    signs, edges, centroids = turboquant_tables(head_dim, code_bits)
+    """Codes and norms equal plain MLX in the same order, bit for bit, and so does what is decoded from them."""
+    tables = (*turboquant_tables(head_dim, code_bits), code_bits)
     x = gaussian((1, 1, length, head_dim), dtype)
-    words, norms = rotate_quantize_pack(x, signs, edges, code_bits, backend="emulator")
-    expected_words, expected_norms = rotate_quantize_pack(x, signs, edges, code_bits, backend="reference")
+    words, norms = rotate_quantize_pack(x, *tables, backend="emulator")
+    expected_words, expected_norms = encoded_in_order(x, *tables)
     assert same_bits(words, expected_words)
     assert same_bits(norms, expected_norms)
-    tables = (norms, centroids, signs, code_bits, dtype)
-    decoded = unpack_dequantize_unrotate(words, *tables, backend="emulator")
-    assert same_bits(decoded, unpack_dequantize_unrotate(words, *tables, backend="reference"))
+    decoded = unpack_dequantize_unrotate(words, norms, *tables, dtype, backend="emulator")
+    assert same_bits(decoded, decoded_in_order(words, norms, *tables, dtype))
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_turboquant_agrees_with_the_quantizer(head_dim):
-    """The quantizer's own encoding (a matrix product, another order of sums) differs in fewer than 1 code in 10,000."""
-    quantizer = TurboQuantMSE(4, 0)
-    signs, edges, centroids = turboquant_tables(head_dim, 4)
+def test_both_orders_of_sums_nearly_agree(head_dim):
+    """A matrix product and butterflies put fewer than 1 code in 10,000 on different sides of a boundary; what one code
+    decodes to differs by fp32 rounding."""
+    tables = (*turboquant_tables(head_dim, 4), 4)
     x = gaussian((1, 2, 400, head_dim), mx.float16)
-    words, norms = rotate_quantize_pack(x, signs, edges, 4, backend="reference")
-    codes, expected_norms = quantizer.encode(x).arrays
-    differing = np.array(impl_packing.unpack_codes(words, 4, head_dim)) != np.array(
-        impl_packing.unpack_codes(codes, 4, head_dim)
-    )
+    words, norms = rotate_quantize_pack(x, *tables, backend="reference")
+    in_order, norms_in_order = encoded_in_order(x, *tables)
+    differing = np.array(unpack_codes(words, 4, head_dim)) != np.array(unpack_codes(in_order, 4, head_dim))
     assert differing.mean() < 1e-4
-    np.testing.assert_allclose(np.array(norms), np.array(expected_norms), rtol=2**-10)
-    decoded = unpack_dequantize_unrotate(codes, expected_norms, centroids, signs, 4, mx.float32, backend="reference")
-    expected = quantizer.decode(quantizer.encode(x), mx.float32)
+    np.testing.assert_allclose(np.array(norms), np.array(norms_in_order), rtol=2**-10)
+    decoded = decoded_in_order(words, norms, *tables, mx.float32)
+    expected = unpack_dequantize_unrotate(words, norms, *tables, mx.float32, backend="reference")
     np.testing.assert_allclose(np.array(decoded), np.array(expected), atol=1e-5 * float(mx.max(mx.abs(expected))))
 
 
 def test_a_zero_vector_decodes_to_zero(checked):
     """Its norm is zero, so whatever its codes are, it comes back as zero."""
-    signs, edges, centroids = turboquant_tables(64, 2)
-    words, norms = rotate_quantize_pack(mx.zeros((3, 64)), signs, edges, 2, backend="emulator")
-    decoded = unpack_dequantize_unrotate(words, norms, centroids, signs, 2, backend="emulator")
-    assert bool(mx.all(decoded == 0))
+    tables = (*turboquant_tables(64, 2), 2)
+    words, norms = rotate_quantize_pack(mx.zeros((3, 64)), *tables, backend="emulator")
+    assert bool(mx.all(unpack_dequantize_unrotate(words, norms, *tables, backend="emulator") == 0))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_codes_do_not_depend_on_the_schedule(seed, compiler):
     """Any order of threadgroups, simdgroups and lanes gives the same words."""
-    signs, edges, _ = turboquant_tables(96, 3)
+    tables = (*turboquant_tables(96, 3), 3)
     x = gaussian((9, 96), mx.float16)
-    expected, _ = rotate_quantize_pack(x, signs, edges, 3, backend="reference")
     with emulator.session("checked", seed):
-        words, _ = rotate_quantize_pack(x, signs, edges, 3, backend="emulator")
-    assert same_bits(words, expected)
+        words, _ = rotate_quantize_pack(x, *tables, backend="emulator")
+    assert same_bits(words, encoded_in_order(x, *tables)[0])
 
 
 def test_a_transposed_input_is_encoded_in_row_order(checked):
     """A non-contiguous array gives the codes of its contiguous copy."""
-    signs, edges, _ = turboquant_tables(64, 4)
+    tables = (*turboquant_tables(64, 4), 4)
     x = gaussian((2, 5, 3, 64), mx.float16)
-    swapped = x.transpose(0, 2, 1, 3)
-    words, _ = rotate_quantize_pack(swapped, signs, edges, 4, backend="emulator")
-    expected, _ = rotate_quantize_pack(x, signs, edges, 4, backend="emulator")
+    words, _ = rotate_quantize_pack(x.transpose(0, 2, 1, 3), *tables, backend="emulator")
+    expected, _ = rotate_quantize_pack(x, *tables, backend="emulator")
     assert same_bits(words, mx.contiguous(expected.transpose(0, 2, 1, 3)))
 
 
@@ -226,21 +246,6 @@ def test_kivi_matches_its_definition(code_bits, head_dim, length, dtype, checked
     arguments = (*packed, code_bits, head_dim, group_size, dtype)
     decoded = affine_unpack_dequantize(*arguments, per_channel=True, backend="emulator")
     assert same_bits(decoded, affine_unpack_dequantize(*arguments, per_channel=True, backend="reference"))
-
-
-@pytest.mark.parametrize("code_bits", WIDTHS)
-def test_affine_and_kivi_agree_with_the_quantizers(code_bits):
-    """The caches' own quantizers hold the same bits."""
-    x = gaussian((1, 2, 64, 80), mx.float16)
-    for ours, theirs in zip(
-        affine_quantize_pack(x, code_bits, 32, backend="reference"), Affine(code_bits, 32).encode(x).arrays, strict=True
-    ):
-        assert same_bits(ours, theirs)
-    words, scales, zeros = kivi_quantize_pack(x, code_bits, 32, backend="reference")
-    expected = PerChannelAffine(code_bits, 32).encode(x).arrays
-    assert same_bits(words.reshape(expected[0].shape), expected[0])
-    assert same_bits(scales, expected[1])
-    assert same_bits(zeros, expected[2])
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -274,35 +279,34 @@ X = mx.zeros((2, 64))
 CODES = mx.zeros((2, 64), mx.uint8)
 WORDS = mx.zeros((2, 8), mx.uint32)
 NORMS = mx.zeros((2, 1), mx.float16)
-SIGNS = mx.ones((64,))
+TURN = hadamard_rotation(mx.ones((64,)))
+
+
+def levels(code_bits):
+    """A codebook of that width."""
+    return Codebook(np.arange(1 << code_bits) - 0.5, np.arange((1 << code_bits) - 1) * 1.0, np.nan)
+
+
 BAD = {
-    "width 0": (lambda: pack_codes(CODES, 0), ValueError, r"code_bits must be an integer in 1\.\.8, got 0"),
+    "width 0": (lambda: pack_codes(CODES, 0), ValueError, r"code_bits must be within 1\.\.8, got 0"),
     "width 9": (lambda: unpack_codes(WORDS, 9, 64), ValueError, "got 9"),
-    "no codes": (lambda: pack_codes(CODES[:0], 4), ValueError, "at least one element"),
-    "float codes": (lambda: pack_codes(X, 4), TypeError, "codes must be uint8 or uint32"),
+    "half a bit": (lambda: pack_codes(CODES, 0.5), TypeError, "code_bits must be an int, got 0.5"),
+    "float codes": (lambda: pack_codes(X, 4), TypeError, "codes must be bool, uint8 or uint32"),
     "too few words": (lambda: unpack_codes(WORDS, 4, 65), ValueError, "fill 9"),
     "int words": (lambda: unpack_codes(WORDS.astype(mx.int32), 4, 64), TypeError, "uint32"),
     "unknown backend": (lambda: pack_codes(CODES, 4, backend="cuda"), ValueError, "'cuda'"),
     "int32 trits": (lambda: pack_trits(CODES.astype(mx.int32)), TypeError, "uint8"),
     "too few bytes": (lambda: unpack_trits(CODES, 1000), ValueError, "fill 200"),
-    "int8 values": (lambda: rotate_quantize_pack(CODES, SIGNS, mx.zeros((1,)), 1), TypeError, "x must be float16"),
-    "head_dim 72": (
-        lambda: rotate_quantize_pack(mx.zeros((2, 72)), mx.ones((72,)), mx.zeros((1,)), 1), ValueError, "got 72"),
-    "head_dim 1024": (
-        lambda: rotate_quantize_pack(mx.zeros((2, 1024)), mx.ones((1024,)), mx.zeros((1,)), 1),
-        ValueError, "threadgroup memory, got 1024"),
-    "edges": (lambda: rotate_quantize_pack(X, SIGNS, mx.zeros((4,)), 2), ValueError, r"edges .* \(3,\)"),
-    "signs": (lambda: rotate_quantize_pack(X, SIGNS[:32], mx.zeros((3,)), 2), ValueError, r"signs .* \(64,\)"),
-    "norms": (
-        lambda: unpack_dequantize_unrotate(WORDS, NORMS[:1], mx.zeros((16,)), SIGNS, 4), ValueError, "norms"),
-    "centroids": (
-        lambda: unpack_dequantize_unrotate(WORDS, NORMS, mx.zeros((8,)), SIGNS, 4), ValueError, "centroids"),
+    "int8 values": (lambda: rotate_quantize_pack(CODES, TURN, levels(1), 1), TypeError, "x must be float16"),
+    "head_dim 72": (lambda: hadamard_rotation(mx.ones((72,))), ValueError, "20, got 72"),
+    "signs": (lambda: hadamard_rotation(mx.ones((64,), mx.float16)), ValueError, r"signs .* \(64,\)"),
+    "rotation": (lambda: rotate_quantize_pack(X[:, :32], TURN, levels(1), 1), ValueError, "x's 32 values .* of 64"),
+    "codebook": (lambda: rotate_quantize_pack(X, TURN, levels(3), 2), ValueError, "4 centroids and 3 boundaries"),
+    "norms": (lambda: unpack_dequantize_unrotate(WORDS, NORMS[:1], TURN, levels(4), 4), ValueError, "norms"),
     "result dtype": (
-        lambda: unpack_dequantize_unrotate(WORDS, NORMS, mx.zeros((16,)), SIGNS, 4, mx.int32), TypeError, "dtype"),
+        lambda: unpack_dequantize_unrotate(WORDS, NORMS, TURN, levels(4), 4, mx.int32), TypeError, "dtype"),
     "group": (lambda: affine_quantize_pack(X, 4, 0), ValueError, "group_size must be a positive integer, got 0"),
     "block": (lambda: kivi_quantize_pack(mx.zeros((2, 33, 64)), 4, 32), ValueError, "number of tokens, 33"),
-    "large block": (
-        lambda: kivi_quantize_pack(mx.zeros((256, 256)), 4, 256), ValueError, r"got 256 \* 256"),
     "scales": (
         lambda: affine_unpack_dequantize(WORDS, NORMS, NORMS, 4, 64, 32), ValueError, r"scales .* \(2, 2\)"),
 }  # fmt: skip
@@ -315,24 +319,56 @@ def test_bad_input_is_refused(call, error, message):
         call()
 
 
-NO_ROWS = {
-    "pack_codes": lambda: pack_codes(CODES[:0], 4),
-    "unpack_codes": lambda: unpack_codes(WORDS[:0], 4, 64),
-    "pack_trits": lambda: pack_trits(CODES[:0]),
-    "unpack_trits": lambda: unpack_trits(CODES[:0], 64),
-    "rotate_quantize_pack": lambda: rotate_quantize_pack(X[:0], SIGNS, mx.zeros((15,)), 4),
-    "unpack_dequantize_unrotate": lambda: unpack_dequantize_unrotate(WORDS[:0], NORMS[:0], mx.zeros((16,)), SIGNS, 4),
-    "affine_quantize_pack": lambda: affine_quantize_pack(X[:0], 4, 32),
-    "kivi_quantize_pack": lambda: kivi_quantize_pack(X[:0], 4, 32),
-    "affine_unpack_dequantize": lambda: affine_unpack_dequantize(WORDS[:0], NORMS[:0], NORMS[:0], 4, 64, 64),
-}
+NO_ROWS = r"at least one element, got shape \(0, "
+UNSERVED = {
+    "pack_codes": (lambda **b: pack_codes(CODES[:0], 4, **b), NO_ROWS),
+    "unpack_codes": (lambda **b: unpack_codes(WORDS[:0], 4, 64, **b), NO_ROWS),
+    "decode_words": (lambda **b: decode_words(WORDS[:0], levels(4), 4, 64, **b), NO_ROWS),
+    "pack_trits": (lambda **b: pack_trits(CODES[:0], **b), NO_ROWS),
+    "unpack_trits": (lambda **b: unpack_trits(CODES[:0], 320, **b), NO_ROWS),
+    "decode_trits": (lambda **b: decode_trits(CODES[:0], levels(1), 320, **b), NO_ROWS),
+    "rotate_quantize_pack": (lambda **b: rotate_quantize_pack(X[:0], TURN, levels(4), 4, **b)[0], NO_ROWS),
+    "unpack_dequantize_unrotate": (
+        lambda **b: unpack_dequantize_unrotate(WORDS[:0], NORMS[:0], TURN, levels(4), 4, **b), NO_ROWS),
+    "affine_quantize_pack": (lambda **b: affine_quantize_pack(X[:0], 4, 32, **b)[0], NO_ROWS),
+    "kivi_quantize_pack": (lambda **b: kivi_quantize_pack(X[:0], 4, 32, **b)[0], NO_ROWS),
+    "affine_unpack_dequantize": (
+        lambda **b: affine_unpack_dequantize(WORDS[:0], NORMS[:0], NORMS[:0], 4, 64, 64, **b), NO_ROWS),
+    "head_dim 1024": (
+        lambda **b: rotate_quantize_pack(mx.zeros((2, 1024)), rotation(1024, 0), levels(1), 1, **b)[0],
+        "threadgroup memory, got 1024"),
+    "no Hadamard rotation": (
+        lambda **b: rotate_quantize_pack(X, Rotation(mx.eye(64)), levels(1), 1, **b)[0], "Hadamard transform alone"),
+    "affine, head_dim 1024": (
+        lambda **b: affine_quantize_pack(mx.zeros((2, 1024)), 4, 32, **b)[0], "at most 512 .* got 1024"),
+    "large block": (lambda **b: kivi_quantize_pack(mx.zeros((256, 256)), 4, 256, **b)[0], r"got 256 \* 256"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("call", NO_ROWS.values(), ids=NO_ROWS)
-def test_no_tokens_are_refused(call):
-    """An array without rows (T = 0) is refused by every kernel, naming the shape."""
-    with pytest.raises(ValueError, match=r"at least one element, got shape \(0, "):
-        call()
+@pytest.mark.parametrize(("call", "message"), UNSERVED.values(), ids=UNSERVED)
+def test_what_no_kernel_serves_is_refused_where_one_is_named(call, message, compiler):
+    """A named backend is never changed in silence; where none is named, plain MLX does it, in any surroundings."""
+    with pytest.raises(ValueError, match=message):
+        call(backend="emulator")
+    expected = call(backend="reference")
+    with use_backend("emulator"):
+        assert same_bits(call(), expected)
+
+
+def test_a_backend_holds_for_a_block_and_a_named_one_before_it(monkeypatch):
+    """Without a name: that of the innermost block, and outside Metal where it can run."""
+    assert launches_on(None) is None or resolve_backend(None) == "metal"
+    with use_backend("emulator"):
+        assert launches_on(None) == "emulator"
+        assert launches_on(None, "too large") is None
+        assert launches_on("reference") is None
+        with use_backend("reference"):
+            assert launches_on(None) is None
+        assert launches_on(None) == "emulator"
+        with pytest.raises(ValueError, match="too large"):
+            launches_on("emulator", None, "too large")
+    with pytest.raises(ValueError, match="'cuda'"), use_backend("cuda"):
+        pass
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="this machine has a Metal device")
@@ -363,8 +399,7 @@ def test_outputs_beyond_32_bit_indices_are_refused():
 
 def test_the_executed_body_is_the_shipped_file(checked):
     """The text that was compiled, its rewritings undone, holds the shipped files, hash for hash."""
-    signs, edges, _ = turboquant_tables(64, 4)
-    rotate_quantize_pack(X, signs, edges, 4, backend="emulator")
+    rotate_quantize_pack(X, TURN, levels(4), 4, backend="emulator")
     text = restore(Path(checked.launches[-1].source_path).read_text())
     header, rest = text.split("template <int HEAD_DIM, int ORDER, int CODE_BITS, int SIMDGROUPS>\n[[kernel]]")
     body = rest[rest.index(") {\n") + 4 : rest.index("\n}\n\ntemplate [[host_name")]

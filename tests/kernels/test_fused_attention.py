@@ -20,7 +20,7 @@ from veloxquant_kernels.fused_attention import (
 from veloxquant_kernels.traffic import decode_traffic
 from veloxquant_kernels.verify import attention_error
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
-from veloxquant_mlx.transforms.rotation import rotation_signs
+from veloxquant_mlx.transforms.rotation import rotation
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -37,7 +37,7 @@ def packed_side(rng, n_batch, n_kv_heads, slots, head_dim, code_bits, n_sinks=0,
     words, norms = quantizer.encode(tokens(slots)).arrays
     centroids = mx.array(quantizer.codebook(head_dim).centroids.astype(np.float32))
     plain = [tokens(n) if n else None for n in (n_sinks, n_tail)]
-    return PackedSide(words, norms, centroids, rotation_signs(head_dim, seed), code_bits, *plain)
+    return PackedSide(words, norms, centroids, rotation(head_dim, seed).signs, code_bits, *plain)
 
 
 def make_queries(rng, n_batch, n_heads, head_dim, dtype=mx.float32):

@@ -7,7 +7,7 @@ import pytest
 
 from veloxquant_kernels import emulator, kernel, verify
 from veloxquant_kernels.emulator.coverage import line_coverage
-from veloxquant_kernels.kernel import FOLDER, metal_text
+from veloxquant_kernels.kernel import FOLDER, metal_text, shipped_kernels
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -18,11 +18,9 @@ def test_every_kernel_verifies():
     """All cases pass through the emulator with its checks, and every kernel has one."""
     outcomes = verify.verify("emulator")
     assert [f"{o.kernel}, {o.case}: {o.error} {o.detail}" for o in outcomes if not o.passed] == []
-    wrappers = {path.stem for path in FOLDER.glob("*.py")}
     launched_by = {"fused_attention_merge": "fused_attention"}
-    assert {launched_by.get(stem, stem) for stem in STEMS if stem in wrappers or stem in launched_by} - {
-        "rotation"
-    } == {o.kernel for o in outcomes}
+    kernels = {kernel.stem for kernel in shipped_kernels()}
+    assert {launched_by.get(stem, stem) for stem in kernels} == {o.kernel for o in outcomes}
 
 
 def test_a_wrong_body_is_an_outcome(monkeypatch):

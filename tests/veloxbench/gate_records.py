@@ -5,9 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from veloxbench.measure.suite import get_suite
+from veloxbench.methods.registry import get_method
+from veloxbench.records.provenance import harness_hash
 from veloxbench.records.record import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
 from veloxbench.run.grid import load_grid
 
+OURS, THEIRS = get_method("turboquant_mse").implementation(), get_method("mlx-affine").implementation()
+"""Hash and version of the code that is installed: a gate judges no other's records."""
 NOW = datetime.now(UTC) - timedelta(days=1)
 HARDWARE = {"chip": "AMD EPYC", "machine": "x86_64", "physical_cores": 2, "device": "cpu", "rounding": "r"}
 VERSIONS = {"mlx": "0.32.2", "mlx-lm": "0.32.2", "numpy": "2.3.0"}
@@ -39,15 +44,16 @@ def quality_record(
     delta_nll: Any = None,
     bits: float = 4.25,
     model: ModelRef = MODEL,
-    implementation: str = "veloxquant_mlx 1",
+    implementation: str = OURS,
     hardware: dict[str, Any] | None = None,
     started: datetime = NOW,
     drop: tuple[str, ...] = (),
+    harness: str | None = None,
     refused: str | None = None,
     **provenance: Any,
 ) -> Record:
     """A chunked perplexity record of the gate profile."""
-    (protocol,) = load_grid("gate").protocols
+    (protocol,) = load_grid("gate").tasks(get_suite("perplexity"))
     kld = damage(0.058) if kld is None else np.asarray(kld)
     delta_nll = damage(0.064, 1) if delta_nll is None else np.asarray(delta_nll)
     samples = {"nll": (3 + delta_nll).tolist()}
@@ -68,7 +74,7 @@ def quality_record(
             method=MethodRef(name=method, target=target, target_means=means, implementation=implementation),
             text=TextRef(name="wikitext-2", tokens_sha256="x" * 64),
             settings={**vars(protocol), "seed": 0},
-            harness="h",
+            harness=harness or harness_hash(),
             machine_class="k",
         ),
         status="measured" if refused is None else "unsupported",
@@ -89,14 +95,14 @@ def quality_record(
     )
 
 
-def run_records(*, started: datetime = NOW, implementation: str = "veloxquant_mlx 1", **changes: Any) -> list[Record]:
+def run_records(*, started: datetime = NOW, implementation: str = OURS, **changes: Any) -> list[Record]:
     """What a run of a small profile makes: fp16 and three arms, one second apart."""
-    reference = quality_record("fp16", None, bits=16.0, implementation="mlx-lm 0.32.2", started=started, **changes)
+    reference = quality_record("fp16", None, bits=16.0, implementation=THEIRS, started=started, **changes)
     arms = [
         quality_record(
             method,
             target,
-            implementation="mlx-lm 0.32.2" if method == "mlx-affine" else implementation,
+            implementation=THEIRS if method == "mlx-affine" else implementation,
             started=started + timedelta(seconds=1 + i),
             **changes,
         )

@@ -10,9 +10,8 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 from veloxbench.errors import EngagementError
-from veloxbench.measure.protocol import Chunked, feed
 from veloxbench.measure import account
-from veloxbench.methods import cache_under_test as adapter
+from veloxbench.measure.protocol import Chunked, feed
 from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache
 from veloxquant_mlx.quantizers.per_head import PerHead

@@ -92,8 +92,8 @@ def repository(tmp_path_factory):
         folder,
         "crashing",
         CENTROIDS,
-        "return Codebook(",
-        "raise RuntimeError('broken on purpose')\n    return Codebook(",
+        "return Codebook(centroids,",
+        "raise RuntimeError('broken on purpose')\n    return Codebook(centroids,",
     )
     edit(folder, "unbuildable", "pyproject.toml", '"numpy>=2.0"', '"numpy==0.0.1"')
     edit(folder, "pinned", "pyproject.toml", '"numpy>=2.0"', '"numpy>=2.0", "tinydep==2.0"')
@@ -132,7 +132,7 @@ def test_a_revision_that_computes_the_same_passes(repository, grid, capsys):
 def test_a_revision_that_decodes_worse_regresses(repository, grid, capsys):
     """Centroids 10% too large: the quality tier names the arm and the metric."""
     assert compare(repository, grid, "base", "damaged", "--tiers", "records") == ExitCode.REGRESSION
-    assert "turboquant_mse 4, kld_mean" in capsys.readouterr().err
+    assert "turboquant_mse@4, kld_mean" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_what_base_cannot_measure_has_nothing_to_compare_with(repository, grid, 
     shown = capsys.readouterr()
     assert "base (crashing)" in shown.err.splitlines()[-1]
     assert "on purpose" in shown.err.splitlines()[-1]
-    assert "no-baseline: " + str(cut_model) + " decode, decode of turboquant_mse 4: it crashed" in shown.out
+    assert "no-baseline: " + str(cut_model) + " decode, decode of turboquant_mse@4: it crashed" in shown.out
     (fp16,) = [line for line in shown.out.splitlines() if "fp16" in line and " nll " in line]
     assert fp16.rstrip().endswith("pass")
 
@@ -259,7 +259,7 @@ def test_two_live_revisions_are_timed_in_turns(repository, grid, cut_model, caps
     more = ("--tiers", "timing", "--model", str(cut_model), "--minutes", "0.05")
     code = compare(repository, grid, "base", "renamed", *more)
     assert code in (ExitCode.PASS, ExitCode.REGRESSION, ExitCode.INCONCLUSIVE)
-    assert "decode of turboquant_mse 4" in capsys.readouterr().out
+    assert "decode of turboquant_mse@4" in capsys.readouterr().out
 
 
 def test_an_unknown_revision_is_named(repository, grid, capsys):
@@ -314,10 +314,10 @@ def test_a_dependency_that_is_not_here_is_installed_for_that_revision_alone(repo
 def test_a_revision_is_built_once(repository):
     """The second time finds it in the cache, untouched."""
     first = prepare("base", repository)
-    marker = first.folder / "tree" / "marker"
-    marker.touch()
+    file = first.folder / "tree" / "pyproject.toml"  # a file that is added would be damage, and healed
+    before = file.stat().st_ino, file.stat().st_mtime_ns
     assert prepare("base", repository) == first
-    assert marker.exists()
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == before
 
 
 def test_another_environment_is_another_build(repository, monkeypatch):
@@ -333,17 +333,18 @@ def test_another_environment_is_another_build(repository, monkeypatch):
 def test_a_revision_that_is_being_built_is_waited_for(repository):
     """The build of another process holds a lock; this one waits for it and builds nothing beside it."""
     built = prepare("base", repository)
+    ready = (built.folder / "ready").read_bytes()
     (built.folder / "ready").unlink()
-    marker = built.folder / "tree" / "marker"
-    marker.touch()
+    file = built.folder / "tree" / "pyproject.toml"
+    before = file.stat().st_ino, file.stat().st_mtime_ns
     with ThreadPoolExecutor(1) as pool, FileLock(built.folder.with_suffix(".lock")):
         waiting = pool.submit(prepare, "base", repository)
         with pytest.raises(TimeoutError):
             waiting.result(timeout=1.0)
-        (built.folder / "ready").touch()
+        (built.folder / "ready").write_bytes(ready)
     # the lock is free: what the other process finished is used
     assert waiting.result() == built
-    assert marker.exists()
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == before
 
 
 @pytest.mark.parametrize(

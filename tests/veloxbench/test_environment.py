@@ -14,11 +14,11 @@ from veloxbench.records.provenance import harness_hash
     [
         ("measure/memory.py", True),
         ("methods/mlx_affine.py", True),
-        ("models.py", True),
-        ("adapter.py", True),
-        ("runner.py", True),
-        ("cli.py", False),
-        ("report/markdown.py", False),
+        ("inputs/models.py", True),
+        ("records/intervals.py", True),
+        ("run/session.py", True),
+        ("cli/app.py", False),
+        ("report/page.py", False),
     ],
 )
 def test_a_change_that_can_move_a_number_is_in_the_key(file, moves, tmp_path, monkeypatch):

@@ -11,30 +11,31 @@ import numpy as np
 import pytest
 
 from veloxbench.gate.gate import ROUNDING
-from veloxbench.measure.exact import DIGEST_HEX, N_SKETCHES, FixedInputs, digest, lattice_vectors, measure, sketch
+from veloxbench.measure.exact import DIGEST_HEX, N_SKETCHES, FixedInputs, digest, lattice_vectors, observe, sketch
 from veloxbench.measure.exact_cases import cases
+from veloxquant_kernels.rotation import Rotation
 from veloxquant_mlx.methods import METHODS
 from veloxquant_mlx.quantizers import turboquant_mse
 from veloxquant_mlx.transforms.rotation import rotation_matrix
 
 EVERYTHING = """
 import json, veloxbench
-from veloxbench.measure.exact import measure
+from veloxbench.measure.exact import observe
 from veloxbench.measure.exact_cases import cases
 found = {}
 for case in cases():
-    if case.method in ("affine", "kivi", "pack_codes", "pack_trits", "ratequant"):
+    if case.arm.name in ("affine", "kivi", "pack_codes", "pack_trits", "ratequant"):
         continue  # no product of matrices in them
-    if case.method in ("rvq", "turboquant_prod") and case.target > 2:
+    if case.arm.name in ("rvq", "turboquant_prod") and case.arm.target > 2:
         continue  # seconds of codebooks, and the same products as below
-    metrics, samples = measure(case)
-    found[case.label] = ({name: metric.value for name, metric in metrics.items()}, samples)
+    metrics, samples = observe(case)
+    found[case.arm.label] = ({name: metric.value for name, metric in metrics.items()}, samples)
 print(json.dumps(found))
 """
 
 
 def case_of(label: str):
-    return next(case for case in cases() if case.label == label)
+    return next(case for case in cases() if case.arm.label == label)
 
 
 def everything(**environment: str):
@@ -70,7 +71,7 @@ def test_facts_are_those_of_every_blas(here, environment):
 
 def test_every_method_and_width_of_the_package_is_looked_at():
     """A registered method without a case would be gated by nothing."""
-    looked_at = {(case.method, case.target) for case in cases()}
+    looked_at = {(case.arm.name, case.arm.target) for case in cases()}
     for name in METHODS:
         assert any(method == name for method, _ in looked_at), name
         options = METHODS[name]
@@ -80,7 +81,7 @@ def test_every_method_and_width_of_the_package_is_looked_at():
 
 def test_labels_are_unique():
     """Two cases of one label would share a record."""
-    labels = [case.label for case in cases()]
+    labels = [case.arm.label for case in cases()]
     assert len(set(labels)) == len(labels)
 
 
@@ -136,31 +137,31 @@ def test_a_sketch_is_as_large_as_a_value_and_sees_one_of_them():
 
 
 def shifted_centroids(monkeypatch):
-    original = turboquant_mse.decode_words
-    monkeypatch.setattr(turboquant_mse, "decode_words", lambda *arguments: original(*arguments) * 1.01)
+    original = turboquant_mse.unpack_dequantize_unrotate
+    monkeypatch.setattr(turboquant_mse, "unpack_dequantize_unrotate", lambda *arguments: original(*arguments) * 1.01)
 
 
 def rotation_left_out(monkeypatch):
-    monkeypatch.setattr(turboquant_mse, "matmul_rows", lambda x, matrix: x.astype(mx.float32))
+    monkeypatch.setattr(turboquant_mse, "rotation", lambda head_dim, seed: Rotation(mx.eye(head_dim)))
 
 
 def norms_of_half_precision_steps(monkeypatch):
-    original = turboquant_mse.unit_rms
+    original = turboquant_mse.rotate_quantize_pack
 
-    def changed(x):
-        unit, rms = original(x)
-        return unit, rms * (1 + 2.0**-10)
+    def changed(*arguments):
+        words, norms = original(*arguments)
+        return words, norms * (1 + 2.0**-10)
 
-    monkeypatch.setattr(turboquant_mse, "unit_rms", changed)
+    monkeypatch.setattr(turboquant_mse, "rotate_quantize_pack", changed)
 
 
 @pytest.mark.parametrize("damage", [shifted_centroids, rotation_left_out, norms_of_half_precision_steps])
 def test_damage_changes_the_facts(monkeypatch, damage):
     """Centroids 1% off, no rotation, norms one step of fp16 off: each moves a digest or a sample beyond rounding."""
-    case = case_of("turboquant_mse 4")
-    metrics, samples = measure(case)
+    case = case_of("turboquant_mse@4")
+    metrics, samples = observe(case)
     damage(monkeypatch)
-    damaged_metrics, damaged_samples = measure(case)
+    damaged_metrics, damaged_samples = observe(case)
 
     def far(name: str) -> bool:
         size = np.sqrt(np.mean(np.square(samples[name])))

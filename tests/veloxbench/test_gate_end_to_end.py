@@ -74,8 +74,8 @@ def test_the_same_program_measured_again_passes_without_any_change(approved, cap
 
 def test_centroids_five_percent_off_are_a_regression_of_quality(approved, monkeypatch, capsys):
     """Damage in the decoder, through the real cache and the real model: exit 1, KLD above its limit."""
-    original = turboquant_mse.decode_words
-    monkeypatch.setattr(turboquant_mse, "decode_words", lambda *arguments: original(*arguments) * 1.05)
+    original = turboquant_mse.unpack_dequantize_unrotate
+    monkeypatch.setattr(turboquant_mse, "unpack_dequantize_unrotate", lambda *arguments: original(*arguments) * 1.05)
     assert run(approved, "damaged") == 0
     capsys.readouterr()
     assert veloxbench(["gate", "--json", *places(approved, "damaged")]) == 1
@@ -90,12 +90,12 @@ def test_a_measurement_that_raises_is_a_regression(approved, monkeypatch, capsys
     def raising(*_):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(turboquant_mse, "decode_words", raising)
+    monkeypatch.setattr(turboquant_mse, "unpack_dequantize_unrotate", raising)
     assert run(approved, "crashed") == 1
     capsys.readouterr()
     assert veloxbench(["gate", *places(approved, "crashed")]) == 1
     (error,) = capsys.readouterr().err.splitlines()
-    assert "turboquant_mse 4" in error
+    assert "turboquant_mse@4" in error
     assert "did not produce it" in error
     # what the run was to make, beside what it made
     keys = json.loads((approved / "crashed" / LAST_RUN).read_text())["keys"]

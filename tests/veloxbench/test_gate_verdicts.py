@@ -10,11 +10,12 @@ from gate_records import HARDWARE, MODEL, NOW, N, damage, quality_record, run_re
 from scipy import stats
 
 from veloxbench.errors import ExitCode
-from veloxbench.gate.baselines import from_records
-from veloxbench.gate.gate import BUDGETS, MIN_SEQUENCES, judge
-from veloxbench.gate.paired_test import ALPHA, POWER, paired_test, smallest_detectable
+from veloxbench.gate.baselines import Baselines, from_records
+from veloxbench.gate.gate import judge
+from veloxbench.gate.paired_test import ALPHA, MIN_SEQUENCES, POWER, paired_test, smallest_detectable
 from veloxbench.gate.verdicts import Verdict, exit_code, overall, sentence
 from veloxbench.records.intervals import holm_levels
+from veloxbench.records.suites import suite_row
 
 SIMULATED = 2000
 
@@ -189,8 +190,9 @@ def test_damage_that_varies_too_much_has_no_detectable_change():
 
 def test_margins_are_the_larger_of_absolute_and_relative():
     """A KLD of 5e-5 is judged by the absolute budget, one of 0.1 by a tenth of itself."""
-    assert BUDGETS["kld_mean"].margin(5e-5) == 1e-5
-    assert BUDGETS["kld_mean"].margin(0.1) == pytest.approx(0.01)
+    budget = suite_row("perplexity").per_sequence["kld_mean"]
+    assert budget.margin(5e-5) == 1e-5
+    assert budget.margin(0.1) == pytest.approx(0.01)
 
 
 def test_drift_since_the_release_is_judged_by_its_own_budget():
@@ -226,7 +228,7 @@ def test_a_benchmark_that_was_removed_fails():
     records = run_records()
     findings = judge(records[:-1], from_records(records, "base"))
     assert exit_code(findings) is ExitCode.REGRESSION
-    assert "turboquant_mse 2" in sentence(findings)
+    assert "turboquant_mse@2" in sentence(findings)
     assert "did not produce it" in sentence(findings)
 
 
@@ -269,13 +271,21 @@ def test_another_machine_has_no_baseline():
     assert {finding.verdict for finding in findings if finding.tier == "exact"} == {Verdict.PASS}
 
 
-def test_another_order_of_sums_has_no_baseline():
-    """The same chip with another BLAS draws the noise anew: exit 3, unless the exact tier alone is asked."""
+def test_another_order_of_sums_is_judged_by_a_baseline_that_travelled():
+    """The same chip with another BLAS draws the noise anew; the pair of runs is compared, and the reason says so."""
     head, base = run_records(hardware={**HARDWARE, "rounding": "s"}), from_records(run_records(), "base")
     findings = judge(head, base)
-    assert exit_code(findings) is ExitCode.BASELINE
-    assert "rounding is s here and r there" in sentence(findings)
-    assert exit_code(judge(head, base.of_tiers(["exact"]))) is ExitCode.PASS
+    assert exit_code(findings) is ExitCode.PASS
+    assert all("another rounding" in finding.reason for finding in findings if finding.tier == "quality")
+    worse = judge(run_records(kld=damage(0.5), hardware={**HARDWARE, "rounding": "s"}), base)
+    assert exit_code(worse) is ExitCode.REGRESSION
+
+
+def test_a_baseline_of_the_same_rounding_comes_first():
+    """Where both are there, nothing is drawn anew."""
+    near, far = from_records(run_records(), "r"), from_records(run_records(hardware={**HARDWARE, "rounding": "s"}), "s")
+    both = Baselines((*far.files, *near.files), "both")
+    assert not any("another rounding" in finding.reason for finding in judge(run_records(), both))
 
 
 def test_other_weights_have_no_baseline():
@@ -283,7 +293,7 @@ def test_other_weights_have_no_baseline():
     other = MODEL.model_copy(update={"weights_sha256": "v" * 64})
     findings = judge(run_records(model=other), from_records(run_records(), "base"))
     assert exit_code(findings) is ExitCode.BASELINE
-    assert "weights_sha256 is vvvvvvvvvvvv… here and wwwwwwwwwwww… there" in sentence(findings)
+    assert f"weights_sha256 is {'v' * 60}… here and {'w' * 60}… there" in sentence(findings)
 
 
 def test_a_suite_that_never_ran_here_is_missed():
@@ -322,4 +332,4 @@ def test_an_older_commits_record_does_not_stand_in_for_a_crash():
     )
     findings = judge([*base[:-1], yesterday], from_records(base, "base"))
     assert exit_code(findings) is ExitCode.REGRESSION
-    assert "turboquant_mse 2" in sentence(findings)
+    assert "turboquant_mse@2" in sentence(findings)

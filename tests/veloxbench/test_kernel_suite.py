@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from veloxbench.cli.app import _run as veloxbench
 from veloxbench.inputs.models import load_model, resolve_model
 from veloxbench.measure.account import engagement
-from veloxbench.measure.kernels import HeadShape, Traffic, head_shape, measure, refusal
+from veloxbench.measure.kernels import HeadShape, Traffic, count, head_shape, refusal
 from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxbench.records.store import read_records
 from veloxquant_kernels import emulator
@@ -48,7 +48,7 @@ def test_a_run_records_traffic_and_the_page_shows_it(compiler, cut_model, kernel
     assert figures["mask_percent"] == pytest.approx(100 / 36)  # one byte a token beside 2 x (16 + 2)
     page = (tmp_path / "first" / "BENCHMARK_RESULTS.md").read_text()
     assert "### Kernels, fused decode attention over 4096 packed tokens" in page
-    assert re.search(r"\| turboquant_mse 2 +\| +147,456 \| +1\.000x \|", page)
+    assert re.search(r"\| turboquant_mse@2 +\| +147,456 \| +1\.000x \|", page)
 
 
 def test_the_shape_comes_from_the_models_configuration(tmp_path):
@@ -79,20 +79,19 @@ def test_what_cannot_be_counted_is_unsupported(compiler, monkeypatch):
 
 def test_a_mask_is_one_byte_a_token_and_everything_else_stays(compiler):
     """The record counts a step with a bool mask; packed bytes are read once with it as without."""
-    metrics, samples = measure(Traffic(64), HeadShape(64, 2), 4)
-    assert samples == {}
+    metrics = count(Traffic(64), HeadShape(64, 2), 4)
     assert metrics["packed_reads"].value == 1.0
     assert metrics["mask_percent"].value == pytest.approx(100 * 64 / (64 * 68))
 
 
 def test_counts_do_not_depend_on_the_compilers_optimisation(compiler, monkeypatch):
     """No load is merged or dropped before it is counted: -O0 and -O2 give the figures of -O1, so any machine does."""
-    expected, _ = measure(Traffic(64), HeadShape(64, 2), 4)
+    expected = count(Traffic(64), HeadShape(64, 2), 4)
     for level in ("-O0", "-O2"):
         flags = {"checked": tuple(level if flag == "-O1" else flag for flag in build._KERNEL_FLAGS["checked"])}
         monkeypatch.setattr(build, "_KERNEL_FLAGS", flags)
         build._build.cache_clear()
-        assert measure(Traffic(64), HeadShape(64, 2), 4)[0] == expected
+        assert count(Traffic(64), HeadShape(64, 2), 4) == expected
         monkeypatch.undo()
     build._build.cache_clear()
 

@@ -9,7 +9,6 @@ import pytest
 
 from veloxbench.errors import ExitCode, VeloxError
 from veloxbench.measure import memory
-from veloxbench.methods.registry import make_arm
 
 WINDOW, TOKENS, DECODED = 64, 128, 4
 VOCABULARY = 512
@@ -57,13 +56,11 @@ def sliding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def request(model: Path, folder: Path, method: str, target: float | None) -> memory.Request:
     """What the memory process is asked on the sliding model."""
-    arm = make_arm(method, target)
     return memory.Request(
         model=str(model),
         n_layers=None,
-        method=arm.method,
-        target=arm.target,
-        parameters=dict(arm.parameters),
+        name=method,
+        target=target,
         cache_folder=folder,
         tokens=[i % VOCABULARY for i in range(TOKENS + DECODED)],
         prefill_tokens=TOKENS,

@@ -17,12 +17,12 @@ from veloxbench.methods.registry import (
     Geometry,
     all_methods,
     build,
+    checked,
     geometry,
     get_method,
-    make_arm,
-    parse_method,
 )
 from veloxbench.methods.veloxquant import storage_formula
+from veloxbench.records.arm import Arm, from_earlier_label
 from veloxquant_mlx.allocators.sensitivity import HeadSensitivities, Provenance, Sensitivities
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.methods import METHODS
@@ -48,7 +48,7 @@ def context(tmp_path_factory):
 @pytest.mark.parametrize(("name", "target"), ARMS)
 def test_bytes_held_equal_the_formula_at_every_target(context, name, target):
     """200 tokens in passes of 150, 49 and 1: each layer engaged, in exactly the bytes of the method's formula."""
-    bytes_held_equal_the_formula(context, make_arm(name, target))
+    bytes_held_equal_the_formula(context, checked(Arm(name=name, target=target)))
 
 
 def test_every_method_of_the_reference_implementation_is_registered():
@@ -60,8 +60,8 @@ def test_every_method_of_the_reference_implementation_is_registered():
 def test_values_may_have_a_width_of_their_own(context, name):
     """value_bits=2 reaches every layer's values and the formula; the keys keep the target's width."""
     target = get_method(name).targets[0]
-    plain, _ = build(context, make_arm(name, target))
-    caches = bytes_held_equal_the_formula(context, make_arm(name, target, value_bits=2))
+    plain, _ = build(context, checked(Arm(name=name, target=target)))
+    caches = bytes_held_equal_the_formula(context, checked(Arm(name=name, target=target, parameters={"value_bits": 2})))
     assert [cache.inner.spec.keys for cache in caches] == [cache.inner.spec.keys for cache in plain]
     assert [cache.inner.spec.values.code_bits for cache in caches] == [2] * len(caches)
 
@@ -69,9 +69,9 @@ def test_values_may_have_a_width_of_their_own(context, name):
 @pytest.mark.parametrize("threshold", [0.04, 0.25])
 def test_blocks_that_choose_their_width_are_counted_at_it(context, threshold):
     """Cosine .96 takes four bits and cosine .75 two: 6 blocks of 32 tokens, a byte each, and 8 tokens in fp16."""
-    arm = make_arm("turboquant_prod_adaptive", 8.0, distortion_threshold=threshold)
+    arm = checked(Arm(name="turboquant_prod_adaptive", target=8.0, parameters={"distortion_threshold": threshold}))
     caches = bytes_held_equal_the_formula(context, arm)
-    method, shape = get_method(arm.method), Geometry(3, 64, 64)
+    method, shape = get_method(arm.name), Geometry(3, 64, 64)
     bits = {0.04: 4, 0.25: 2}[threshold]
     expected = 2 * (6 + 3 * (192 * (64 * bits + 32) // 8 + 8 * 64 * 2))
     assert [method.formula(cache.inner, 200, shape) for cache in caches] == [expected] * 2
@@ -106,7 +106,7 @@ def test_lost_tokens_are_noticed_where_data_decide_the_bytes(context, fields, si
 
 def bytes_held_equal_the_formula(context, arm):
     """Feed 200 tokens; the caches."""
-    name, target = arm.method, arm.target
+    name, target = arm.name, arm.target
     reason = methods.probe(context, arm)
     if reason is not None:
         pytest.skip(reason)
@@ -141,7 +141,7 @@ def test_the_window_of_a_base_is_within_the_target(context, monkeypatch):
     )
     given = Sensitivities(heads, Provenance("m", "t", 1, 64, "llama", 2))
     monkeypatch.setattr(veloxbench.methods.ratequant, "_sensitivities", lambda *_: given)
-    caches, _ = build(context, make_arm("ratequant", 4.0, base="kivi", unit="head"))
+    caches, _ = build(context, checked(Arm(name="ratequant", target=4.0, parameters={"base": "kivi", "unit": "head"})))
     assert {(c.inner.spec.keys.quantizers[0].name, c.inner.spec.values.quantizers[0].name) for c in caches} == {
         ("kivi_keys", "affine")
     }
@@ -169,14 +169,35 @@ def test_a_second_method_of_one_name_is_refused():
         )(lambda context, target: [])
 
 
-def test_parameters_are_typed_on_the_command_line():
-    """``name:key=value`` gives numbers where they are numbers."""
-    assert parse_method("mlx-affine:group_size=32") == ("mlx-affine", {"group_size": 32})
-    assert parse_method("ratequant:unit=head") == ("ratequant", {"unit": "head"})
+def test_a_method_is_written_in_one_way():
+    """``name@target:key=value`` gives numbers where they are numbers; the earlier form is refused with the new one."""
+    assert Arm.parse("mlx-affine:group_size=32") == Arm(name="mlx-affine", parameters={"group_size": 32})
+    assert Arm.parse("ratequant@1.5:unit=head") == Arm(name="ratequant", target=1.5, parameters={"unit": "head"})
+    assert str(Arm.parse("turboquant_mse@4:sinks=4")) == "turboquant_mse@4:sinks=4"
     with pytest.raises(UsageError, match="key=value"):
-        parse_method("mlx-affine:32")
+        Arm.parse("mlx-affine:32")
+    with pytest.raises(UsageError, match="is written 'mlx-affine@4:group_size=32'"):
+        Arm.parse("mlx-affine 4 (group_size=32)")
+
+
+@pytest.mark.parametrize("text", ["", "@4", "fp16@", "fp16@four", "fp16@nan", "fp16:", "fp16:=1", "x@4:a=1:a=2"])
+def test_what_is_no_arm_is_refused(text):
+    """Half an arm is a typing error, never another arm."""
+    with pytest.raises(UsageError, match=r"write|twice"):
+        Arm.parse(text)
+
+
+@pytest.mark.parametrize("label", ["fp16", "turboquant_mse 4", "mlx-affine 4 (group_size=32)", "cache 4 (heads=2,5)"])
+def test_the_earlier_form_is_read_in_stored_baselines(label):
+    """Every part of an earlier label is in the arm."""
+    arm = from_earlier_label(label)
+    assert arm.name == label.split()[0]
+    assert all(f"{key}={value}" in label for key, value in arm.parameters.items())
+    assert (arm.target is None) == (label == "fp16")
 
 
 def test_a_default_parameter_does_not_make_another_record():
     """Naming the default is the same arm as leaving it out."""
-    assert make_arm("mlx-affine", 4.0, group_size=64) == make_arm("mlx-affine", 4.0)
+    assert checked(Arm(name="mlx-affine", target=4.0, parameters={"group_size": 64})) == checked(
+        Arm(name="mlx-affine", target=4.0)
+    )

@@ -2,6 +2,7 @@
 
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +10,8 @@ from veloxbench.errors import UsageError
 from veloxbench.inputs.corpora import Text
 from veloxbench.inputs.models import ModelHandle
 from veloxbench.run.grid import customise, load_grid, parse_grid
-from veloxbench.run.plan import cells, measurements
+from veloxbench.run.plan import cells, measurements, measurements_without_model
+from veloxbench.run.session import measure
 
 GRID = """
 summary = "lists"
@@ -41,11 +43,11 @@ def test_the_ratequant_profile_has_twenty_shuffles_of_each_allocation_that_it_de
     """At 3, 2 and 1.5 bits every allocation has itself, twenty shuffles, and rivals that cost more."""
     arms = load_grid("ratequant").arm_list()
     for target in (3.0, 2.0, 1.5):
-        ours = [arm.parameters for arm in arms if arm.method == "ratequant" and arm.target == target]
+        ours = [arm.parameters for arm in arms if arm.name == "ratequant" and arm.target == target]
         plain, *shuffles = ours
         assert [s["shuffle"] for s in shuffles] == list(range(1, 21))
         assert all({k: v for k, v in s.items() if k != "shuffle"} == plain for s in shuffles)
-    assert {arm.method for arm in arms} >= {"turboquant_mse", "turboquant_static"}
+    assert {arm.name for arm in arms} >= {"turboquant_mse", "turboquant_static"}
 
 
 @pytest.mark.parametrize(
@@ -57,13 +59,13 @@ def test_the_ratequant_profile_has_twenty_shuffles_of_each_allocation_that_it_de
 )
 def test_an_arm_named_twice_is_measured_once(choice):
     """A target typed twice, or mlx-affine's default group size (64) typed out, is one measurement."""
-    assert [cell.arm.label for cell in cells(customise(parse_grid(GRID, "test"), **choice))] == ["fp16", "mlx-affine 4"]
+    assert [cell.arm.label for cell in cells(customise(parse_grid(GRID, "test"), **choice))] == ["fp16", "mlx-affine@4"]
 
 
 def test_targets_alone_keep_the_profiles_parameters():
     """``--profile full --targets 4`` still measures groups of 32."""
     arms = customise(load_grid("full"), targets=[4]).arm_list()
-    assert [arm.label for arm in arms] == ["mlx-affine 4", "mlx-affine 4 (group_size=32)", "turboquant_mse 4"]
+    assert [arm.label for arm in arms] == ["mlx-affine@4", "mlx-affine@4:group_size=32", "turboquant_mse@4"]
 
 
 class Bytes:
@@ -86,3 +88,11 @@ def test_a_window_as_long_as_the_context_fits(tmp_path):
     assert len(measurements(grid, handle(96, tmp_path), text, Bytes())) == 7
     with pytest.raises(UsageError, match="needs 96 tokens of context, m has 95"):
         measurements(grid, handle(95, tmp_path), text, Bytes())
+
+
+def test_a_suite_that_needs_no_model_is_not_asked_of_one():
+    """Beside suites that read a model the exact suite's arms are no methods to be probed on it: ``cache`` is none."""
+    grid = parse_grid(GRID.replace('suites = ["perplexity"]', 'suites = ["exact", "perplexity"]'), "test")
+    planned = measurements_without_model(customise(grid, suites=["exact"]))
+    item = next(item for item in planned if item.cell.arm.name == "cache")
+    assert measure(item, SimpleNamespace(), lambda _: None).status == "measured"

@@ -10,9 +10,10 @@ from veloxbench.measure import quality
 from veloxbench.measure.divergence import worker_pool
 from veloxbench.measure.protocol import Chunked, feed
 from veloxbench.measure.reference import ReferenceCache, vocabulary_of
-from veloxbench.methods.registry import make_arm
-from veloxbench.run.plan import REFERENCE
-from veloxbench.run.session import Session
+from veloxbench.methods.registry import checked
+from veloxbench.records.arm import REFERENCE, Arm
+from veloxbench.run.progress import LineProgress
+from veloxbench.run.session import opened
 
 pytestmark = pytest.mark.slow
 
@@ -30,26 +31,24 @@ PUBLISHED = {
 }
 
 
-class _Printing:
-    def message(self, text: str) -> None:
-        print(text)
+def never():
+    raise AssertionError("the reference was written a moment ago")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     handle = resolve_model("smollm2-135m")
-    session = Session.open(handle, None, _Printing())
     tokenizer = load_tokenizer(handle.directory)
     tokens = token_block(
         load_text("wikitext-2"), tokenizer, n_sequences=1, length=4097, start=0, contiguous=True
     ).tokens
     references = ReferenceCache(tmp_path_factory.mktemp("reference"))
     pool = worker_pool()
-    steps = feed(session.model, session.arm(REFERENCE).caches, tokens, PROTOCOL)
-    written = references.write("k", steps, 4096, vocabulary_of(session.model, tokens), pool)
-    nll = quality.run_reference(written, 1, lambda _: None)
-    yield session, tokens, references, pool, nll
-    session.close()
+    with opened(handle, None, LineProgress()) as bench:
+        steps = feed(bench.model, bench.caches(REFERENCE).caches, tokens, PROTOCOL)
+        written = references.write("k", steps, 4096, vocabulary_of(bench.model, tokens), pool)
+        nll = quality.run_reference(written, 1, lambda _: None)
+        yield bench, tokens, references, pool, nll
 
 
 def test_perplexity_of_the_fp16_cache(run):
@@ -60,10 +59,10 @@ def test_perplexity_of_the_fp16_cache(run):
 @pytest.mark.parametrize(("method", "target"), PUBLISHED)
 def test_divergence_of_each_arm(run, method, target):
     """Mean KLD against fp16 lands on the published figure."""
-    session, tokens, references, pool, _ = run
-    rows = references.read("k", quality.rows_per_step(PROTOCOL, 1))
-    arm = session.arm(make_arm(method, target))
-    stats, _ = quality.run_arm(session.model, arm, tokens, PROTOCOL, rows, pool, lambda _: None)
+    bench, tokens, references, pool, _ = run
+    rows = references.read("k", quality.rows_per_step(PROTOCOL, 1), never)
+    arm = bench.caches(checked(Arm(name=method, target=target)))
+    stats, _ = quality.run_arm(bench.model, arm, tokens, PROTOCOL, rows, pool, lambda _: None)
     kld, tolerance = PUBLISHED[method, target]
     print(f"\n{method} {target:g}: KLD {stats.kld_nats.mean():.5f}, published {kld}")
     assert stats.kld_nats.mean() == pytest.approx(kld, abs=tolerance)

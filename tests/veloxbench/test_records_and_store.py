@@ -109,15 +109,33 @@ def test_damage_before_the_last_line_is_an_error(tmp_path):
         read_records(tmp_path)
 
 
-def test_the_same_key_twice_is_an_error_when_written_and_when_read(tmp_path):
-    """Nothing is measured twice."""
+def test_a_key_that_is_measured_anew_supersedes_and_loses_nothing(tmp_path):
+    """``run --fresh`` adds a line: the later record stands, the earlier one stays in the journal."""
     with open_store(tmp_path) as store:
         store.append(make_record(value=0.1))
-        with pytest.raises(UsageError, match="already recorded"):
-            store.append(make_record(value=0.2))
+        store.append(make_record(value=0.2))
+        assert [record.metrics["kld_mean"].value for record in store.records()] == [0.2]
+    assert [record.metrics["kld_mean"].value for record in read_records(tmp_path)] == [0.2]
+    assert len((tmp_path / JOURNAL).read_text().splitlines()) == 2
+
+
+def test_the_same_record_twice_is_an_error_when_written_and_when_read(tmp_path):
+    """Nothing counts twice."""
+    with open_store(tmp_path) as store:
+        store.append(make_record(value=0.1))
+        with pytest.raises(UsageError, match="already"):
+            store.append(make_record(value=0.1))
     with (tmp_path / JOURNAL).open("a") as file:
-        file.write(make_record(value=0.2).to_line())
+        file.write(make_record(value=0.1).to_line())
     with pytest.raises(IntegrityError, match="second time"):
+        read_records(tmp_path)
+
+
+def test_one_key_in_two_files_is_an_error(tmp_path):
+    """Which of two files is the later one, nobody can tell."""
+    for name, value in (("a.jsonl", 0.1), ("b.jsonl", 0.2)):
+        (tmp_path / name).write_text(make_record(value=value).to_line())
+    with pytest.raises(IntegrityError, match="another file"):
         read_records(tmp_path)
 
 

@@ -37,7 +37,7 @@ def test_a_strangers_model_and_text_give_a_page(cut_model, own_text, grid_file, 
     records = read_records(out)
     assert {record.id for record in records} == {record["id"] for record in printed["records"]}
     labels = {record.subject.method.label for record in records}
-    assert labels == {"fp16", "mlx-affine 4", "mlx-affine 2", "turboquant_mse 4", "turboquant_mse 2"}
+    assert labels == {"fp16", "mlx-affine@4", "mlx-affine@2", "turboquant_mse@4", "turboquant_mse@2"}
     page = (out / "BENCHMARK_RESULTS.md").read_text()
     assert "## Choosing a target bit rate" in page
     fp16 = [r for r in records if r.subject.method.name == "fp16" and r.subject.suite == "perplexity"]
@@ -60,7 +60,7 @@ def test_memory_suite_in_its_own_process(cut_model, grid_file, tmp_path):
     by_label = {record.subject.method.label: record for record in read_records(out)}
     assert by_label["fp16"].metrics["bits_per_value"].value == 16.0
     # 3-bit codes of head_dim 64 fill six words exactly, and the norm costs 16/64
-    assert by_label["turboquant_mse 3"].metrics["bits_per_value"].value == 3.25
+    assert by_label["turboquant_mse@3"].metrics["bits_per_value"].value == 3.25
     for record in by_label.values():
         assert record.provenance.text_licence == "public domain"  # the bundled text's
         # the allocator rounds buffers up to pages; an fp16 copy of what is cached would be 98 kB
@@ -96,7 +96,7 @@ def test_a_crash_is_kept_for_the_page_until_it_is_measured(cut_model, grid_file,
     with monkeypatch.context() as patch:
         patch.setattr(quality, "arm_metrics", lambda *_: 1 // 0)
         assert veloxbench(arguments) == 1
-    failed = "perplexity/decode turboquant_mse 4"
+    failed = "perplexity/decode turboquant_mse@4"
     assert re.search(f"- {cut_model.name} {failed}, .*: ZeroDivisionError", page.read_text())
     assert veloxbench(["report", str(out), "--check", str(page)]) == 0
     assert veloxbench(arguments) == 0

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from veloxbench.errors import BaselineError, ExitCode, UsageError, VeloxError, unknown_name
+from veloxbench.cli.output import print_findings, print_table, to_stderr
+from veloxbench.errors import BaselineError, ExitCode, VeloxError, unknown_name
 
 if TYPE_CHECKING:
     from veloxbench.gate.approval import Proposal
@@ -34,32 +32,17 @@ baseline_app = typer.Typer(
 )
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Enter the commands of this module into the program."""
-    app.command()(gate)
-    app.add_typer(baseline_app)
-
-
-def read_run(path: Path, profile: str) -> list[Record]:
+def read_run(path: Path, profile: str, *, any_checkout: bool = False) -> list[Record]:
     """The records of a profile's last run.
 
     Raises:
-        UsageError: no such profile, or no record of it: zero benchmarks is no pass.
+        UsageError: no such profile, no record of it (zero benchmarks is no pass), or records of other code.
     """
-    from veloxbench.records.store import read_last_run
+    from veloxbench.records.selection import read_last_run
     from veloxbench.run.grid import load_grid
-    from veloxbench.run.plan import of_grid
+    from veloxbench.run.plan import current_records
 
-    grid = load_grid(profile)
-    records = read_last_run(path)
-    found = of_grid(grid, records)
-    if not found:
-        other = f" ({len(records)} of other profiles)" if records else ""
-        raise UsageError(
-            f"there are no records of the profile {profile!r} at {path}{other}: nothing was measured, "
-            f"so nothing can be judged; `veloxbench run --profile {profile} --out {path}` measures"
-        )
-    return found
+    return current_records(load_grid(profile), profile, read_last_run(path), path, any_checkout=any_checkout)
 
 
 def gate(
@@ -105,7 +88,7 @@ def gate(
         print_findings(findings)
     log = (records if records.is_dir() else records.parent) / "errors.log"
     hint = f"; {log} says what crashed" if code and log.exists() else ""
-    print(f"veloxbench gate: {sentence(findings)}{hint}", file=sys.stderr)
+    to_stderr(f"veloxbench gate: {sentence(findings)}{hint}")
     raise typer.Exit(int(code))
 
 
@@ -122,8 +105,8 @@ def _judged(records: Path, baseline: Path, profile: str, tier: str | None, unkno
     machine = unknown_machine(run, stored, profile) if unknown == "exact" and tier is None else None
     if machine is not None:
         tier = "exact"
-        print(f"veloxbench gate: {baseline} has no quality baseline of this machine ({machine}):", file=sys.stderr)
-        print("veloxbench gate: held to the exact tier, quality was not judged", file=sys.stderr)
+        to_stderr(f"veloxbench gate: {baseline} has no quality baseline of this machine ({machine}):")
+        to_stderr("veloxbench gate: held to the exact tier, quality was not judged")
     return judge(run, stored if tier is None else stored.of_tiers([tier]), profile=profile)
 
 
@@ -137,60 +120,9 @@ def _write(findings: Sequence[Finding], code: ExitCode, as_json: bool, junit_fil
     if junit_file is not None:
         write_text(junit_file, junit(findings))
     if as_json:
-        listed = [dataclasses.asdict(finding) for finding in findings]
-        print(json.dumps({"verdict": overall(findings), "exit_code": int(code), "findings": listed}, indent=1))
+        fields = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"verdict": overall(findings), "exit_code": int(code), "findings": fields}, indent=1))
     publish(findings, "VeloxBench gate", os.environ)
-
-
-def print_findings(findings: Sequence[Finding]) -> None:
-    """A table: every quality metric, and of the exact tier what is not equal."""
-    table = Table(
-        "tier",
-        "subject",
-        "metric",
-        "baseline",
-        "now",
-        "change",
-        "limit",
-        "detects",
-        "verdict",
-        box=None,
-        pad_edge=False,
-    )
-    equal = [finding for finding in findings if finding.tier == "exact" and finding.passed]
-    for finding in findings:
-        if finding in equal:
-            continue
-        change = _figure(finding.change)
-        if finding.low is not None and finding.high is not None:
-            change += f" [{finding.low:.3g}, {finding.high:.3g}]"
-        table.add_row(
-            finding.tier,
-            finding.subject,
-            finding.metric,
-            _figure(finding.baseline),
-            _figure(finding.value),
-            change,
-            _figure(finding.limit),
-            _figure(finding.detectable),
-            str(finding.verdict),
-        )
-    if equal:
-        table.add_row("exact", f"{len(equal)} subjects", "all", "", "", "none", "0", "", "pass")
-    _console().print(table)
-    for finding in findings:
-        if not finding.passed:
-            _console().print(
-                f"{finding.verdict}: {finding.subject}, {finding.metric}: {finding.reason}", soft_wrap=True
-            )
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
 
 
 @baseline_app.command()
@@ -198,12 +130,10 @@ def show(baseline: BaselineOption = Path("baselines")) -> None:
     """What is stored: every file with its profile, machine, age, and who approved it why."""
     from veloxbench.gate.baselines import read_baselines
 
-    table = Table(
-        "file", "tier", "what", "holds on", "profiles", "entries", "expires", "approved", box=None, pad_edge=False
-    )
+    rows = []
     for file in read_baselines(baseline).files:
         last = file.approvals[-1]
-        table.add_row(
+        row = (
             file.place,
             file.tier,
             f"{file.fingerprint['model']}, {file.fingerprint['protocol']}",
@@ -213,7 +143,8 @@ def show(baseline: BaselineOption = Path("baselines")) -> None:
             "never" if file.expires is None else str(file.expires),
             f"{last.when:%Y-%m-%d} {last.who}: {last.why}",
         )
-    _console().print(table)
+        rows.append(row)
+    print_table(("file", "tier", "what", "holds on", "profiles", "entries", "expires", "approved"), rows)
 
 
 @baseline_app.command()
@@ -241,7 +172,7 @@ def diff(
     from veloxbench.gate.baselines import Approval
 
     approval = Approval(who="", when=datetime.now(UTC), why="diff", commit=None)
-    run = read_run(records, profile)
+    run = read_run(records, profile, any_checkout=True)
     _print_proposal(propose(run, baseline, approval, profile=profile, unknown_checkout=True))
 
 
@@ -273,7 +204,7 @@ def approve(
     from veloxbench.gate.approval import propose, signed
 
     proposal = propose(
-        read_run(records, profile),
+        read_run(records, profile, any_checkout=True),
         baseline,
         signed(baseline, reason, release=release),
         profile=profile,

@@ -18,11 +18,13 @@ from veloxbench.compare.timed_decode import DecodeSpec, default_clock
 from veloxbench.compare.timing_blocks import Slot, live_starts, open_decode
 from veloxbench.compare.timing_test import TimingSpec, findings, run_gate
 from veloxbench.errors import UsageError
-from veloxbench.gate.baselines import WHOLLY_EXACT, from_records
+from veloxbench.gate.baselines import from_records
 from veloxbench.gate.gate import judge
 from veloxbench.gate.verdicts import Finding, Tier, Verdict
 from veloxbench.records.record import Record
-from veloxbench.records.store import LAST_RUN, read_last_run, read_records
+from veloxbench.records.selection import read_last_run
+from veloxbench.records.store import LAST_RUN, read_records
+from veloxbench.records.suites import all_suites
 
 
 def compare_records(base: Path, head: Path, message: Callable[[str], None]) -> list[Finding]:
@@ -76,7 +78,7 @@ def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Calla
         WorkerError: a side died.
         UsageError: a side imports another implementation than its own.
     """
-    found: list[Finding] = []
+    judged: list[Finding] = []
     with ExitStack() as stack:
         workers = {
             name: stack.enter_context(start(name, revision, plan.threads))
@@ -86,37 +88,37 @@ def compare_revisions(base: Revision, head: Revision, plan: Plan, message: Calla
             try:
                 hello = workers[name].ask("hello", packages=revision.packages)
             except WorkFailed as error:
-                found.append(_crash(name, f"revision {revision.name}", str(error), "gate"))
+                judged.append(_crash(name, f"revision {revision.name}", str(error), "gate"))
                 continue
             for package, file in hello["files"].items():
                 if not Path(file).resolve().is_relative_to(revision.folder.resolve()):
                     raise UsageError(f"{name} imports {package} from {file}, not from revision {revision.name}")
             message(f"{name}: {revision.name} ({revision.commit[:12]}), {hello['implementation']}")
-        if found:
-            return found
+        if judged:
+            return judged
         if plan.profile is not None:
             records = {}
             for name, revision in (("base", base), ("head", head)):
                 message(f"{name}: measuring the profile {plan.profile}")
                 records[name], failures = _records(workers[name], revision, plan.profile)
-                found += [_crash(name, *failure) for failure in failures]
+                judged += [_crash(name, *failure) for failure in failures]
             if records["base"]:
-                found += judge_records(records["base"], records["head"], f"revision {base.name}")
+                judged += judge_records(records["base"], records["head"], f"revision {base.name}")
         crashed, timed = _what_can_be_timed(workers, plan.timed)
-        found += crashed
+        judged += crashed
     if timed:
         message(
             f"timing {', '.join(timed)} in interleaved blocks, both sides started anew after every "
             f"{plan.spec.blocks_per_start}, in the order of --seed {plan.seed}, which repeats it"
         )
         try:
-            found += _timings({"base": base, "head": head}, timed, plan)
+            judged += _timings({"base": base, "head": head}, timed, plan)
         except WorkFailed as error:
             side = error.worker.partition(" ")[0]  # as `start` named it
-            found += [
+            judged += [
                 _crash(side, f"{decode.model} decode", str(error), "timing", metric) for metric, decode in timed.items()
             ]
-    return found
+    return judged
 
 
 def start(side: str, revision: Revision, threads: int) -> Worker:
@@ -146,23 +148,24 @@ def _records(worker: Worker, revision: Revision, profile: str) -> tuple[list[Rec
 def _crash(side: str, subject: str, reason: str, tier: Tier | None = None, metric: str = "all") -> Finding:
     """A crash of head is a regression; where base crashed there is nothing to compare head with."""
     verdict = Verdict.NO_BASELINE if side == "base" else Verdict.REGRESS
-    of_suite: Tier = "exact" if subject.startswith(WHOLLY_EXACT) else "quality"
+    row = all_suites().get(subject.partition("/")[0])
+    of_suite: Tier = "exact" if row is not None and row.exact is None else "quality"
     return Finding(tier or of_suite, subject, metric, verdict, f"it crashed: {reason}")
 
 
 def _what_can_be_timed(
     workers: dict[str, Worker], asked: dict[str, DecodeSpec]
 ) -> tuple[list[Finding], dict[str, DecodeSpec]]:
-    """Findings of the benchmarks that a side cannot open, and those that both can."""
-    found, timed = [], dict(asked)
+    """Open every timed benchmark on both sides: a finding for each that crashes, and the benchmarks that both have."""
+    crashed, timed = [], dict(asked)
     for side, worker in workers.items():
         for metric, decode in asked.items():
             try:
                 open_decode(worker, metric, decode)
             except WorkFailed as error:
-                found.append(_crash(side, f"{decode.model} decode", str(error), "timing", metric))
+                crashed.append(_crash(side, f"{decode.model} decode", str(error), "timing", metric))
                 timed.pop(metric, None)
-    return found, timed
+    return crashed, timed
 
 
 def _timings(revisions: dict[str, Revision], timed: dict[str, DecodeSpec], plan: Plan) -> list[Finding]:

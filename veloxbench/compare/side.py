@@ -67,7 +67,7 @@ class Worker:
         log: Path,
         python: Path | str = sys.executable,
         environment: Mapping[str, str] | None = None,
-        command: Sequence[str] = ("-m", "veloxbench.compare.side"),
+        command: Sequence[str] = ("-P", "-m", "veloxbench.compare.side"),
     ) -> None:
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -170,10 +170,11 @@ class _Side:
         from veloxbench.records.store import open_store
         from veloxbench.run.grid import load_grid
         from veloxbench.run.progress import default_progress
-        from veloxbench.run.runner import run
+        from veloxbench.run.runner import Run
 
-        with open_store(Path(out)) as store:
-            outcome = run(load_grid(profile), store, default_reporter(), default_progress())
+        grid = load_grid(profile)
+        with open_store(Path(out)) as store, Run(grid, store, default_reporter(), default_progress()) as carried:
+            outcome = carried.all()
         return {
             "keys": outcome.keys,
             "failures": [(failure.label, failure.reason) for failure in outcome.failures],

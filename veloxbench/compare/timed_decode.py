@@ -19,7 +19,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from veloxbench.errors import UsageError
 from veloxbench.inputs.corpora import load_text, token_block
@@ -27,7 +27,9 @@ from veloxbench.inputs.models import load_model, resolve_model
 from veloxbench.inputs.sources import cache_dir
 from veloxbench.measure.throughput import prefill
 from veloxbench.methods.cache_under_test import arrays_of
-from veloxbench.methods.registry import BuildContext, build, make_arm
+from veloxbench.methods.registry import BuildContext, build, checked
+from veloxbench.records.arm import Arm
+from veloxbench.records.frozen import Frozen
 
 CANARY_REPEATS = 15
 CANARY_WARM = 4
@@ -42,23 +44,28 @@ def default_clock() -> Clock:
     return "wall" if mx.default_device() == mx.gpu else "cpu"
 
 
-class DecodeSpec(BaseModel):
+class DecodeSpec(Frozen):
     """One timed sample: ``steps`` decode steps after ``warm`` untimed ones, from a prefix of ``depth`` tokens.
 
     The untimed steps pay for copying the prefix's buffers and for caches that another process has emptied.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     model: str = "smollm2-135m"
     n_layers: int | None = None
-    method: str = "turboquant_mse"
-    target: float | None = 4.0
-    parameters: dict[str, JsonValue] = {}
+    arm: Arm = Arm(name="turboquant_mse", target=4.0)
     corpus: str = "bundled"
     depth: int = 128
     warm: int = 1
     steps: int = 3
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_journals(cls, fields: Any) -> Any:
+        """Journals from before the arm was one thing hold its method, target and parameters side by side."""
+        if isinstance(fields, dict) and "method" in fields:
+            arm = {name: fields[name] for name in ("method", "target", "parameters") if name in fields}
+            return {name: value for name, value in fields.items() if name not in arm} | {"arm": arm}
+        return fields
 
     def model_post_init(self, _: Any) -> None:
         """Check sizes."""
@@ -111,7 +118,7 @@ class DecodeBenchmark:
         context = BuildContext(
             self.model, tokenizer, handle.weights_sha256, spec.n_layers, Path(cache_dir()) / "calibration"
         )
-        caches, _ = build(context, make_arm(spec.method, spec.target, **spec.parameters))
+        caches, _ = build(context, checked(spec.arm))
         length = spec.depth + spec.warm + spec.steps
         tokens = token_block(load_text(spec.corpus, "evaluation"), tokenizer, n_sequences=1, length=length).tokens[0]
         self._saved = prefill(self.model, caches, tokens[: spec.depth]).caches

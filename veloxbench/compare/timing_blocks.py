@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from veloxbench.compare.side import WORK_TIMEOUT_S, Worker
 from veloxbench.compare.timed_decode import Canary, Clock, DecodeSpec, StepTimes
 from veloxbench.compare.timing_test import Block, Start, mirrored_order
 from veloxbench.errors import UsageError
+from veloxbench.records.frozen import Frozen
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Slot:
     extra_rows: int = 0
 
 
-class TimedBlock(BaseModel):
+class TimedBlock(Frozen):
     """One block as it was measured.
 
     Attributes:
@@ -38,8 +38,6 @@ class TimedBlock(BaseModel):
         canary_wall_us, canary_cpu_us: the canary's repeats before and after.
         load: the machine's load average over one minute, at the end.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["block"] = "block"
     started: float
@@ -146,7 +144,7 @@ def live_starts(
 
 
 def side_order(rng: np.random.Generator) -> list[str]:
-    """Who is started first, drawn: the first one's memory is not the second one's."""
+    """The order in which the sides are started, drawn, because whichever is started first finds other memory."""
     return list(rng.permutation(["base", "head"]))
 
 

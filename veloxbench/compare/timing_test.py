@@ -322,11 +322,11 @@ class _Tally:
         return len(self.decided) == len(self.log_ratios)
 
     def results(self) -> tuple[MetricResult, ...]:
-        found = []
+        results = []
         for metric, values in self.log_ratios.items():
             verdict, starts = self.decided.get(metric, (None, len(values)))
-            found.append(MetricResult(metric, verdict, tuple(values[:starts]), *self.p[metric]))
-        return tuple(found)
+            results.append(MetricResult(metric, verdict, tuple(values[:starts]), *self.p[metric]))
+        return tuple(results)
 
 
 def run_gate(starts: Iterable[Start], spec: TimingSpec) -> GateResult:
@@ -376,7 +376,7 @@ def findings(result: GateResult, spec: TimingSpec, subject: str) -> list[Finding
     """
     if not result.metrics:
         raise ValueError(f"{subject}: {result.stopped}")
-    found = []
+    judged = []
     for metric in result.metrics:
         verdict = metric.verdict or Verdict.INCONCLUSIVE
         why = {
@@ -386,12 +386,12 @@ def findings(result: GateResult, spec: TimingSpec, subject: str) -> list[Finding
         }[verdict]
         limit = 1 + spec.margin
         if not metric.log_ratios:
-            found.append(Finding("timing", subject, metric.metric, verdict, why, limit=limit))
+            judged.append(Finding("timing", subject, metric.metric, verdict, why, limit=limit))
             continue
         ratios = tuple(1 + slowdown for slowdown in metric.bounds(spec))
         span = f"x{ratios[0]:.3f} ({ratios[1]:.3f} to {ratios[2]:.3f}, {len(metric.log_ratios)} starts)"
         change, low, high = (ratio if math.isfinite(ratio) else None for ratio in ratios)
-        found.append(
+        judged.append(
             Finding("timing", subject, metric.metric, verdict, f"{span}: {why}", None, None, change, low, high, limit)
         )
-    return found
+    return judged

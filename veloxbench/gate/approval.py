@@ -18,6 +18,7 @@ from veloxbench.gate.baselines import (
     read_baselines,
     subject_name,
 )
+from veloxbench.gate.paired_test import MIN_SEQUENCES
 from veloxbench.records.journal import write_text
 from veloxbench.records.provenance import git
 from veloxbench.records.record import Record
@@ -98,14 +99,15 @@ def propose(
         unknown_checkout: take records of which nobody can tell whether they were measured on committed code.
 
     Raises:
-        UsageError: no gated metric in the records, or records from a changed checkout, or from none.
+        UsageError: no gated metric in the records, records from a changed checkout, or from none, or fewer sequences
+            than a gate can judge.
         BaselineError: a file in the folder is not valid.
     """
     dirty = [record for record in records if record.provenance.dirty or record.provenance.project_dirty]
     if dirty:
         raise UsageError(
-            f"{len(dirty)} records were measured in a changed checkout (first: {subject_name(dirty[0])}); "
-            "commit, measure again, then approve"
+            f"{len(dirty)} records were measured in a changed checkout (first: {subject_name(dirty[0])}): commit, then "
+            f"`veloxbench run --profile {profile} --fresh` measures again, then approve"
         )
     unknown = [r for r in records if r.provenance.dirty is None and r.provenance.project_dirty is None]
     if unknown and not unknown_checkout:
@@ -117,10 +119,22 @@ def propose(
     groups = grouped(records)
     if not groups:
         raise UsageError("the records hold no metric that a gate judges: perplexity, memory and exact suites do")
+    few = [
+        f"{name} has {len(values)}"
+        for group in groups
+        for name, part in group.snapshots.items()
+        for values in list(part.samples.values())[:1]
+        if group.tier == "quality" and len(values) < MIN_SEQUENCES
+    ]
+    if few:
+        raise UsageError(
+            f"a gate needs {MIN_SEQUENCES} sequences, and {few[0]} ({len(few)} arms have too few): give the profile "
+            f"{profile!r} at least {MIN_SEQUENCES}, run it and approve that"
+        )
     existing = read_baselines(folder) if any(folder.glob("*/*.json")) else Baselines((), str(folder))
     changes = []
     for group in groups:
-        old = existing.find(group)
+        old = existing.own(group)
         new = merged(old, group, approval, profile=profile, release=approval.release, drop_missing=drop_missing)
         if old is None or (old.entries, old.profiles) != (new.entries, new.profiles):
             changes.append((old, new))

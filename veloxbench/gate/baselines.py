@@ -5,8 +5,9 @@ finds its baseline. The implementation under test is never in it. By tier:
 
 - ``exact`` (bytes, codes, allocations): weights, tokenizer, text, protocol; for codes the kind of device. Holds on
   every machine.
-- ``quality``: the same, and the chip family, the device, MLX's minor version and the order of fp32 sums
-  (:func:`veloxbench.measure.machine.rounding`): another order draws the quantization noise anew.
+- ``quality``: the same, and the chip family, the device and MLX's minor version. Where the order of fp32 sums
+  (:func:`veloxbench.measure.machine.rounding`) is another one, the quantization noise is drawn anew: the baseline
+  holds all the same, its own rounding's first, and the paired test counts that noise.
 
 Stored timings gate nothing: another day of the same machine differs by more than a regression does.
 A file is written whole by :func:`approve` alone, and carries the hash of its content.
@@ -22,47 +23,23 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from veloxbench.errors import BaselineError
-from veloxbench.records.record import Finite, Record, Suite, content_hash
-from veloxbench.records.store import validation_reason
+from veloxbench.errors import BaselineError, validation_reason
+from veloxbench.records.arm import REFERENCE, from_earlier_label
+from veloxbench.records.frozen import Frozen
+from veloxbench.records.record import Finite, Record, content_hash
+from veloxbench.records.selection import of_newest_code
+from veloxbench.records.suites import suite_row
 
 StoredTier = Literal["exact", "quality"]
-FOLDER = Path("baselines")
+SCHEMA_VERSION = 2
 
 QUALITY_LIFE = timedelta(days=365)
 """Quality is measured anew at least this often; bytes and codes do not age."""
 
-EXACT_METRICS: Mapping[Suite, tuple[str, ...]] = {
-    "perplexity": ("bits_per_value", "allocated_bits_per_value", "engaged_layers"),
-    "memory": (
-        "bits_per_value",
-        "allocated_bits_per_value",
-        "filled_bits_per_value",
-        "filled_allocated_bits_per_value",
-        "cache_bytes",
-        "static_bytes",
-        "weight_bytes",
-        "tokens_in_budget",
-        "engaged_layers",
-    ),
-}
-"""Metrics of measuring suites that are equal wherever the fingerprint is; peaks are the allocator's, not ours."""
 
-WHOLLY_EXACT: tuple[str, ...] = ("exact", "kernels")
-"""Suites that read no clock and no allocator: every metric is exact."""
-
-QUALITY_SAMPLES = ("kld_mean", "delta_nll")
-REFERENCE_SAMPLES = ("nll",)
-"""What is gated of an arm, and of the fp16 reference, per sequence."""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Snapshot(_Frozen):
+class Snapshot(Frozen):
     """The gated part of one record."""
 
     record_id: str
@@ -73,7 +50,7 @@ class Snapshot(_Frozen):
     samples: dict[str, list[Finite]] = Field(default_factory=dict)
 
 
-class Entry(_Frozen):
+class Entry(Frozen):
     """One subject's baseline: as last approved, and as at the last release, from which drift is counted."""
 
     subject: str
@@ -87,7 +64,7 @@ class Entry(_Frozen):
         return self.released or self.approved
 
 
-class Approval(_Frozen):
+class Approval(Frozen):
     """Who changed the baseline, when and why."""
 
     who: str
@@ -97,12 +74,12 @@ class Approval(_Frozen):
     release: str | None = None
 
 
-class BaselineFile(_Frozen):
+class BaselineFile(Frozen):
     """One ``<fingerprint>/<suite>.json``."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     tier: StoredTier
-    suite: Suite
+    suite: str
     fingerprint: dict[str, JsonValue]
     profiles: tuple[str, ...]
     """A run of one of these profiles must produce every entry."""
@@ -166,7 +143,11 @@ def _last_day(entry: Entry) -> date:
     return entry.approved.measured.date() + QUALITY_LIFE
 
 
-MACHINE_FIELDS = ("chip_family", "device", "mlx", "rounding")
+MACHINE_FIELDS = ("chip_family", "device", "mlx")
+"""The fields of a machine that must be equal for a quality baseline to hold there."""
+
+REDRAWN = "rounding"
+"""The field of a fingerprint by which a baseline may differ from what it is compared with."""
 
 
 def chip_family(hardware: Mapping[str, JsonValue]) -> str:
@@ -208,7 +189,7 @@ def fingerprint(record: Record, tier: StoredTier) -> dict[str, JsonValue]:
     if tier == "quality":
         return {**fields, **machine}
     # codes on fixed inputs are those of one kind of device: a GPU may divide to another last bit
-    return {**fields, "device": machine["device"]} if subject.suite == "exact" else fields
+    return {**fields, "device": machine["device"]} if suite_row(subject.suite).device_bound else fields
 
 
 def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
@@ -216,21 +197,27 @@ def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
     return content_hash(dict(fields))[:16]
 
 
+def travel_id(fields: Mapping[str, JsonValue]) -> str:
+    """What a baseline shares with everything that may be compared with it: its fingerprint but for the rounding."""
+    return fingerprint_id({name: value for name, value in fields.items() if name != REDRAWN})
+
+
 def subject_name(record: Record) -> str:
-    """``smollm2-135m chunked turboquant_mse 4``: the same before and after a change of code."""
+    """``smollm2-135m chunked turboquant_mse@4``: the same before and after a change of code."""
     return f"{record.subject.model.name} {record.subject.protocol} {record.subject.method.label}"
 
 
 def gated_metrics(record: Record, tier: StoredTier) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the metrics and of the samples that a tier gates in records of this suite."""
-    suite = record.subject.suite
+    """Names of the metrics and of the samples that a tier gates in records of this suite.
+
+    Raises:
+        UsageError: a suite that is not known here.
+    """
+    row = suite_row(record.subject.suite)
     if tier == "exact":
-        if suite in WHOLLY_EXACT:
-            return tuple(record.metrics), tuple(record.samples)
-        return EXACT_METRICS.get(suite, ()), ()
-    if suite != "perplexity":
-        return (), ()
-    return (), REFERENCE_SAMPLES if record.subject.method.target is None else QUALITY_SAMPLES
+        return (tuple(record.metrics), tuple(record.samples)) if row.exact is None else (row.exact, ())
+    is_reference = record.subject.method.name == REFERENCE.name
+    return (), tuple(row.per_sequence_of_reference if is_reference else row.per_sequence)
 
 
 def snapshot(record: Record, tier: StoredTier) -> Snapshot | None:
@@ -253,7 +240,7 @@ class Group:
     """Snapshots that share a fingerprint: what one baseline file is compared with."""
 
     tier: StoredTier
-    suite: Suite
+    suite: str
     fingerprint: Mapping[str, JsonValue]
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
 
@@ -264,30 +251,8 @@ class Group:
 
     @property
     def described(self) -> str:
-        """For sentences: suite, model and protocol."""
+        """Suite, model and protocol in words."""
         return f"{self.suite} of {self.fingerprint['model']}, {self.fingerprint['protocol']}"
-
-
-def of_newest_code(records: Iterable[Record]) -> list[Record]:
-    """Records of the code that was measured last, oldest first.
-
-    A folder of results may hold an earlier commit's records; one of those must not stand in for a benchmark
-    that crashed in this one. Where a run left its keys
-    (:func:`veloxbench.records.store.read_last_run`) they say more, for a return to earlier code measures nothing
-    anew; this serves records without them.
-    """
-    ordered = sorted(records, key=lambda record: record.provenance.started)
-    newest = {_package(record): record.subject.method.implementation for record in ordered}
-    harness = ordered[-1].subject.harness if ordered else ""
-    return [
-        record
-        for record in ordered
-        if record.subject.harness == harness and record.subject.method.implementation == newest[_package(record)]
-    ]
-
-
-def _package(record: Record) -> str:
-    return record.subject.method.implementation.partition(" ")[0]
 
 
 def grouped(records: Iterable[Record]) -> list[Group]:
@@ -306,7 +271,7 @@ def grouped(records: Iterable[Record]) -> list[Group]:
 
 @dataclass(frozen=True)
 class Baselines:
-    """The files of a folder, or what stands in for them."""
+    """The baselines of a folder, or those that another run's records make."""
 
     files: tuple[BaselineFile, ...]
     origin: str
@@ -314,13 +279,18 @@ class Baselines:
     """The tiers that are judged by them."""
 
     def of_tiers(self, tiers: Sequence[str]) -> Baselines:
-        """Those of some tiers, to judge these alone."""
+        """The baselines of some tiers, so that only these are judged."""
         chosen = tuple(tier for tier in self.tiers if tier in tiers)
         return Baselines(tuple(file for file in self.files if file.tier in chosen), self.origin, chosen)
 
-    def find(self, group: Group) -> BaselineFile | None:
-        """The file that a group is compared with."""
+    def own(self, group: Group) -> BaselineFile | None:
+        """The file of exactly this fingerprint: the one that an approval rewrites."""
         return next((file for file in self.files if file.fingerprint == dict(group.fingerprint)), None)
+
+    def find(self, group: Group) -> BaselineFile | None:
+        """The file that a group is compared with: its own, or else one of another rounding."""
+        travelled = (file for file in self.files if travel_id(file.fingerprint) == travel_id(group.fingerprint))
+        return self.own(group) or next(travelled, None)
 
     def of_profile(self, profile: str | None) -> tuple[BaselineFile, ...]:
         """Files whose entries a run of this profile must produce; all of them for None."""
@@ -350,7 +320,24 @@ def _read_file(path: Path) -> BaselineFile:
         raise BaselineError(f"{path} cannot be used as a baseline: {reason}") from error
     if f"{path.parent.name}/{path.name}" != file.place:
         raise BaselineError(f"{path} is the baseline {file.place}; it was moved by hand")
-    return file
+    late = [entry for entry in file.entries if entry.approved.measured > datetime.now(UTC) + timedelta(days=1)]
+    if late:
+        raise BaselineError(
+            f"{path}: {late[0].subject} says that it was measured on {late[0].approved.measured:%Y-%m-%d}: the "
+            "clock was wrong then, or is now; measure and approve it again"
+        )
+    return file if file.schema_version == SCHEMA_VERSION else _respelled(file)
+
+
+def _respelled(file: BaselineFile) -> BaselineFile:
+    """A file of the first version, whose subjects were written in the earlier form, ``turboquant_mse 4 (sinks=4)``."""
+    prefix = f"{file.fingerprint['model']} {file.fingerprint['protocol']} "
+    entries = [
+        entry.model_copy(update={"subject": prefix + from_earlier_label(entry.subject.removeprefix(prefix)).label})
+        for entry in file.entries
+    ]
+    fields = {name: getattr(file, name) for name in BaselineFile.model_fields if name != "content_sha256"}
+    return BaselineFile.create(**{**fields, "schema_version": SCHEMA_VERSION, "entries": tuple(entries)})
 
 
 def from_records(records: Iterable[Record], origin: str, profile: str = "compared") -> Baselines:

@@ -18,7 +18,7 @@ from pydantic import JsonValue
 
 from veloxbench.gate.baselines import (
     MACHINE_FIELDS,
-    REFERENCE_SAMPLES,
+    REDRAWN,
     BaselineFile,
     Baselines,
     Entry,
@@ -26,14 +26,16 @@ from veloxbench.gate.baselines import (
     Snapshot,
     grouped,
     machine_fields,
+    travel_id,
 )
-from veloxbench.gate.paired_test import ALPHA, FALSE_PASS, Paired, paired_test, smallest_detectable
+from veloxbench.gate.paired_test import ALPHA, FALSE_PASS, MIN_SEQUENCES, Paired, paired_test, smallest_detectable
 from veloxbench.gate.verdicts import Finding, Verdict
 from veloxbench.records.intervals import holm_levels
 from veloxbench.records.record import Record
+from veloxbench.records.suites import REDRAW_POSITIONS, suite_row
 
-MIN_SEQUENCES = 16
-"""Fewer sequences cannot reach significance after Holm: 16 have 65536 sign flips."""
+SHOWN = 60
+"""Characters of a value that a message shows."""
 
 ROUNDING = 2.0**-13
 """Sums of floats agree to this share of their root mean square.
@@ -42,51 +44,6 @@ Another order of fp32 sums (2^-24 per term) now and then takes an fp16 norm to i
 sum by 2^-10 / sqrt(400) of its size. A wrong table, or every norm one step off, moves it ten times as far.
 """
 
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a quality metric may grow: the larger of an absolute amount and a share of the baseline.
-
-    Attributes:
-        absolute: nats per token.
-        relative: share of the baseline's mean.
-        redraw: standard deviation of a sequence's difference between two runs that differ in rounding alone, as a
-            share of the baseline's mean, at :data:`REDRAW_POSITIONS` scored positions.
-        origin: where the figures come from.
-    """
-
-    absolute: float
-    relative: float
-    redraw: float
-    origin: str
-
-    def margin(self, baseline: float) -> float:
-        """The change up to which the metric passes."""
-        return max(self.absolute, self.relative * abs(baseline))
-
-
-REDRAW_POSITIONS = 128
-
-BUDGETS = {
-    "kld_mean": Budget(
-        1e-5,
-        0.10,
-        0.10,
-        "relative: what 0.07 bits per value buy (distortion falls fourfold per bit); absolute: 25 x the measured noise "
-        "floor of 4e-7 nats (fp16 against fp16 in another batch size)",
-    ),
-    "delta_nll": Budget(
-        0.03,
-        0.10,
-        0.33,
-        "absolute: four standard errors (0.007 nats) of what rounding alone moves the mean of 16 short sequences; "
-        "relative: as for kld_mean",
-    ),
-    "nll": Budget(
-        1e-3, 0.0, 2.5e-5, "the fp16 reference itself: 0.1% of perplexity, the last digit that published tables print"
-    ),
-}
-"""Margins of the gated quality metrics, with their origin."""
 
 DRIFT_FACTOR = 2.0
 """All approvals since the last release together may cost this many margins."""
@@ -99,10 +56,14 @@ class _Pending:
     finding: Finding
     test: Paired
     fall: Paired
-    """Of the opposite change."""
+    """The same test of the opposite question: has it fallen by more than the margin?"""
     drift: Paired
     baseline: tuple[float, ...]
     redraw: float
+    redrawn: bool
+    """The baseline is of another rounding: every change holds a draw of noise."""
+    two_sided: bool
+    """Whether the metric is the fp16 reference's own, which may move neither way."""
 
 
 def judge(
@@ -121,11 +82,11 @@ def judge(
         One finding per quality metric, one per exact subject (or per exact metric that changed), one per
         thing that is missing on either side. No records give no findings, which is not a pass.
     """
-    found = list(records)
-    if not found:
+    measured = list(records)
+    if not measured:
         return []
-    groups = [group for group in grouped(found) if group.tier in baselines.tiers]
-    machines = [machine_fields(record.provenance.hardware, record.provenance.versions) for record in found]
+    groups = [group for group in grouped(measured) if group.tier in baselines.tiers]
+    machines = [machine_fields(record.provenance.hardware, record.provenance.versions) for record in measured]
     day = datetime.now(UTC).date() if today is None else today
     findings: list[Finding] = []
     pending: list[_Pending] = []
@@ -152,9 +113,9 @@ def unknown_machine(records: Iterable[Record], baselines: Baselines, profile: st
     if not groups or not files:
         return None
     machine = {name: groups[0].fingerprint[name] for name in MACHINE_FIELDS if name != "mlx"}
-    here = [{**file.fingerprint, **machine} for file in files]
-    known = any(file.fingerprint in here for file in files)
-    if known or any(group.fingerprint not in here for group in groups):
+    here = {travel_id({**file.fingerprint, **machine}) for file in files}
+    known = any(travel_id(file.fingerprint) in here for file in files)
+    if known or any(travel_id(group.fingerprint) not in here for group in groups):
         return None
     return _listed(machine)
 
@@ -162,8 +123,8 @@ def unknown_machine(records: Iterable[Record], baselines: Baselines, profile: st
 def _not_run(
     groups: Sequence[Group], machines: Sequence[dict[str, JsonValue]], baselines: Baselines, profile: str | None
 ) -> list[Finding]:
-    """Baselines that no record of the run answers: removed or crashed benchmarks."""
-    answered = {group.id for group in groups}
+    """Findings for baselines of which the run has no record: benchmarks that were removed or crashed."""
+    answered = {travel_id(group.fingerprint) for group in groups}
     # the same subject under another fingerprint has its own finding, which names the difference
     elsewhere = {(group.tier, group.suite, name) for group in groups for name in group.snapshots}
     findings: list[Finding] = []
@@ -179,7 +140,7 @@ def _not_run(
             other.setdefault((file.tier, file.suite), file)
             continue
         here.add((file.tier, file.suite))
-        if file.place.partition("/")[0] in answered:
+        if travel_id(file.fingerprint) in answered:
             continue
         findings += [
             _missing(file, entry) for entry in file.entries if (file.tier, file.suite, entry.subject) not in elsewhere
@@ -215,55 +176,63 @@ def _missing(file: BaselineFile, entry: Entry) -> Finding:
 
 
 def _without_baseline(group: Group, baselines: Baselines) -> Finding:
-    """The nearest baseline's differences, so that the reader knows whether machine, model or text is another."""
+    """The finding that a group has no baseline; it names what differs from the nearest: machine, model or text."""
     alike = [file for file in baselines.files if (file.tier, file.suite) == (group.tier, group.suite)]
     where = f"{len(group.snapshots)} records have no baseline in {baselines.origin}"
 
     def differences(file: BaselineFile) -> list[str]:
         names = [*file.fingerprint, *(name for name in group.fingerprint if name not in file.fingerprint)]
-        return [name for name in names if file.fingerprint.get(name) != group.fingerprint.get(name)]
+        return [n for n in names if n != REDRAWN and file.fingerprint.get(n) != group.fingerprint.get(n)]
 
     if not alike:
         reason = f"{where}: it has none of the suite {group.suite}"
     else:
         nearest = min(alike, key=lambda file: len(differences(file)))
         changed = "; ".join(
-            f"{name} is {_short(group.fingerprint.get(name))} here and {_short(nearest.fingerprint.get(name))} there"
+            f"{name} is {_around(group.fingerprint.get(name), nearest.fingerprint.get(name))} here and "
+            f"{_around(nearest.fingerprint.get(name), group.fingerprint.get(name))} there"
             for name in differences(nearest)
         )
         reason = f"{where}: the nearest, {nearest.place}, is of something else ({changed})"
     return Finding(group.tier, group.described, "all", Verdict.NO_BASELINE, reason)
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:12] + "…"
+def _around(value: object, other: object) -> str:
+    """A value, a long one cut to where it first differs from the other."""
+    text, rival = str(value), str(other)
+    if len(text) <= SHOWN:
+        return text
+    first = next((i for i, (a, b) in enumerate(zip(text, rival, strict=False)) if a != b), min(len(text), len(rival)))
+    start = max(0, min(first - SHOWN // 4, len(text) - SHOWN))
+    cut = text[start : start + SHOWN]
+    return f"{'…' if start else ''}{cut}{'…' if start + SHOWN < len(text) else ''}"
 
 
 def _compare(group: Group, file: BaselineFile, day: date) -> list[Finding | _Pending]:
-    found: list[Finding | _Pending] = []
+    results: list[Finding | _Pending] = []
     expired = file.expired(day)
     for name, entry in file.by_subject.items():
         head = group.snapshots.get(name)
         if head is None:
-            found.append(_missing(file, entry))
+            results.append(_missing(file, entry))
         elif name in expired:
             reason = f"its baseline in {file.place} expired on {expired[name]}; measure and approve it again"
-            found.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
+            results.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
         elif head.status != entry.approved.status:
             reason = f"the baseline was {entry.approved.status}, this run's record is {head.status}"
-            found.append(Finding(group.tier, name, "all", Verdict.REGRESS, reason))
+            results.append(Finding(group.tier, name, "all", Verdict.REGRESS, reason))
         elif head.status == "unsupported":
-            found.append(Finding(group.tier, name, "all", Verdict.PASS, "not supported, as in the baseline"))
+            results.append(Finding(group.tier, name, "all", Verdict.PASS, "not supported, as in the baseline"))
         elif group.tier == "exact":
-            found += _exact(name, head, entry.approved)
+            results += _exact(name, head, entry.approved)
         else:
-            found += _quality(name, head, entry, _scored_positions(file))
+            redrawn = file.fingerprint.get(REDRAWN) != group.fingerprint.get(REDRAWN)
+            results += _quality(name, head, entry, file, redrawn)
     for name in group.snapshots:
         if name not in file.by_subject:
             reason = f"it is not in {file.place}; `veloxbench baseline approve` adds what is new"
-            found.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
-    return found
+            results.append(Finding(group.tier, name, "all", Verdict.NO_BASELINE, reason))
+    return results
 
 
 def _exact(name: str, head: Snapshot, base: Snapshot) -> list[Finding]:
@@ -279,9 +248,9 @@ def _exact(name: str, head: Snapshot, base: Snapshot) -> list[Finding]:
                 Finding("exact", name, metric, Verdict.REGRESS, reason, value, expected, value - expected, limit=0.0)
             )
     for sample, expected_values in base.samples.items():
-        unlike = _unlike(head.samples.get(sample), expected_values)
-        if unlike is not None:
-            changed.append(Finding("exact", name, sample, Verdict.REGRESS, unlike))
+        difference = _difference(head.samples.get(sample), expected_values)
+        if difference is not None:
+            changed.append(Finding("exact", name, sample, Verdict.REGRESS, difference))
     new = [*(m for m in head.metrics if m not in base.metrics), *(s for s in head.samples if s not in base.samples)]
     changed += [Finding("exact", name, item, Verdict.NO_BASELINE, "the baseline does not have it") for item in new]
     if changed:
@@ -292,7 +261,7 @@ def _exact(name: str, head: Snapshot, base: Snapshot) -> list[Finding]:
     return [Finding("exact", name, f"{count} metrics", Verdict.PASS, "all equal")]
 
 
-def _unlike(values: Sequence[float] | None, expected: Sequence[float]) -> str | None:
+def _difference(values: Sequence[float] | None, expected: Sequence[float]) -> str | None:
     if values is None:
         return "the run did not produce it"
     if len(values) != len(expected):
@@ -314,38 +283,41 @@ def _scored_positions(file: BaselineFile) -> int:
     return REDRAW_POSITIONS
 
 
-def _quality(name: str, head: Snapshot, entry: Entry, positions: int) -> list[Finding | _Pending]:
-    found: list[Finding | _Pending] = []
+def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile, redrawn: bool) -> list[Finding | _Pending]:
+    row, positions = suite_row(file.suite), _scored_positions(file)
+    results: list[Finding | _Pending] = []
     for metric, base in entry.approved.samples.items():
         values = head.samples.get(metric)
         blank = Finding("quality", name, metric, Verdict.REGRESS, "the run did not produce it")
         if values is None:
-            found.append(blank)
+            results.append(blank)
             continue
         mean = float(np.mean(base))
-        margin = BUDGETS[metric].margin(mean)
+        two_sided = metric in row.per_sequence_of_reference
+        budget = (row.per_sequence_of_reference if two_sided else row.per_sequence)[metric]
+        margin = budget.margin(mean)
         blank = replace(blank, value=float(np.mean(values)), baseline=mean, limit=margin)
         if len(values) != len(base):
             reason = f"{len(values)} sequences cannot be paired with the baseline's {len(base)}"
-            found.append(replace(blank, reason=reason))
+            results.append(replace(blank, reason=reason))
         elif len(values) < MIN_SEQUENCES:
             reason = f"{len(values)} sequences are too few to judge: a gate needs {MIN_SEQUENCES}"
-            found.append(replace(blank, verdict=Verdict.INCONCLUSIVE, reason=reason))
+            results.append(replace(blank, verdict=Verdict.INCONCLUSIVE, reason=reason))
         else:
             released = np.asarray(entry.at_release.samples.get(metric, base))
-            total = DRIFT_FACTOR * BUDGETS[metric].margin(float(released.mean()))
+            total = DRIFT_FACTOR * budget.margin(float(released.mean()))
             difference = np.asarray(values) - np.asarray(base)
             test, fall = paired_test(difference, margin), paired_test(-difference, margin)
             drift = paired_test(np.asarray(values) - released, total)
-            redraw = BUDGETS[metric].redraw * abs(mean) * math.sqrt(REDRAW_POSITIONS / positions)
-            found.append(_Pending(blank, test, fall, drift, tuple(base), redraw))
+            redraw = budget.redraw * abs(mean) * math.sqrt(REDRAW_POSITIONS / positions)
+            results.append(_Pending(blank, test, fall, drift, tuple(base), redraw, redrawn, two_sided))
     missing = [metric for metric in head.samples if metric not in entry.approved.samples]
-    found += [
+    results += [
         Finding("quality", name, metric, Verdict.NO_BASELINE, "the baseline does not have it") for metric in missing
     ]
     if not entry.approved.samples:
-        found.append(Finding("quality", name, "all", Verdict.REGRESS, "the baseline has no samples to compare with"))
-    return found
+        results.append(Finding("quality", name, "all", Verdict.REGRESS, "the baseline has no samples to compare with"))
+    return results
 
 
 def _decided(pending: Sequence[_Pending]) -> list[Finding]:
@@ -353,7 +325,7 @@ def _decided(pending: Sequence[_Pending]) -> list[Finding]:
 
     The reference's fall is a regression and one of these tests; gains of arms are a family of their own.
     """
-    falls = {i for i, item in enumerate(pending) if item.finding.metric in REFERENCE_SAMPLES}
+    falls = {i for i, item in enumerate(pending) if item.two_sided}
     tests = [test for item in pending for test in (item.test, item.drift)]
     levels = holm_levels([test.p_regress for test in [*tests, *(pending[i].fall for i in sorted(falls))]], ALPHA)
     fall_levels = dict(zip(sorted(falls), levels[len(tests) :], strict=True))
@@ -365,8 +337,15 @@ def _decided(pending: Sequence[_Pending]) -> list[Finding]:
 
 
 def _decide(item: _Pending, level: float, drift_level: float, fall_level: float, n_tests: int) -> Finding:
+    finding = _judged(item, level, drift_level, fall_level, n_tests)
+    if not item.redrawn:
+        return finding
+    return replace(finding, reason=f"{finding.reason} (the baseline is of another rounding: the noise was drawn anew)")
+
+
+def _judged(item: _Pending, level: float, drift_level: float, fall_level: float, n_tests: int) -> Finding:
     test, fall, drift = item.test, item.fall, item.drift
-    two_sided = item.finding.metric in REFERENCE_SAMPLES
+    two_sided = item.two_sided
     low = test.bound(level or ALPHA / n_tests, -1)
     high = test.bound(FALSE_PASS, +1)
     spread = max(test.standard_error * math.sqrt(test.n), item.redraw)

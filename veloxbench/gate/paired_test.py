@@ -21,6 +21,9 @@ FALSE_PASS = 0.05
 POWER = 0.95
 """The smallest detectable change is the one that is called a regression this often."""
 
+MIN_SEQUENCES = 16
+"""Fewer sequences cannot reach significance after Holm: 16 have 65536 sign flips."""
+
 ALL_FLIPS_UP_TO = 16
 RANDOM_FLIPS = 65_536
 
@@ -30,8 +33,8 @@ class Paired:
     """A test of paired differences against a margin: of being above it, and of being below.
 
     Attributes:
-        p_regress: of "the mean change is at most the margin"; small where it regressed.
-        p_pass: of "the mean change is at least the margin"; small where it passes.
+        p_regress: p-value of "the mean change is at most the margin"; small where it regressed.
+        p_pass: p-value of "the mean change is at least the margin"; small where it passes.
     """
 
     mean: float
@@ -74,7 +77,7 @@ Alternative = Literal["less", "greater"]
 
 
 def _p_value(values: NDArray[np.float64], margin: float, alternative: Alternative) -> float:
-    """The larger of the two tests' p-values; the dear one is spared where the other already rejects nothing."""
+    """The larger of the two tests' p-values; the costly test is left out where the other rejects nothing anyway."""
     student = float(stats.ttest_1samp(values, margin, alternative=alternative).pvalue)
     return student if student > FALSE_PASS else max(student, _sign_flip(values, margin, alternative))
 
@@ -101,7 +104,7 @@ def _flips(n: int) -> NDArray[np.float64]:
 
 
 def smallest_detectable(baseline: Sequence[float], margin: float, n_tests: int, spread: float = 0.0) -> float | None:
-    """The mean change that the gate calls a regression with :data:`POWER`; None where no change of that kind is.
+    """The mean change that the gate calls a regression with :data:`POWER`; None where no change is large enough.
 
     A real change is taken to scale with the damage of each sequence, so that its differences vary between
     sequences as the baseline does (its coefficient of variation), on top of ``spread``: whatever changes a number

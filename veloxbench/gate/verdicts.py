@@ -32,7 +32,7 @@ class Finding:
     """One metric of one subject, judged.
 
     Attributes:
-        subject: what was measured, as ``smollm2-135m turboquant_mse 4 chunked``.
+        subject: what was measured, as ``smollm2-135m turboquant_mse@4 chunked``.
         reason: one sentence that a reader of a CI log understands without the code.
         change: the estimated change (its unit is the metric's; a ratio for timings), with its interval.
         limit: the change up to which the metric passes.

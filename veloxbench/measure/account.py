@@ -62,18 +62,18 @@ def held_arrays(cache: Any) -> list[HeldArray]:
     Raises:
         EngagementError: the cache holds an array that its own account leaves out.
     """
-    found = list(_reachable(cache, "", set()))
+    reachable = list(_reachable(cache, "", set()))
     if hasattr(cache, "held_arrays"):
         declared = [HeldArray(h.name, h.array, h.used_slots, h.slots) for h in cache.held_arrays()]
         known = {id(h.array) for h in declared} | {id(array) for array in cache.static_arrays()}
-        missing = [name for name, array in found if id(array) not in known]
+        missing = [name for name, array in reachable if id(array) not in known]
         if missing:
             raise EngagementError(
                 f"{type(cache).__name__} holds arrays that its account leaves out: {', '.join(missing)}"
             )
         return declared
     tokens = min(int(cache.offset), getattr(cache, "max_size", None) or int(cache.offset))
-    return [HeldArray(name, array, min(tokens, array.shape[-2]), array.shape[-2]) for name, array in found]
+    return [HeldArray(name, array, min(tokens, array.shape[-2]), array.shape[-2]) for name, array in reachable]
 
 
 def static_bytes(caches: Sequence[CacheUnderTest]) -> int:
@@ -160,5 +160,5 @@ def bits_per_value(layers: Sequence[LayerEngagement]) -> float:
 
 
 def allocated_bits_per_value(layers: Sequence[LayerEngagement]) -> float:
-    """The same with whole buffers: caches grow in steps."""
+    """Bits of the whole buffers per cached K and V value: caches grow in steps, so that part of a buffer is unused."""
     return 8 * sum(layer.allocated_bytes for layer in layers) / sum(layer.n_values for layer in layers)

@@ -16,6 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+LEAST = np.float32(65504.0)
+"""Minus the least log-probability: fp16's largest magnitude. Models mask tokens with logits of -inf."""
+
 ROWS_PER_BLOCK = 8  # 8 x 49k fp32 logits are 1.5 MB: they stay in a core's cache between the passes
 
 
@@ -77,7 +80,7 @@ def log_probs_to_half(single: Floats, out: NDArray[np.float16]) -> None:
 
     Magnitudes below 6e-5 (fp16 subnormals) are rounded twice and may differ by one unit, 6e-8.
     """
-    np.maximum(single, np.float32(-65504.0), out=single)  # fp16's largest magnitude: its probability is zero
+    np.maximum(single, -LEAST, out=single)  # its probability is zero
     np.multiply(single, np.float32(-(2.0**-112)), out=single)
     bits = single.view(np.uint32)
     odd = np.right_shift(bits, np.uint32(13))
@@ -153,7 +156,8 @@ def compare_rows(
         log_p = log_probs_to_single(reference.log_probs[block], np.empty_like(rows))
         log_p -= reference.normaliser[block, None]
         # log p - log q first: it is small, so the fp32 sum keeps its digits (sum p log p - sum p log q would not)
-        np.subtract(log_p, rows, out=scratch)
+        np.maximum(rows, lse[:, None] - LEAST, out=scratch)  # a logit of -inf: as improbable as fp16 can tell
+        np.subtract(log_p, scratch, out=scratch)
         scratch += lse[:, None]
         np.exp(log_p, out=log_p)
         kld[block] = np.einsum("ij,ij->i", log_p, scratch)
@@ -182,9 +186,10 @@ def compare_positions(reference: mx.array, logits: mx.array, targets: mx.array) 
     KLD is sum p (log p - log q) over the vocabulary; NLL is -log q of the token that followed.
     """
     log_p = reference.astype(mx.float32) - mx.logsumexp(reference.astype(mx.float32), axis=-1, keepdims=True)
+    log_p = mx.maximum(log_p, -float(LEAST))
     log_q = logits.astype(mx.float32) - mx.logsumexp(logits.astype(mx.float32), axis=-1, keepdims=True)
     nll = -mx.take_along_axis(log_q, targets[:, None], axis=-1)[:, 0]
-    kld = mx.sum(mx.exp(log_p) * (log_p - log_q), axis=-1)
+    kld = mx.sum(mx.exp(log_p) * (log_p - mx.maximum(log_q, -float(LEAST))), axis=-1)
     same = mx.argmax(log_q, axis=-1) == mx.argmax(log_p, axis=-1)
     mx.eval(nll, kld, same)
     return PositionStats(np.array(nll), np.array(kld), np.array(same), np.exp(-np.array(nll)))

@@ -11,15 +11,15 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxbench.methods.registry import Arm
-from veloxbench.records.record import Estimate, MethodRef, ModelRef, content_hash
+from veloxbench.records.arm import Arm
+from veloxbench.records.record import Estimate, MethodRef, content_hash
 
 N_SKETCHES = 8
 DIGEST_HEX = 12
@@ -27,9 +27,6 @@ DIGEST_HEX = 12
 
 Product = mx.array | NDArray[Any] | int | float | str | list[Any] | dict[str, Any]
 Products = Mapping[str, Product]
-
-
-NO_MODEL = ModelRef(name="no model", weights_sha256="", tokenizer_sha256="", config_sha256="")
 
 
 @dataclass(frozen=True)
@@ -52,31 +49,28 @@ class FixedInputs:
 
     @property
     def sha256(self) -> str:
-        """Of the first case's keys: another generator is another suite."""
+        """Hash of the first case's keys: inputs from another generator make another suite."""
         return hashlib.sha256(self.tensor(0, sum(self.pieces)).tobytes()).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case(Arm):
-    """One thing to look at, named as an arm is: method, target, parameters.
+@dataclass(frozen=True)
+class Case:
+    """One thing that the suite looks at, named as an arm is.
 
     Attributes:
         produce: its arrays and figures by name. Strings, lists and mappings are digested as JSON.
+        implementation: hash of the code that produces them.
     """
 
+    arm: Arm
+    produce: Callable[[], Products]
+    implementation: Callable[[], str]
     target_means: Literal["code_bits", "bits_per_value"] | None = None
-    produce: Callable[[], Products] = field(compare=False)
-    implementation: Callable[[], str] = field(compare=False)
 
+    @property
     def ref(self) -> MethodRef:
         """The case as it stands in a record's key."""
-        return MethodRef(
-            name=self.method,
-            target=self.target,
-            target_means=self.target_means,
-            parameters=dict(self.parameters),
-            implementation=self.implementation(),
-        )
+        return MethodRef(**self.arm.model_dump(), target_means=self.target_means, implementation=self.implementation())
 
 
 @functools.cache
@@ -98,11 +92,11 @@ def lattice_vectors(shape: tuple[int, ...], seed: int) -> NDArray[np.float16]:
     n = int(np.prod(lead)) * n_pairs
     length = round((3.5 * head_dim) ** 0.5) // 2 * 2 + 1
     rows: list[NDArray[np.int64]] = []
-    found = 0
-    while found < n:  # one in a hundred or so has the length
+    n_drawn = 0
+    while n_drawn < n:  # one in a hundred or so has the length
         drawn = rng.integers(-2, 3, size=(4096, head_dim, 2), dtype=np.int8).sum(axis=-1, dtype=np.int64)
         rows.append(drawn[(drawn**2).sum(axis=-1) == length**2])
-        found += len(rows[-1])
+        n_drawn += len(rows[-1])
     whole = np.concatenate(rows)[:n]
     scaled = whole * 2.0 ** rng.integers(-1, 2, size=(n, 1))
     pairs = scaled.reshape(*lead, n_pairs, 1, head_dim)
@@ -132,7 +126,7 @@ def sketch(values: NDArray[np.floating[Any]]) -> list[float]:
     return [float(total) for total in signs @ flat / np.sqrt(flat.size)]
 
 
-def measure(case: Case) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
+def observe(case: Case) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
     """Metrics and samples of a case.
 
     Arrays of floats are sketched, every other array, string, list and mapping is digested, numbers stay.

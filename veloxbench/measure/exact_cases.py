@@ -1,21 +1,23 @@
-"""What the exact suite looks at: every method and width of ``veloxquant_mlx``, its caches, packing and allocations.
-
-Registers no method.
-"""
+"""The exact suite's cases: every method and width of ``veloxquant_mlx``, its caches, packing and allocations."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
-from veloxbench.measure.exact import Case, FixedInputs, Products, digest
+from veloxbench.inputs.corpora import TokenBlock
+from veloxbench.measure.exact import Case, FixedInputs, Products, digest, observe
+from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures
 from veloxbench.methods.cache_under_test import arrays_of
 from veloxbench.methods.veloxquant import implementation
+from veloxbench.records.arm import Arm
+from veloxbench.records.record import MethodRef, TextRef
 from veloxquant_mlx.allocators.allocation import BitAllocation, shuffled
 from veloxquant_mlx.allocators.curves import DistortionCurves, Weighting, fit_distortion_curve
 from veloxquant_mlx.allocators.ratequant import UNITS, allocate_bits_continuous, allocate_bits_ratequant
@@ -33,9 +35,19 @@ PACKED_LENGTHS = (1, 7, 31, 33, 64, 80, 128)
 LAYERS, CALIBRATION_TOKENS = 6, 64
 
 
-_case = partial(Case, implementation=implementation)
+def _case(
+    method: str,
+    produce: Callable[[], Products],
+    *,
+    target: float | None = None,
+    target_means: Literal["code_bits", "bits_per_value"] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Case:
+    arm = Arm(name=method, target=target, parameters=dict(parameters or {}))
+    return Case(arm, produce, implementation, target_means)
 
 
+@functools.cache
 def cases() -> list[Case]:
     """Every case, in order."""
     return [*_methods(), *_caches(), *_packing(), *_allocations()]
@@ -327,3 +339,44 @@ def _dyadic_curves() -> DistortionCurves:
         distortions = tuple(weight * 4.0**-bits for bits in measured.widths)
         curves.append(dataclasses.replace(curve, weight=weight, distortions=distortions, losses=distortions))
     return dataclasses.replace(measured, curves=tuple(curves))
+
+
+@measures
+class Exact(Suite):
+    """Every case, once: it reads no model, no text and no section of the grid."""
+
+    name = "exact"
+    section = "exact"
+    tasks = FixedInputs
+    default = INPUTS
+
+    def cells(self, tasks: FixedInputs, arms: Sequence[Arm]) -> Iterator[Cell]:
+        """One per case, whatever the grid's arms are."""
+        for case in cases():
+            yield Cell(self.name, "fixed inputs", tasks, case.arm)
+
+    def seconds(self, cell: Cell, rates: Rates) -> float:
+        """A moment."""
+        return 0.1
+
+    def ref(self, arm: Arm) -> MethodRef:
+        """The case's own, which is no registered method's."""
+        return case_of(arm).ref
+
+    def text(self, cell: Cell, block: TokenBlock) -> TextRef:
+        """The fixed inputs."""
+        return TextRef(name="fixed inputs", tokens_sha256=cell.task.sha256)
+
+    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+        """Produce the case and reduce what it produced to digests, sizes and sums."""
+        return Measured(*observe(case_of(item.cell.arm)))
+
+
+def case_of(arm: Arm) -> Case:
+    """The case that is named as the arm is."""
+    return _by_label()[arm.label]
+
+
+@functools.cache
+def _by_label() -> dict[str, Case]:
+    return {case.arm.label: case for case in cases()}

@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 
 from veloxbench.records.provenance import versions
-from veloxbench.records.record import Suite, content_hash
+from veloxbench.records.record import content_hash
+from veloxbench.records.suites import MovedBy
 from veloxquant_kernels.blas import load_blas
 from veloxquant_kernels.emulator import CompilerNotFound, find_compiler
 
@@ -82,13 +83,17 @@ def _chip() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine_class(suite: Suite) -> str:
-    """Hash of what moves a suite's numbers: chip, device and library versions for bytes and quality,
-    the whole hardware and all versions for timings, nothing for counts but whether the emulator can count."""
-    if suite == "kernels":
+def machine_class(moved_by: MovedBy) -> str:
+    """Hash of everything of a machine that can move a number of this kind.
+
+    Args:
+        moved_by: ``rounding`` (bytes and quality): chip, device, BLAS and library versions. ``speed`` (timings): all of
+            the hardware and every version. ``counter``: only whether the emulator, which counts, can run.
+    """
+    if moved_by == "counter":
         return content_hash(["emulator", _has_compiler()])
     chip, versioned = hardware(), versions()
-    if suite == "throughput":
+    if moved_by == "speed":
         return content_hash([chip, versioned])
     quality = {name: versioned[name] for name in ("mlx", "mlx-lm", "numpy")}
     return content_hash([{name: chip[name] for name in ("chip", "device", "blas", "rounding")}, quality])

@@ -8,36 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
+from pydantic import Field
 
-from veloxbench.measure.account import allocated_bits_per_value, bits_per_value, engagement
+from veloxbench.errors import UnfitEnvironmentError
+from veloxbench.measure.account import allocated_bits_per_value, bits_per_value
 from veloxbench.measure.divergence import PositionStats, ReferenceRows, compare
-from veloxbench.measure.protocol import Protocol, feed
-from veloxbench.methods.cache_under_test import CacheUnderTest
-from veloxbench.records.intervals import mean_interval, quantile_interval
-from veloxbench.records.record import Estimate, LayerEngagement
-
-Tick = Callable[[int], None]
-"""Called with the number of tokens just processed."""
+from veloxbench.measure.protocol import Chunked, Decode, Protocol, feed
+from veloxbench.measure.reference import lockstep, vocabulary_of
+from veloxbench.measure.suite import (
+    SLOWER,
+    ArmCaches,
+    Bench,
+    Cell,
+    Measured,
+    Measurement,
+    Rates,
+    Suite,
+    Tick,
+    measures,
+    needed,
+)
+from veloxbench.methods.registry import reference_of
+from veloxbench.records.arm import REFERENCE, Arm
+from veloxbench.records.intervals import finite, mean_interval, quantile_interval
+from veloxbench.records.record import Estimate, LayerEngagement, content_hash
 
 NOISE_FLOOR_SEQUENCES = 2
 
-
-@dataclass(frozen=True)
-class ArmCaches:
-    """An arm's caches, the layers that it claims, and the classes that must hold them."""
-
-    caches: Sequence[CacheUnderTest]
-    claimed: Sequence[bool]
-    expected: tuple[type, ...]
-
-    def engagement(self) -> list[LayerEngagement]:
-        """Read after the tokens went through."""
-        return engagement(self.caches, self.claimed, self.expected)
+FLOOR_LIMIT = 1e-3
+"""Nats a token: fp32 leaves 4e-7 between batch sizes, half precision on a GPU below 1e-3, damage far more."""
 
 
 def rows_per_step(protocol: Protocol, n_sequences: int) -> list[int]:
@@ -47,7 +51,7 @@ def rows_per_step(protocol: Protocol, n_sequences: int) -> list[int]:
 
 
 def run_reference(reference: Iterator[ReferenceRows], n_sequences: int, tick: Tick) -> NDArray[np.float64]:
-    """Drain the reference; its NLL per sequence and position, ``[S, n_scored]``."""
+    """Read the reference to its end; returns its NLL per sequence and position, ``[S, n_scored]``."""
     parts = []
     for rows in reference:
         parts.append(rows.nll.reshape(n_sequences, -1))
@@ -113,11 +117,19 @@ def noise_floor(
     return stats.kld_nats.astype(np.float64)
 
 
-Measured = tuple[dict[str, Estimate], dict[str, list[float]]]
-
-
 def reference_metrics(nll: NDArray[np.float64], floor: NDArray[np.float64], layers: list[LayerEngagement]) -> Measured:
-    """Metrics and samples of the fp16 arm."""
+    """Metrics and samples of the fp16 arm.
+
+    Raises:
+        NotFiniteError: a figure is NaN or infinite.
+        UnfitEnvironmentError: the fp16 cache differs from itself by more than :data:`FLOOR_LIMIT`.
+    """
+    nll, floor = finite("nll", nll), finite("kld_floor", floor)
+    if floor.mean() > FLOOR_LIMIT:
+        raise UnfitEnvironmentError(
+            f"the fp16 cache differs from itself by {floor.mean():.3g} nats a token, a thousand times what rounding "
+            f"explains ({FLOOR_LIMIT:g} is the limit): the model is not deterministic here, or its reference is damaged"
+        )
     per_sequence = nll.mean(axis=1)
     mean = mean_interval(per_sequence, "nats/token")
     metrics = {
@@ -127,13 +139,12 @@ def reference_metrics(nll: NDArray[np.float64], floor: NDArray[np.float64], laye
         "kld_floor_max": Estimate(value=float(floor.max()), unit="nats/token"),
         **_cost(layers),
     }
-    return metrics, {"nll": per_sequence.tolist(), "kld_floor": floor.mean(axis=1).tolist()}
+    return Measured(metrics, {"nll": per_sequence.tolist(), "kld_floor": floor.mean(axis=1).tolist()}, layers)
 
 
 def arm_metrics(stats: PositionStats, reference_nll: NDArray[np.float64], layers: list[LayerEngagement]) -> Measured:
     """Metrics and samples of an arm against the reference, paired position by position."""
-    nll = stats.nll.astype(np.float64)
-    kld = stats.kld_nats.astype(np.float64)
+    nll, kld = finite("nll", stats.nll), finite("kld", stats.kld_nats)
     delta_p = stats.target_prob.astype(np.float64) - np.exp(-reference_nll)
     samples: dict[str, NDArray[np.float64]] = {
         "nll": nll.mean(axis=1),
@@ -160,7 +171,7 @@ def arm_metrics(stats: PositionStats, reference_nll: NDArray[np.float64], layers
         "delta_p_rms": _mapped(squared, lambda s: float(np.sqrt(max(s, 0.0))), "probability"),
         **_cost(layers),
     }
-    return metrics, {name: values.tolist() for name, values in samples.items()}
+    return Measured(metrics, {name: values.tolist() for name, values in samples.items()}, layers)
 
 
 def _cost(layers: list[LayerEngagement]) -> dict[str, Estimate]:
@@ -188,3 +199,77 @@ def _mapped(estimate: Estimate, function: Callable[[float], float], unit: str) -
 
 def _exponential(mean_nll: Estimate) -> Estimate:
     return _mapped(mean_nll, lambda value: float(np.exp(value)), "ppl")
+
+
+@measures
+class Perplexity(Suite):
+    """Every arm under every protocol of the grid, against the same tokens through the fp16 cache."""
+
+    name = "perplexity"
+    section = "protocols"
+    tasks = tuple[Annotated[Chunked | Decode, Field(discriminator="name")], ...]
+
+    def cells(self, tasks: Sequence[Protocol], arms: Sequence[Arm]) -> Iterator[Cell]:
+        """One per protocol and arm; a sequence's last token is only a target."""
+        for task in tasks:
+            for arm in arms:
+                yield Cell(self.name, task.name, task, arm, task.sequences, task.n_tokens + 1, task.n_tokens)
+
+    def seconds(self, cell: Cell, rates: Rates) -> float:
+        """Tokens in batches, and for the decode protocol steps of a batch."""
+        slower = 1.0 if cell.arm == REFERENCE else SLOWER
+        task: Protocol = cell.task
+        if isinstance(task, Chunked):
+            return slower * task.sequences * task.length * rates.token_seconds
+        batched = task.sequences * task.prefix * rates.token_seconds
+        return slower * (batched + task.steps * (rates.step_seconds + task.sequences * rates.token_seconds))
+
+    def units(self, cell: Cell) -> int:
+        """Scored positions of all sequences."""
+        return int(cell.task.sequences * cell.task.n_scored)
+
+    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+        """Feed the arm and compare every scored position with the reference; the reference gets its noise floor."""
+        bench = needed(bench)
+        task, tokens, arm = item.cell.task, item.block.tokens, bench.caches(item.cell.arm)
+        if item.cell.arm == REFERENCE:
+            nll = run_reference(computed_reference(item, bench, arm), len(tokens), tick)
+            again, kept = bench.caches(REFERENCE), reference_rows_of(item, bench)
+            floor = noise_floor(bench.model, again, tokens, task, kept, bench.pool)
+            return reference_metrics(nll, floor, arm.engagement())
+        stats, nll = run_arm(bench.model, arm, tokens, task, reference_rows_of(item, bench), bench.pool, tick)
+        return arm_metrics(stats, nll, arm.engagement())
+
+
+def reference_key(item: Measurement) -> str:
+    """The name under which the reference's log-probabilities are kept, made from the key of the reference's record."""
+    subject = item.subject.model_copy(update={"method": reference_of(REFERENCE)})
+    return content_hash([subject.key, "log-probabilities"])
+
+
+def reference_rows_of(item: Measurement, bench: Bench) -> Iterator[ReferenceRows]:
+    """The reference's rows: from disk where they are kept, else computed now."""
+    key = reference_key(item)
+    if not bench.references.has(key):
+        return computed_reference(item, bench, bench.caches(REFERENCE))
+
+    def again() -> Iterator[ReferenceRows]:
+        bench.say("the fp16 reference that was kept is damaged or gone: it is computed again")
+        return computed_reference(item, bench, bench.caches(REFERENCE))
+
+    return bench.references.read(key, rows_per_step(item.cell.task, len(item.block.tokens)), again)
+
+
+def computed_reference(item: Measurement, bench: Bench, arm: ArmCaches) -> Iterator[ReferenceRows]:
+    """The reference's rows from a pass of ``arm``: kept on disk, or in lockstep where they would not fit."""
+    task, tokens, references = item.cell.task, item.block.tokens, bench.references
+    key = reference_key(item)
+    n_rows, vocabulary = sum(rows_per_step(task, len(tokens))), vocabulary_of(bench.model, tokens)
+    steps = feed(bench.model, arm.caches, tokens, task)
+    if references.has(key) or not references.fits(n_rows, vocabulary):
+        return lockstep(steps, bench.pool)
+    bench.say(
+        f"keeping the fp16 reference's log-probabilities: {references.size(n_rows, vocabulary) / 1e6:.0f} MB "
+        f"in {references.folder} (least recently used out above {references.cap_bytes / 2**30:g} GiB)"
+    )
+    return references.write(key, steps, n_rows, vocabulary, bench.pool)

@@ -38,7 +38,7 @@ _FIGURES_TYPE = np.dtype([("normaliser", "<f4"), ("nll", "<f4"), ("top1", "<i4")
 _PARTIAL, _LOCK = ".partial-", ".lock"
 _ABANDONED_S = 24 * 3600.0  # where the disk has no locks: an unfinished reference of yesterday is nobody's
 _NAME = "reference"
-"""Of the lock under which unfinished references begin and are cleared: one not held yet looks abandoned."""
+"""The lock under which references are begun and abandoned ones cleared: one begun without it would look abandoned."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ReferenceCache:
         return n_rows * vocabulary * 2
 
     def fits(self, n_rows: int, vocabulary: int) -> bool:
-        """Whether it may be kept: below the cap beside what is being written, a twentieth of the disk left free."""
+        """Whether it may be kept: under the cap beside those being written, with a twentieth of the disk left free."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with cache_lock(_NAME):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,21 @@ from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
 from veloxbench.errors import UsageError
-from veloxbench.measure.quality import Measured
+from veloxbench.measure.suite import (
+    SLOWER,
+    ArmCaches,
+    Bench,
+    Cell,
+    Measured,
+    Measurement,
+    Rates,
+    Suite,
+    Tick,
+    measures,
+    needed,
+)
 from veloxbench.methods.cache_under_test import arrays_of
+from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.intervals import median_interval, ratio_interval
 from veloxbench.records.record import Estimate
 
@@ -94,14 +107,14 @@ def decode(model: Module, saved: Sequence[Any], tokens: NDArray[np.int32]) -> fl
     return time.perf_counter() - start
 
 
-def measure(
+def measure_pairs(
     model: Module,
     fill: Mapping[str, Callable[[NDArray[np.int32]], Prefilled]],
     tokens: NDArray[np.int32],
     timing: Timing,
     seed: int,
-    tick: Callable[[int], None],
-) -> Measured:
+    tick: Tick,
+) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
     """Time an arm against the reference at one depth.
 
     Args:
@@ -143,3 +156,51 @@ def _metrics(seconds: dict[str, list[float]], timing: Timing) -> dict[str, Estim
     metrics["ttft_s"] = median_interval(seconds["ttft_arm"], "s")
     metrics["ttft_ratio"] = ratio_interval(seconds["ttft_arm"], seconds["ttft_fp16"])
     return metrics
+
+
+@measures
+class Throughput(Suite):
+    """Every arm at every depth of the grid, in pairs with the reference."""
+
+    name = "throughput"
+    section = "throughput"
+    tasks = tuple[Timing, ...]
+
+    def cells(self, tasks: Sequence[Timing], arms: Sequence[Arm]) -> Iterator[Cell]:
+        """One per depth and arm."""
+        for task in tasks:
+            for arm in arms:
+                yield Cell(self.name, f"depth {task.depth}", task, arm, 1, task.n_tokens, task.n_tokens)
+
+    def seconds(self, cell: Cell, rates: Rates) -> float:
+        """Both sides' prefills, then both sides' decode steps of every pair."""
+        slower = 1.0 if cell.arm == REFERENCE else SLOWER
+        task: Timing = cell.task
+        prefills = task.prefill_pairs * (1 + slower) * rates.prefix_seconds(task.depth)
+        return prefills + task.pairs * (1 + 3 * slower) * (task.steps + 1) * rates.step_seconds
+
+    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+        """Time the arm; what held its layers is read from the caches that were filled last."""
+        bench = needed(bench)
+        timing, caches_of, model, kept = item.cell.task, bench.caches, bench.model, bench.kept
+        last: list[ArmCaches] = []
+
+        def fill_arm(prompt: NDArray[np.int32]) -> Prefilled:
+            last[:] = [caches_of(item.cell.arm)]
+            return prefill(model, last[0].caches, prompt)
+
+        def fill_reference(prompt: NDArray[np.int32]) -> Prefilled:
+            if timing.prefill_pairs > 1:
+                return prefill(model, caches_of(REFERENCE).caches, prompt)
+            # one pair gives no interval: a long prefix is then filled once for all arms, not as the other half of each
+            tokens = prompt.tobytes()
+            if kept.get("prefix tokens") != tokens:
+                kept["prefix"] = prefill(model, caches_of(REFERENCE).caches, prompt)
+                kept["prefix tokens"] = tokens
+            shared: Prefilled = kept["prefix"]
+            return shared
+
+        seed = int(item.subject.key[:8], 16)  # another order for every arm and depth
+        fill = {"arm": fill_arm, "fp16": fill_reference}
+        metrics, samples = measure_pairs(model, fill, item.block.tokens[0], timing, seed, tick)
+        return Measured(metrics, samples, last[0].engagement())

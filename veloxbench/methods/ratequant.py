@@ -26,7 +26,7 @@ from veloxquant_mlx.allocators.ratequant import (
     shuffled,
 )
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
-from veloxquant_mlx.methods import make_options
+from veloxquant_mlx.methods import METHODS, make_options
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Recipe:
         min_bits: smallest width.
         weighting: how gradients meet errors.
         refined_at: uniform width at which the heads' real contributions correct the forecast; 0 for none.
-        trust: how far they do.
+        trust: how far the correction is followed: 1 wholly, 0.5 half way.
     """
 
     base: str = "turboquant_mse"
@@ -72,7 +72,7 @@ def _implementation() -> str:
 
 @register(
     "ratequant",
-    summary="code widths by RateQuant (arXiv 2605.06675) over TurboQuant; shuffle=N deals them out at random",
+    summary=getattr(METHODS["ratequant"], "summary", "ratequant"),  # an earlier revision, in a comparison, has none
     cache_classes=(PackedKVCache,),
     targets=tuple(RECIPES),
     target_means="bits_per_value",

@@ -5,12 +5,9 @@ group ``veloxbench.methods``) that decorates a factory with :func:`register`; no
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.metadata
 import inspect
-import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +16,11 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from veloxbench import methods
 from veloxbench.errors import UsageError, unknown_name
 from veloxbench.methods.cache_under_test import CacheUnderTest, arrays_of
+from veloxbench.records.arm import Arm
+from veloxbench.records.plugins import load_plugins
+from veloxbench.records.provenance import code_hash
 from veloxbench.records.record import MethodRef
 
 TargetMeaning = Literal["code_bits", "bits_per_value"]
@@ -66,7 +65,8 @@ class Method:
             tokens of one sequence, from its configuration (and the widths it chose, where it chooses): the arrays
             must agree exactly.
         implementation: version or source hash, part of every record's key.
-        foreign: not ours: a refusal in the one-token probe is a finding ("not supported"), not a crash.
+        foreign: whose implementation it is, where it is not ours: what it refuses when :func:`probe` asks is reported
+            as "not supported" and is no crash.
     """
 
     name: str
@@ -85,31 +85,6 @@ class Method:
         return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A method at one target with its parameters: one row of a table."""
-
-    method: str
-    target: float | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-    def ref(self) -> MethodRef:
-        """The arm as it stands in a record's key."""
-        method = get_method(self.method)
-        return MethodRef(
-            name=self.method,
-            target=self.target,
-            target_means=method.target_means,
-            parameters=dict(self.parameters),
-            implementation=method.implementation(),
-        )
-
-    @property
-    def label(self) -> str:
-        """Name, target and non-default parameters."""
-        return self.ref().label
-
-
 _REGISTRY: dict[str, Method] = {}
 
 
@@ -121,33 +96,46 @@ def register(
     targets: tuple[float, ...] | None,
     target_means: TargetMeaning | None,
     formula: Callable[..., Fraction],
-    implementation: Callable[[], str],
+    implementation: Callable[[], str] | None = None,
     foreign: str | None = None,
 ) -> Callable[[Callable[..., list[Any]]], Callable[..., list[Any]]]:
-    """Register the decorated factory as a method; a second one of the same name raises ``ValueError``."""
+    """Register the decorated factory as a method.
+
+    Args:
+        name: under which grids and the command line find it.
+        summary: one line for ``veloxbench methods``.
+        cache_classes: the classes that hold the layers which the method claims.
+        targets: those that it can meet; None for a method without any.
+        target_means: whether a target is a code width or an upper limit of bits_per_value.
+        formula: ``(cache, tokens, geometry) -> bytes``, see :class:`Method`.
+        implementation: what tells one state of the code from another, part of every record's key. Left out, it is a
+            hash of everything in the packages that define the factory and the cache classes, so that an edited cache
+            is measured again; a version string that stays while the code changes makes old records pass for new ones.
+        foreign: whose implementation it is, where a refusal is a finding and not a crash.
+
+    Raises:
+        ValueError: a second method of the same name.
+    """
 
     def decorate(factory: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         if name in _REGISTRY:
             raise ValueError(f"method {name!r} is registered twice")
-        _REGISTRY[name] = Method(
-            name, summary, factory, cache_classes, targets, target_means, formula, implementation, foreign
-        )
+        made = implementation or functools.partial(_code_of, factory, cache_classes)
+        _REGISTRY[name] = Method(name, summary, factory, cache_classes, targets, target_means, formula, made, foreign)
         return factory
 
     return decorate
 
 
-@functools.cache
-def _discover() -> None:
-    for module in pkgutil.iter_modules(methods.__path__):
-        importlib.import_module(f"{methods.__name__}.{module.name}")
-    for entry_point in importlib.metadata.entry_points(group="veloxbench.methods"):
-        entry_point.load()
+def _code_of(factory: Callable[..., list[Any]], cache_classes: tuple[type, ...]) -> str:
+    package = factory.__module__.partition(".")[0]
+    theirs = [cls for cls in cache_classes if cls.__module__.partition(".")[0] not in ("mlx_lm", "mlx")]
+    return f"{package} {code_hash(factory, *theirs)[:16]}"
 
 
 def all_methods() -> dict[str, Method]:
     """Every registered method by name."""
-    _discover()
+    load_plugins("veloxbench.methods", "veloxbench.methods")
     return dict(_REGISTRY)
 
 
@@ -159,50 +147,35 @@ def get_method(name: str) -> Method:
     return methods[name]
 
 
-def make_arm(name: str, target: float | None = None, **parameters: Any) -> Arm:
-    """A checked arm.
+def checked(arm: Arm) -> Arm:
+    """The arm without parameters that are the method's defaults.
 
     Raises:
         UsageError: unknown method or parameter, or a target that the method cannot meet.
     """
-    method = get_method(name)
+    method = get_method(arm.name)
     defaults = method.parameter_defaults()
-    for key in parameters:
+    for key, value in arm.parameters.items():
         if key not in defaults:
             raise (
-                unknown_name(f"parameter of {name}", key, defaults)
+                unknown_name(f"parameter of {arm.name}", key, defaults)
                 if defaults
-                else UsageError(f"{name} has no parameters, but {key}={parameters[key]} was given")
+                else UsageError(f"{arm.name} has no parameters, but {key}={value} was given")
             )
-    if (target is None) != (method.targets is None):
-        raise UsageError(
-            f"{name} {'needs a target' if target is None else f'has no targets, but {target:g} was given'}"
-        )
-    if target is not None and method.targets is not None and target not in method.targets:
-        reachable = ", ".join(f"{t:g}" for t in method.targets)
-        raise UsageError(f"{name} cannot meet target {target:g} ({method.target_means}); it has {reachable}")
-    return Arm(name, target, {key: value for key, value in parameters.items() if value != defaults[key]})
+    if (arm.target is None) != (method.targets is None):
+        problem = "needs a target" if arm.target is None else f"has no targets, but {arm.target:g} was given"
+        raise UsageError(f"{arm.name} {problem}")
+    if arm.target is not None and method.targets is not None and arm.target not in method.targets:
+        reachable = ", ".join(f"{target:g}" for target in method.targets)
+        raise UsageError(f"{arm.name} cannot meet target {arm.target:g} ({method.target_means}); it has {reachable}")
+    given = {key: value for key, value in arm.parameters.items() if value != defaults[key]}
+    return Arm(name=arm.name, target=arm.target, parameters=given)
 
 
-def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """``name`` or ``name:key=value:key=value`` as typed on the command line."""
-    name, *pairs = text.split(":")
-    parameters: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise UsageError(f"{text!r}: write parameters as {name}:key=value")
-        parameters[key] = _number(value)
-    return name.strip(), parameters
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def reference_of(arm: Arm) -> MethodRef:
+    """The arm as it stands in a record's key: with what its target means and which code implements it."""
+    method = get_method(arm.name)
+    return MethodRef(**arm.model_dump(), target_means=method.target_means, implementation=method.implementation())
 
 
 def build(context: BuildContext, arm: Arm) -> tuple[list[CacheUnderTest], list[bool]]:
@@ -211,13 +184,13 @@ def build(context: BuildContext, arm: Arm) -> tuple[list[CacheUnderTest], list[b
     Raises:
         UsageError: the model has no attention layer that the method can hold.
     """
-    method = get_method(arm.method)
+    method = get_method(arm.name)
     caches = method.factory(context, arm.target, **{**method.parameter_defaults(), **arm.parameters})
     claimed = [isinstance(cache, method.cache_classes) for cache in caches]
     if not any(claimed):
         kinds = ", ".join(sorted({type(cache).__name__ for cache in caches}))
         raise UsageError(
-            f"{arm.method}: the model has no standard attention layers that it can hold (its caches: {kinds})"
+            f"{arm.name}: the model has no standard attention layers that it can hold (its caches: {kinds})"
         )
     return [CacheUnderTest(cache) for cache in caches], claimed
 
@@ -230,7 +203,7 @@ def plain_caches(model: Module, replace: Callable[[int], Any]) -> list[Any]:
 
 def probe(context: BuildContext, arm: Arm) -> str | None:
     """Feed two tokens, one at a time, through the arm; the reason if a foreign implementation refuses them."""
-    method = get_method(arm.method)
+    method = get_method(arm.name)
     caches, _ = build(context, arm)
     try:
         for token in (0, 1):
@@ -245,7 +218,7 @@ def probe(context: BuildContext, arm: Arm) -> str | None:
 
 
 def geometry(caches: Sequence[CacheUnderTest], model: Module) -> list[Geometry | None]:
-    """Stored shape of each attention layer, read from a one-token pass of the reference cache."""
+    """The stored shape of each attention layer, None for layers of another kind; one token is fed to read it."""
     own = [CacheUnderTest(cache) for cache in make_prompt_cache(model)]
     mx.eval(model(mx.array([[0]]), cache=own))
     shapes: list[Geometry | None] = []

@@ -1,20 +1,23 @@
-"""The reference implementation's methods at uniform code widths.
+"""Every method of the reference implementation at uniform code widths, from the implementation's own list.
 
-``sinks=N`` keeps the first N tokens in fp16, ``value_bits=N`` gives all values a width of their own.
+The parameters are the fields of a method's options class, and what all have: ``sinks=N`` and ``window=N`` keep the
+first and the last N tokens in fp16, ``value_bits=N`` gives all values a width of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import inspect
 from fractions import Fraction
 from typing import Any
 
 import veloxquant_kernels
 import veloxquant_mlx
 from veloxbench.errors import EngagementError
-from veloxbench.methods.registry import BuildContext, Geometry, register
+from veloxbench.methods.registry import BuildContext, Geometry, TargetMeaning, register
 from veloxbench.records.provenance import source_hash
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
+from veloxquant_mlx.methods import METHODS, MethodOptions
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
 
 
@@ -43,104 +46,45 @@ def storage_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fr
     return Fraction(spec.expected_nbytes(tokens, **shape))
 
 
-Factory = Callable[..., list[Any]]
+def _aim(name: str, options: type[MethodOptions]) -> tuple[str | None, tuple[float, ...]]:
+    """The field that a target sets, and the targets."""
+    if hasattr(options, "targets"):
+        return options.target_field, options.targets
+    # an earlier revision, which `veloxbench compare` imports: its options name neither
+    earlier = {"ternary": (None, (1.6,)), "turboquant_prod_adaptive": ("max_bits", tuple(map(float, range(8, 1, -1))))}
+    return earlier.get(name, ("code_bits", tuple(map(float, range(8, 0, -1)))))
 
 
-def _ours(name: str, summary: str, targets: Iterable[float]) -> Callable[[Factory], Factory]:
-    """Register a factory of packed caches; its targets are code widths."""
-    return register(
+def _register(name: str, options: type[MethodOptions]) -> None:
+    """Register a method from what its options class says of it."""
+    target_field, targets = _aim(name, options)
+    means: TargetMeaning = getattr(options, "target_means", "code_bits")
+
+    def factory(context: BuildContext, target: float, **parameters: Any) -> list[Any]:
+        if target_field is not None:
+            parameters[target_field] = int(target) if means == "code_bits" else target
+        return KVCacheBuilder.build(context.model, KVCacheConfig(name, **parameters))
+
+    defaults: dict[str, Any] = {"sinks": 0, "value_bits": None, "window": options.default_window}
+    defaults |= {field.name: field.default for field in dataclasses.fields(options) if field.name != target_field}
+    signature = inspect.signature(factory)
+    factory.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            *list(signature.parameters.values())[:2],
+            *(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=each) for key, each in defaults.items()),
+        ]
+    )
+    register(
         name,
-        summary=summary,
+        summary=getattr(options, "summary", name),
         cache_classes=(PackedKVCache,),
-        targets=tuple(targets),
-        target_means="code_bits",
+        targets=targets,
+        target_means=means,
         formula=storage_formula,
         implementation=implementation,
-    )
+    )(factory)
 
 
-def _register(name: str, summary: str, options: Mapping[float, Mapping[str, Any]]) -> None:
-    """Register a method by its options at each target."""
-
-    @_ours(name, summary, options)
-    def factory(context: BuildContext, target: float, *, sinks: int = 0, value_bits: int | None = None) -> list[Any]:
-        config = KVCacheConfig(method=name, sinks=sinks, value_bits=value_bits, **options[target])
-        return KVCacheBuilder.build(context.model, config)
-
-
-def _widths(widths: Iterable[int]) -> dict[float, dict[str, int]]:
-    return {float(bits): {"code_bits": bits} for bits in widths}
-
-
-_register(
-    "turboquant_mse",
-    "random rotation, Lloyd-Max codes, one fp16 norm per vector (arXiv 2504.19874)",
-    _widths(range(8, 0, -1)),
-)
-_register(
-    "turboquant_prod",
-    "TurboQuant MSE at one bit less and a sign sketch of the residual: unbiased products (arXiv 2504.19874)",
-    _widths(range(8, 0, -1)),
-)
-_register(
-    "turboquant_static",
-    "TurboQuant codes under a mean and scale per head from the first 64 tokens, no norm per token",
-    _widths(range(8, 0, -1)),
-)
-_register("rvq", "residual vector quantization of 8 coordinates at a time", _widths(range(4, 0, -1)))
-_register(
-    "kivi",
-    "keys per channel, values per token, groups of 32, the last 128 tokens in fp16 (arXiv 2402.02750)",
-    _widths((8, 4, 3, 2)),
-)
-_register("ternary", "three levels, five to a byte, one fp16 norm per vector", {1.6: {}})
-
-
-@_ours("affine", "fp16 scale and zero point per group of channels (group_size=32), at every width", range(8, 0, -1))
-def affine(
-    context: BuildContext, target: float, *, sinks: int = 0, value_bits: int | None = None, group_size: int = 32
-) -> list[Any]:
-    """Affine codes at any width and head_dim.
-
-    Args:
-        sinks: first tokens in fp16.
-        value_bits: code width of the values.
-        group_size: channels per group.
-    """
-    config = KVCacheConfig(
-        method="affine", code_bits=int(target), group_size=group_size, sinks=sinks, value_bits=value_bits
-    )
-    return KVCacheBuilder.build(context.model, config)
-
-
-@_ours(
-    "turboquant_prod_adaptive",
-    "TurboQuant Prod, every block of 32 tokens at the least width whose cosine is enough; the target is the largest",
-    range(8, 1, -1),
-)
-def turboquant_prod_adaptive(
-    context: BuildContext,
-    target: float,
-    *,
-    sinks: int = 0,
-    value_bits: int | None = None,
-    base_bits: int = 2,
-    distortion_threshold: float = 0.05,
-) -> list[Any]:
-    """Widths from ``base_bits`` to the target.
-
-    Args:
-        sinks: first tokens in fp16.
-        value_bits: code width of the values, which then do not choose.
-        base_bits: width that every block has at least.
-        distortion_threshold: 1 minus the cosine similarity that is enough.
-    """
-    config = KVCacheConfig(
-        method="turboquant_prod_adaptive",
-        base_bits=base_bits,
-        max_bits=int(target),
-        distortion_threshold=distortion_threshold,
-        sinks=sinks,
-        value_bits=value_bits,
-    )
-    return KVCacheBuilder.build(context.model, config)
+for _name in METHODS:
+    if not METHODS[_name].needs_allocation:  # one that needs calibration first has a module of its own here
+        _register(_name, METHODS[_name])

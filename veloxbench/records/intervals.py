@@ -12,11 +12,28 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from veloxbench.errors import NotFiniteError
 from veloxbench.records.record import Estimate
 
 CONFIDENCE = 0.95
 MIN_RATIO_PAIRS = 3
 """Pairs below which a ratio has no interval: Student's t of two spans 12.7 standard errors to either side."""
+
+
+def finite(name: str, samples: ArrayLike) -> NDArray[np.float64]:
+    """The samples as fp64.
+
+    Raises:
+        NotFiniteError: one of them is NaN or infinite; names the metric and the first place.
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        first = tuple(wrong[0].tolist())
+        raise NotFiniteError(
+            f"{name} is not finite: {len(wrong)} of {values.size} values, the first is {values[first]} at {list(first)}"
+        )
+    return values
 
 
 def mean_interval(samples: ArrayLike, unit: str) -> Estimate:

@@ -11,13 +11,17 @@ import select
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
-from veloxbench.errors import UnfitEnvironmentError
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError, validation_reason
+
+Line = TypeVar("Line")
 
 READER_PATIENCE_S = 15.0
 """How long a pipe that takes nothing is waited for before the user is told."""
@@ -37,6 +41,40 @@ _KINDS = {
 def whole_lines(content: bytes) -> list[bytes]:
     """The lines of a journal; a last one without its newline was being written when the process died."""
     return content[: content.rfind(b"\n") + 1].splitlines()
+
+
+def parsed_lines(path: Path, content: bytes, parse: Callable[[bytes], Line], what: str) -> Iterator[tuple[int, Line]]:
+    """Every whole line of a journal with its number, parsed.
+
+    Raises:
+        IntegrityError: a line that is not ``what`` it should be; names file and line.
+    """
+    for number, line in enumerate(whole_lines(content), start=1):
+        try:
+            yield number, parse(line)
+        except ValidationError as error:
+            raise IntegrityError(f"{path}:{number} is not {what}: {validation_reason(error)}") from error
+
+
+@contextmanager
+def sole_writer(lock: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file, whose folder is made where it is missing, against other processes.
+
+    Raises:
+        UnfitEnvironmentError: the folder cannot be written, or another process holds the lock, which ``busy`` tells.
+    """
+    folder = lock.parent
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(lock, wait=False))
+        except Timeout as error:
+            raise UnfitEnvironmentError(busy) from error
+        except OSError as error:
+            raise UnfitEnvironmentError(
+                f"cannot write to the output folder {folder}: {error.strerror or error}"
+            ) from error
+        yield
 
 
 def cut_torn_tail(path: Path) -> bytes:

@@ -9,6 +9,7 @@ import importlib.metadata
 import itertools
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +25,13 @@ PACKAGES = ("mlx", "mlx-lm", "numpy", "scipy", "transformers", "tokenizers", "ve
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that may move a number."""
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            by_package[package] = "absent"
+    return by_package
 
 
 def machine_state() -> dict[str, Any]:
@@ -55,6 +56,47 @@ def source_hash(*packages: ModuleType) -> str:
             digest.update(str(file.relative_to(root)).encode())
             digest.update((ast.dump(ast.parse(text)) if file.suffix == ".py" else text).encode())
     return digest.hexdigest()
+
+
+def package_of(thing: Any) -> Path:
+    """The folder of the top-level package that defines a function or class, or the file of a module without one.
+
+    Raises:
+        ValueError: it was defined in no file (typed into an interpreter).
+    """
+    module = sys.modules.get(thing.__module__)
+    top = sys.modules.get(thing.__module__.partition(".")[0])
+    for each in (top, module):
+        file = getattr(each, "__file__", None)
+        if file is not None:
+            path = Path(file).resolve()
+            return path.parent if path.name == "__init__.py" else path
+        if each is not None and list(getattr(each, "__path__", ())):  # a namespace package has folders, no file
+            return Path(next(iter(each.__path__))).resolve()
+    raise ValueError(f"{thing!r} is defined in no file, so that nothing can tell one state of its code from another")
+
+
+@functools.cache
+def code_hash(*things: Any) -> str:
+    """Hash of all code of the packages that define some functions and classes: sources, kernels, binaries, data.
+
+    Comments in Python do not count; every byte of every other file does.
+    """
+    digest = hashlib.sha256()
+    for place in sorted({package_of(thing) for thing in things}):
+        files = sorted(place.rglob("*")) if place.is_dir() else [place]
+        for file in files:
+            inside = file.relative_to(place.parent)
+            if not file.is_file() or _IGNORED & set(inside.parts) or file.suffix in (".pyc", ".pyo"):
+                continue
+            content = file.read_bytes()
+            if file.suffix == ".py":
+                content = ast.dump(ast.parse(content)).encode()
+            digest.update(f"{inside.as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+_IGNORED = frozenset({"__pycache__", ".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache"})
 
 
 @functools.cache
@@ -115,6 +157,18 @@ def project_state(place: Path) -> tuple[str | None, bool | None]:
     return _checkout(Path(top))
 
 
+NO_BASELINES = (".", ":(exclude,glob)**/baselines/*/*.json")
+"""Pathspec of what can move a number: a baseline that was approved and committed is no change of code."""
+
+
+@functools.cache
+def changed_since(commit: str, place: Path) -> list[str] | None:
+    """Tracked files of the checkout around ``place`` that are not as in a commit, baselines left out; None: unknown."""
+    top = git(place, "rev-parse", "--show-toplevel")
+    names = None if top is None else git(Path(top), "diff", "--name-only", commit, "--", *NO_BASELINES)
+    return None if names is None else names.splitlines()
+
+
 def _checkout(root: Path) -> tuple[str | None, bool | None]:
-    status = git(root, "status", "--porcelain", "--untracked-files=no")
+    status = git(root, "status", "--porcelain", "--untracked-files=no", "--", *NO_BASELINES)
     return git(root, "rev-parse", "HEAD"), None if status is None else bool(status)

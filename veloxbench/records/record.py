@@ -13,11 +13,12 @@ import math
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
+
+from veloxbench.records.arm import Arm
+from veloxbench.records.frozen import Frozen
 
 SCHEMA_VERSION: Literal[1] = 1
-
-Suite = Literal["perplexity", "memory", "throughput", "kernels", "exact"]
 
 
 def _finite(value: float) -> float:
@@ -29,11 +30,7 @@ def _finite(value: float) -> float:
 Finite = Annotated[float, AfterValidator(_finite)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Estimate(_Frozen):
+class Estimate(Frozen):
     """A figure with its 95% interval; ``interval`` names the method and the sample size."""
 
     value: Finite
@@ -43,7 +40,7 @@ class Estimate(_Frozen):
     interval: str | None = None
 
 
-class ModelRef(_Frozen):
+class ModelRef(Frozen):
     """The weights and tokenizer, by hash. ``n_layers`` is set when the model was cut to its first layers."""
 
     name: str
@@ -53,34 +50,28 @@ class ModelRef(_Frozen):
     n_layers: int | None = None
 
 
-class MethodRef(_Frozen):
-    """A method at one target. ``target`` is what its ``target_means`` says: a code width or bits_per_value."""
+NO_MODEL = ModelRef(name="no model", weights_sha256="", tokenizer_sha256="", config_sha256="")
+"""The model of measurements that read none."""
 
-    name: str
-    target: float | None = None
+
+class MethodRef(Arm):
+    """An arm as it stands in a record's key. ``target`` is what ``target_means`` says."""
+
     target_means: Literal["code_bits", "bits_per_value"] | None = None
-    parameters: dict[str, JsonValue] = Field(default_factory=dict)
     implementation: str = Field(description="version of the package, or hash of the source, that implements it")
 
-    @property
-    def label(self) -> str:
-        """``turboquant_mse 4`` or ``mlx-affine 4 (group_size=32)``."""
-        target = "" if self.target is None else f" {self.target:g}"
-        parameters = ", ".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))
-        return self.name + target + (f" ({parameters})" if parameters else "")
 
-
-class TextRef(_Frozen):
+class TextRef(Frozen):
     """The tokens that were read, by hash of the token array."""
 
     name: str
     tokens_sha256: str
 
 
-class Subject(_Frozen):
+class Subject(Frozen):
     """Everything that identifies a measurement; its hash is the key by which a run resumes."""
 
-    suite: Suite
+    suite: str = Field(min_length=1, description="its name, as in `veloxbench.records.suites`")
     protocol: str
     model: ModelRef
     method: MethodRef
@@ -95,7 +86,7 @@ class Subject(_Frozen):
         return content_hash(self.model_dump(mode="json"))
 
 
-class LayerEngagement(_Frozen):
+class LayerEngagement(Frozen):
     """What held one layer's keys and values."""
 
     layer: int
@@ -112,7 +103,7 @@ class LayerEngagement(_Frozen):
     attention: str | None = Field(default=None, description="how attention read the layer: fused or plain, and why")
 
 
-class Provenance(_Frozen):
+class Provenance(Frozen):
     """Where, when and with what the measurement was made."""
 
     started: datetime
@@ -133,7 +124,7 @@ class Provenance(_Frozen):
 LATER_PROVENANCE = ("model_licence", "text_licence", "project_commit", "project_dirty")
 
 
-class Record(_Frozen):
+class Record(Frozen):
     """One measurement. ``status`` is ``unsupported`` where the implementation refused the configuration."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -186,7 +177,7 @@ class Record(_Frozen):
         return cls.model_validate_json(line)
 
 
-class FailedMeasurement(_Frozen):
+class FailedMeasurement(Frozen):
     """A measurement that crashed and so has no record: what it was of, when, and why in one line."""
 
     subject: Subject

@@ -6,20 +6,14 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, ValidationError
-
-from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
-from veloxbench.records.journal import append_line, cut_torn_tail, whole_lines, write_text
+from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.records.journal import append_line, cut_torn_tail, parsed_lines, sole_writer, write_text
 from veloxbench.records.record import FailedMeasurement, Record
-
-Line = TypeVar("Line", bound=BaseModel)
 
 JOURNAL = "records.jsonl"
 FAILURES = "failures.ndjson"
-"""What crashed, one line each, beside the records; not ``.jsonl``, which are records. A later record supersedes it."""
+"""The file beside the records that has one line for each measurement that crashed. (``.jsonl`` files are records.)"""
 LAST_RUN = "last-run.json"
 """Keys of the records that the last run into the folder was to make, measured by it or before."""
 
@@ -27,64 +21,40 @@ LAST_RUN = "last-run.json"
 def read_records(path: Path) -> list[Record]:
     """Every record of a journal file, or of all ``*.jsonl`` files of a folder, in order.
 
-    A last line without its newline was being written when the process died; it is not a record.
+    A last line without its newline was being written when the process died; it is not a record. A journal may measure
+    a key anew (``veloxbench run --fresh``): its later record stands.
 
     Raises:
-        IntegrityError: any other line that is not a valid record, or two records with one key; names
-            file and line. A damaged journal is never read around.
+        IntegrityError: any other line that is not a valid record, the same record twice, or one key in two files;
+            names file and line. A damaged journal is never read around.
     """
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
     records: dict[str, Record] = {}
     for file in files:
-        for number, record in _lines(file, Record, "record"):
+        own: dict[str, Record] = {}
+        for number, record in parsed_lines(file, file.read_bytes(), Record.model_validate_json, "a valid record"):
             if record.key in records:
-                raise IntegrityError(f"{file}:{number} measures key {record.key[:12]} a second time")
-            records[record.key] = record
+                raise IntegrityError(f"{file}:{number} measures key {record.key[:12]}, which another file has")
+            if record.key in own and own[record.key].id == record.id:
+                raise IntegrityError(f"{file}:{number} holds record {record.id[:12]} a second time")
+            own[record.key] = record
+        records |= own
     return list(records.values())
 
 
 def read_failures(path: Path) -> list[FailedMeasurement]:
-    """What crashed in the runs of a folder, or of the folder of a journal file; superseded or not, in order.
+    """Every measurement that crashed in the runs into a folder (or a journal file's folder), in order.
+
+    Those of which a later run made a record are among them.
 
     Raises:
         IntegrityError: a line is not valid; names file and line.
     """
     file = (path if path.is_dir() else path.parent) / FAILURES
-    return [failure for _, failure in _lines(file, FailedMeasurement, "failure")] if file.exists() else []
-
-
-def _lines(file: Path, kind: type[Line], name: str) -> Iterator[tuple[int, Line]]:
-    for number, line in enumerate(whole_lines(file.read_bytes()), start=1):
-        try:
-            yield number, kind.model_validate_json(line.decode())
-        except (ValidationError, UnicodeDecodeError) as error:
-            reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
-            raise IntegrityError(f"{file}:{number} is not a valid {name}: {reason}") from error
-
-
-def read_last_run(path: Path) -> list[Record]:
-    """The records of the last run into a folder (or of its journal); all of them where no run left its keys there.
-
-    Raises:
-        IntegrityError: a damaged journal, or a damaged list of keys.
-    """
-    records = read_records(path)
-    plan = (path if path.is_dir() else path.parent) / LAST_RUN
-    if not (path.is_dir() or path.name == JOURNAL) or not plan.exists():
-        return records
-    try:
-        keys = set(json.loads(plan.read_text(encoding="utf-8"))["keys"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
-    return [record for record in records if record.key in keys]
-
-
-def validation_reason(error: ValidationError) -> str:
-    """The first thing wrong, with the field where it is."""
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
+    if not file.exists():
+        return []
+    parse = FailedMeasurement.model_validate_json
+    return [failure for _, failure in parsed_lines(file, file.read_bytes(), parse, "a valid failure")]
 
 
 class Store:
@@ -111,34 +81,38 @@ class Store:
         """All records, in the order in which they were measured."""
         return list(self._records.values())
 
-    def begin(self, keys: Sequence[str]) -> None:
-        """Note beside the records what a run is to make: these, and no others of the folder, are judged."""
-        write_text(self.path.with_name(LAST_RUN), json.dumps({"keys": list(keys)}, indent=1) + "\n")
+    def begin(self, keys: Sequence[str] | None = None) -> None:
+        """Note beside the records what a run is to make: these, and no others of the folder, are judged.
+
+        Args:
+            keys: of its records; None where the run does not know them yet: until it does, nothing is judged.
+        """
+        plan = {"keys": list(keys or ()), "planned": keys is not None}
+        write_text(self.path.with_name(LAST_RUN), json.dumps(plan, indent=1) + "\n")
 
     def append(self, record: Record) -> None:
-        """Add a record durably: one write, then fsync.
+        """Add a record durably: one write, then fsync. A record of the same key before it is superseded.
 
         Raises:
-            UsageError: the key is already recorded.
+            UsageError: the very same record is there already.
             UnfitEnvironmentError: the line could not be written.
         """
-        if record.key in self._records:
-            raise UsageError(
-                f"key {record.key[:12]} ({record.subject.method.label}) is already recorded in {self.path}"
-            )
+        kept = self._records.get(record.key)
+        if kept is not None and kept.id == record.id:
+            raise UsageError(f"record {record.id[:12]} ({record.subject.method.label}) is in {self.path} already")
         written = Record.from_line(record.to_line())  # as every later reader will see it
         append_line(self.path, written.to_line())
         self._records[record.key] = written
 
     def append_failure(self, failure: FailedMeasurement) -> None:
-        """Add what crashed, durably, for the page."""
+        """Add a measurement that crashed, durably: the page names it."""
         file = self.path.with_name(FAILURES)
         if file.exists():
             cut_torn_tail(file)
         append_line(file, failure.model_dump_json() + "\n")
 
     def failures(self) -> list[FailedMeasurement]:
-        """What crashed in this folder so far, superseded or not."""
+        """Every measurement that crashed in this folder so far, see :func:`read_failures`."""
         return read_failures(self.path)
 
 
@@ -149,17 +123,6 @@ def open_store(folder: Path) -> Iterator[Store]:
     Raises:
         UnfitEnvironmentError: the folder cannot be written, or another run is writing to it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise UnfitEnvironmentError(
-            f"another run is writing to {folder}; wait for it or choose another --out"
-        ) from error
-    except OSError as error:
-        raise UnfitEnvironmentError(f"cannot write to the output folder {folder}: {error.strerror or error}") from error
-    try:
+    busy = f"another run is writing to {folder}; wait for it or choose another --out"
+    with sole_writer(folder / ".lock", busy):
         yield Store(folder)
-    finally:
-        lock.release()

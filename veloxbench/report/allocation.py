@@ -14,16 +14,12 @@ import numpy as np
 
 from veloxbench.records.intervals import mean_interval
 from veloxbench.records.record import Estimate, Record, content_hash
+from veloxbench.records.selection import CONTROL, is_control
+from veloxbench.report.cells import method_alone
 
 METHOD = "ratequant"
-CONTROL = "shuffle"
 
 Verdict = Literal["better than", "worse than", "undecided against"]
-
-
-def is_control(record: Record) -> bool:
-    """A shuffled allocation: a control of another arm, never a method that anybody would use."""
-    return CONTROL in record.subject.method.parameters
 
 
 @dataclass(frozen=True)
@@ -71,25 +67,14 @@ def comparisons(rows: Sequence[Record]) -> Iterator[Comparison]:
             yield _against(record, rival)
 
 
-def summary(found: Sequence[Comparison]) -> str:
+def summary(compared: Sequence[Comparison]) -> str:
     """What was decided about one record, in a sentence without a full stop."""
     phrases = []
     for verdict in get_args(Verdict):
-        rivals = [c.rival for c in found if c.verdict == verdict]
+        rivals = [c.rival for c in compared if c.verdict == verdict]
         if rivals:
             phrases.append(f"{verdict} {', '.join(rivals)}")
-    return f"{found[0].record.subject.method.label} is {'; '.join(phrases)}"
-
-
-def places(rows: Sequence[Record]) -> dict[str, list[Record]]:
-    """Quality records of one model that may be paired: same tokens, same protocol, same settings."""
-    groups: dict[str, list[Record]] = {}
-    for record in rows:
-        subject = record.subject
-        if subject.suite == "perplexity":
-            place = content_hash([subject.text.tokens_sha256, subject.protocol, subject.settings])
-            groups.setdefault(place, []).append(record)
-    return groups
+    return f"{compared[0].record.subject.method.label} is {'; '.join(phrases)}"
 
 
 def _allocation(record: Record) -> str:
@@ -103,12 +88,11 @@ def _bits(record: Record) -> float:
 
 def _dearer_uniform(record: Record, measured: Sequence[Record]) -> list[Record]:
     """Of every other method the cheapest arm that costs more than the record's, cheapest first."""
-    found: dict[str, Record] = {}
+    cheapest: dict[str, Record] = {}
     for rival in sorted(measured, key=_bits):
-        method = rival.subject.method
-        if method.name != METHOD and _bits(rival) > _bits(record):
-            found.setdefault(method.model_copy(update={"target": None}).label, rival)
-    return list(found.values())
+        if rival.subject.method.name != METHOD and _bits(rival) > _bits(record):
+            cheapest.setdefault(method_alone(rival), rival)
+    return list(cheapest.values())
 
 
 def _against_controls(record: Record, controls: Sequence[Record]) -> Comparison:

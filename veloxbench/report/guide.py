@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from veloxbench.errors import UsageError
 from veloxbench.records.intervals import mean_interval
 from veloxbench.records.record import Record
+from veloxbench.records.selection import is_control, newest_per_row, table_rows
 from veloxbench.records.store import read_records
-from veloxbench.report.allocation import METHOD, comparisons, is_control, places
-from veloxbench.report.page import GUIDE_CLAIMS, format_estimate, latest, newest
+from veloxbench.report.allocation import METHOD, comparisons
+from veloxbench.report.cells import format_estimate, pipe_table
+from veloxbench.report.tables import GUIDE_CLAIMS, quality_groups
 
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SENSITIVITY = "sensitivity.json"
@@ -36,7 +37,7 @@ class Sources:
 
     @classmethod
     def read(cls, folder: Path) -> Sources:
-        """All of a folder of records; without its file nothing is known of the depth."""
+        """A folder's records and, where it has that file, what was measured by depth."""
         file = folder / SENSITIVITY
         return cls(read_records(folder), json.loads(file.read_text(encoding="utf-8")) if file.exists() else [])
 
@@ -58,17 +59,16 @@ def fill(page: str, sources: Sources) -> str:
 
 
 def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    aligned = ["left"] + ["right"] * (len(header) - 1)
-    return tabulate(body, header, tablefmt="pipe", disable_numparse=True, colalign=aligned)
+    return pipe_table(header, body, ["left"] + ["right"] * (len(header) - 1))
 
 
 def _texts(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Quality records of each text on which RateQuant was shuffled."""
-    found = {}
-    for group in places(latest(records)).values():
-        if any(is_control(record) for record in group):
-            found[group[0].subject.text.name] = group
-    return found
+    return {
+        group[0].subject.text.name: group
+        for group in quality_groups(newest_per_row(records)).values()
+        if any(is_control(record) for record in group)
+    }
 
 
 def _claims(sources: Sources) -> str:
@@ -84,14 +84,14 @@ def _claims(sources: Sources) -> str:
 
 
 def _plain(group: Sequence[Record], target: float) -> Record:
-    return next(r for r in newest(group) if r.subject.method.name == METHOD and r.subject.method.target == target)
+    return next(r for r in table_rows(group) if r.subject.method.name == METHOD and r.subject.method.target == target)
 
 
 def _allocation(sources: Sources) -> str:
     """Every verdict on RateQuant's allocations in the chunked protocol, on evaluation text."""
     groups = [
         group
-        for group in places(latest(sources.records)).values()
+        for group in quality_groups(newest_per_row(sources.records)).values()
         if group[0].subject.protocol == "chunked" and not _is_calibration(group[0])
     ]
     body = [
@@ -118,20 +118,20 @@ def _is_calibration(record: Record) -> bool:
 
 def candidates(records: Sequence[Record]) -> dict[float, list[Record]]:
     """RateQuant's forms measured on calibration text, by target, best first."""
-    found: dict[float, list[Record]] = {}
-    for record in newest(records):
+    by_target: dict[float, list[Record]] = {}
+    for record in table_rows(records):
         subject = record.subject
         if subject.method.name == METHOD and _is_calibration(record):
-            found.setdefault(subject.method.target or 0.0, []).append(record)
-    ordered = {target: sorted(rows, key=lambda r: r.metrics["kld_mean"].value) for target, rows in found.items()}
+            by_target.setdefault(subject.method.target or 0.0, []).append(record)
+    ordered = {target: sorted(rows, key=lambda r: r.metrics["kld_mean"].value) for target, rows in by_target.items()}
     return dict(sorted(ordered.items(), reverse=True))
 
 
 def _recipes(sources: Sources) -> str:
     """Every form of RateQuant beside the others on calibration text."""
-    found = candidates(sources.records)
+    forms_of = candidates(sources.records)
     forms: dict[str, dict[float, str]] = {}
-    for target, rows in found.items():
+    for target, rows in forms_of.items():
         for record in rows:
             parameters = {"weighting": "coherent", "refined_at": 0, "trust": 1.0, **record.subject.method.parameters}
             form = "{base}, {unit}, {sinks} sinks, from {min_bits} bits, {weighting}".format(**parameters)
@@ -142,8 +142,8 @@ def _recipes(sources: Sources) -> str:
             )
             cell = f"{record.metrics['kld_mean'].value:.3f}"
             forms.setdefault(form, {})[target] = f"**{cell}**" if record is rows[0] else cell
-    body = [[form, *(cells.get(target, "") for target in found)] for form, cells in forms.items()]
-    return _table(("base, unit, sinks, widths, forecast", *(f"KLD at {target:g}" for target in found)), body)
+    body = [[form, *(cells.get(target, "") for target in forms_of)] for form, cells in forms.items()]
+    return _table(("base, unit, sinks, widths, forecast", *(f"KLD at {target:g}" for target in forms_of)), body)
 
 
 def _bands(sources: Sources) -> str:

@@ -10,9 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
 from veloxbench.records.record import FailedMeasurement, Record
-from veloxbench.report.allocation import places
-from veloxbench.report.page import by_model, newest, render
+from veloxbench.records.selection import table_rows
+from veloxbench.report.page import by_model, render
 from veloxbench.report.plots import quality_plot, speed_plot
+from veloxbench.report.tables import quality_groups
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def render_html(records: Sequence[Record], failures: Sequence[FailedMeasurement]
 
 def plots(records: Sequence[Record]) -> Iterator[Plot]:
     """For each model: quality over bits by protocol, then speed."""
-    for model, of_model in by_model(newest(records)).items():
-        for group in places(of_model).values():
+    for model, of_model in by_model(table_rows(records)).items():
+        for group in quality_groups(of_model).values():
             svg = quality_plot(group)
             if svg:
                 subject = group[0].subject
@@ -58,7 +59,7 @@ def plots(records: Sequence[Record]) -> Iterator[Plot]:
                     f"{subject.text.name}: quality lost over bits held. Lower left is better."
                 )
                 yield Plot(svg, caption)
-        svg = speed_plot([record for record in of_model if record.subject.suite == "throughput"])
+        svg = speed_plot(of_model)
         if svg:
             yield Plot(svg, f"{model}: decode speed beside fp16 in the same run. Above 1 is faster.")
 

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from veloxbench.records.record import Estimate, MethodRef, Record
-from veloxbench.report.page import REFERENCE, paired_ratio
+from veloxbench.records.arm import REFERENCE
+from veloxbench.records.record import Estimate, Record
+from veloxbench.report.cells import method_alone, paired_ratio
 
 # Okabe and Ito's colours keep apart for readers with any colour vision; the marker repeats the distinction.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -52,11 +53,11 @@ def speed_plot(records: Sequence[Record]) -> str | None:
     """Decode speed over fp16's in the same run, arm by arm, a marker per depth; 1 is fp16. Intervals as in the table.
 
     Args:
-        records: throughput records of one model.
+        records: of one model; those without timings are passed over.
     """
     depths: dict[str, list[Record]] = {}
     for record in records:
-        if record.subject.method.name != REFERENCE and "decode_speed_ratio" in record.metrics:
+        if record.subject.method.name != REFERENCE.name and "decode_speed_ratio" in record.metrics:
             depths.setdefault(f"{record.subject.settings['depth']} tokens", []).append(record)
     arms = list(dict.fromkeys(row.subject.method.label for rows in depths.values() for row in rows))
     if not arms:
@@ -76,9 +77,8 @@ def speed_plot(records: Sequence[Record]) -> str | None:
 def _by_method(records: Sequence[Record]) -> Mapping[str, list[Record]]:
     series: dict[str, list[Record]] = {}
     for record in records:
-        method: MethodRef = record.subject.method
-        if method.name != REFERENCE and record.status == "measured":
-            series.setdefault(method.model_copy(update={"target": None}).label, []).append(record)
+        if record.subject.method.name != REFERENCE.name and record.status == "measured":
+            series.setdefault(method_alone(record), []).append(record)
     return dict(list(series.items())[:_SERIES_PER_PLOT])
 
 

@@ -23,7 +23,7 @@ SLOW_GFLOPS = 20.0
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. ``ok`` is None for a plain fact, which never makes the machine unfit."""
+    """One thing that was looked at. ``ok`` is None for a plain fact, which never makes the machine unfit."""
 
     name: str
     ok: bool | None
@@ -72,13 +72,13 @@ def _blas() -> Check:
 
 def _implementation() -> Check:
     """``veloxquant_mlx`` is also the import name of another distribution (VeloxQuant-MLX)."""
-    found = Path(str(veloxquant_mlx.__file__)).resolve()
+    imported = Path(str(veloxquant_mlx.__file__)).resolve()
     ours = Path(veloxbench.__file__).resolve().parents[1]
     owners = set(importlib.metadata.packages_distributions().get("veloxquant_mlx", []))
     others = sorted(owners - {"veloxbench"})
-    if found.is_relative_to(ours) and not others:
-        return Check("veloxquant_mlx", True, f"this project's own ({found.parent})")
-    clash = f"{', '.join(others) or 'another package'} also provides veloxquant_mlx; imported: {found.parent}"
+    if imported.is_relative_to(ours) and not others:
+        return Check("veloxquant_mlx", True, f"this project's own ({imported.parent})")
+    clash = f"{', '.join(others) or 'another package'} also provides veloxquant_mlx; imported: {imported.parent}"
     return Check("veloxquant_mlx", False, f"{clash}. Install veloxbench in an environment of its own")
 
 

@@ -1,72 +1,66 @@
-"""How long a measurement should take, from three short passes on this machine."""
+"""How long measurements should take: three short passes on this machine, and a tick that counts estimated seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from veloxbench.measure import exact, kernels, throughput
-from veloxbench.measure.protocol import Chunked, Decode
-from veloxbench.run.grid import MemorySpec
-from veloxbench.run.plan import REFERENCE, Measurement
+import mlx.core as mx
+import numpy as np
+
+from veloxbench.measure.suite import Bench, Measurement, Rates, Tick, get_suite
+from veloxbench.measure.throughput import prefill
+from veloxbench.records.arm import REFERENCE
 from veloxbench.run.progress import Progress
 
+NOTHING = Rates(0.0, 0.0, 0.0)
+"""The rates of a plan that reads no model."""
 
-@dataclass(frozen=True)
-class Rates:
-    """This machine's speed on this model, from three short passes: for the estimate only.
 
-    Attributes:
-        token_seconds: of a token in a batch of short sequences.
-        step_seconds: of a decode step.
-        attention_seconds: what each pair of tokens of one long prompt adds (MLX's attention on a processor).
-    """
+def probed(bench: Bench) -> Rates:
+    """Time one batched pass, a few single steps on the reference cache, and one longer prompt."""
+    model, caches = bench.model, bench.caches(REFERENCE).caches
+    warm = mx.zeros((4, 64), dtype=mx.int32)
+    mx.eval(model(warm))
+    start = time.perf_counter()
+    mx.eval(model(warm))
+    token = (time.perf_counter() - start) / warm.size
+    single = mx.zeros((1, 1), dtype=mx.int32)
+    mx.eval(model(single, cache=caches))
+    start = time.perf_counter()
+    for _ in range(3):
+        mx.eval(model(single, cache=caches))
+    step = (time.perf_counter() - start) / 3
+    prompt = np.zeros(512, np.int32)
+    took = prefill(model, bench.caches(REFERENCE).caches, prompt).first_token_seconds
+    return Rates(token, step, max(took - prompt.size * token, 0.0) / prompt.size**2)
 
-    token_seconds: float
-    step_seconds: float
-    attention_seconds: float
 
-    def prefix_seconds(self, tokens: int) -> float:
-        """Estimated seconds of one prompt through fp16 caches."""
-        return tokens * self.token_seconds + tokens**2 * self.attention_seconds
+def described(rates: Rates) -> str:
+    """The rates in words, for the line that is printed before the run."""
+    if rates == NOTHING:
+        return "nothing of it reads a model"
+    return f"probed: {1 / rates.token_seconds:.0f} tok/s in batches, {1 / rates.step_seconds:.0f} tok/s one by one"
 
-    def describe(self) -> str:
-        """For the line printed before the run."""
-        return f"probed: {1 / self.token_seconds:.0f} tok/s in batches, {1 / self.step_seconds:.0f} tok/s one by one"
 
-    def seconds(self, item: Measurement) -> float:
-        """Estimated seconds of a measurement; a quantized cache is assumed to cost half as much again."""
-        slower = 1.0 if item.arm == REFERENCE else 1.5
-        match item.task:
-            case kernels.Traffic():
-                return 8.0  # compiling two bodies, then a second
-            case exact.FixedInputs():
-                return 0.1
-            case Chunked() as task:
-                return slower * task.sequences * task.length * self.token_seconds
-            case Decode() as task:
-                batched = task.sequences * task.prefix * self.token_seconds
-                return slower * (batched + task.steps * (self.step_seconds + task.sequences * self.token_seconds))
-            case throughput.Timing() as task:
-                prefills = task.prefill_pairs * (1 + slower) * self.prefix_seconds(task.depth)
-                return prefills + task.pairs * (1 + 3 * slower) * (task.steps + 1) * self.step_seconds
-            case MemorySpec() as task:
-                return 6 + slower * (self.prefix_seconds(task.tokens) + 2 * task.decode_steps * self.step_seconds)
+def seconds(item: Measurement, rates: Rates) -> float:
+    """Estimated seconds of a measurement."""
+    return get_suite(item.cell.suite).seconds(item.cell, rates)
 
-    @contextmanager
-    def ticking(self, item: Measurement, progress: Progress) -> Iterator[Callable[[int], None]]:
-        """A tick that turns tokens done into estimated seconds, and settles the rest at the end."""
-        total, spent = self.seconds(item), 0.0
-        units = {Chunked: "n_scored", Decode: "n_scored"}.get(type(item.task))
-        n_units = item.task.sequences * getattr(item.task, units) if units else 0  # type: ignore[union-attr]
 
-        def tick(n: int) -> None:
-            nonlocal spent
-            if n_units:
-                share = min(total * n / n_units, total - spent)
-                spent += share
-                progress.advance(share)
+@contextmanager
+def ticking(item: Measurement, rates: Rates, progress: Progress) -> Iterator[Tick]:
+    """A tick that turns units done into estimated seconds, and settles the rest at the end."""
+    total, spent = seconds(item, rates), 0.0
+    n_units = get_suite(item.cell.suite).units(item.cell)
 
-        yield tick
-        progress.advance(total - spent)
+    def tick(n: int) -> None:
+        nonlocal spent
+        if n_units:
+            share = min(total * n / n_units, total - spent)
+            spent += share
+            progress.advance(share)
+
+    yield tick
+    progress.advance(total - spent)

@@ -1,76 +1,111 @@
-"""The grid: what a profile measures, as a TOML file, validated."""
+"""The grid: what a profile measures, as a TOML file, validated.
+
+A grid names models, a text, suites and arms; every suite has a section of its own (``measure.suite.Suite.section``),
+which a grid may leave out where it does not name the suite.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import tomllib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
-from veloxbench.errors import UsageError, unknown_name
+from veloxbench.errors import UsageError, unknown_name, validation_reason
 from veloxbench.inputs.corpora import Role
-from veloxbench.measure.protocol import Chunked, Decode
-from veloxbench.measure.throughput import Timing
-from veloxbench.methods.registry import Arm, get_method, make_arm, parse_method
-from veloxbench.records.record import Suite
-from veloxbench.records.store import validation_reason
+from veloxbench.measure.suite import Suite, get_suite, known_suites
+from veloxbench.methods.registry import checked, get_method
+from veloxbench.records.arm import Arm
+from veloxbench.records.frozen import Frozen
+
+ERRORS_SHOWN = 20
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ArmSpec(_Strict):
+class ArmSpec(Frozen):
     """A method with the targets to measure; a parameter that is a list is measured at each of its values."""
 
     method: str
-    targets: tuple[float, ...]
+    targets: tuple[float, ...] = Field(min_length=1)
     parameters: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        """``turboquant_mse@4:sinks=4`` in place of a table."""
+        if not isinstance(value, str):
+            return value
+        arm = Arm.parse(value)
+        if arm.target is None:
+            raise ValueError(f"{value!r} needs a target, as in {arm.name}@4")
+        return {"method": arm.name, "targets": (arm.target,), "parameters": arm.parameters}
+
     def arms(self) -> Iterator[Arm]:
-        """Every target with every combination of parameters."""
+        """Every target with every combination of parameters.
+
+        Raises:
+            UsageError: a method, parameter or target that does not exist.
+        """
         values = [value if isinstance(value, list) else [value] for value in self.parameters.values()]
         for target, chosen in itertools.product(self.targets, itertools.product(*values)):
-            yield make_arm(self.method, target, **dict(zip(self.parameters, chosen, strict=True)))
+            parameters = dict(zip(self.parameters, chosen, strict=True))
+            yield checked(Arm(name=self.method, target=target, parameters=parameters))
 
 
-class MemorySpec(_Strict):
-    """Tokens prefilled and decoded in the memory process, and the budget that tokens_in_budget fills."""
-
-    tokens: int
-    decode_steps: int
-    budget_gib: float
-
-
-class KernelSpec(_Strict):
-    """Packed tokens that a fused decode step reads, and the code widths to count it at."""
-
-    tokens: int = 4096
-    code_bits: tuple[int, ...] = (8, 4, 3, 2)
-
-
-class Grid(_Strict):
-    """A profile: models x arms x suites, with the sizes of each suite."""
+class Grid(Frozen):
+    """A profile: models x arms x suites. The suites' sections are fields of the class that :func:`grid_class` makes."""
 
     summary: str
-    models: tuple[str, ...]
-    n_layers: int | None = None
-    corpus: str
+    models: tuple[str, ...] = ()
+    n_layers: int | None = Field(default=None, ge=1)
+    corpus: str = "wikitext-2"
     part: Role = "evaluation"
-    suites: tuple[Suite, ...]
-    arms: tuple[ArmSpec, ...]
-    protocols: tuple[Annotated[Chunked | Decode, Field(discriminator="name")], ...]
-    throughput: tuple[Timing, ...]
-    memory: MemorySpec
-    kernels: KernelSpec = KernelSpec()
+    suites: tuple[str, ...] = Field(min_length=1)
+    arms: tuple[ArmSpec, ...] = ()
+
+    @field_validator("suites")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            get_suite(name)
+        return names
+
+    @model_validator(mode="after")
+    def _complete(self) -> Grid:
+        for suite in self.chosen_suites():
+            if self.tasks(suite) is None:
+                raise ValueError(f"the suite {suite.name} is in suites, and its section {suite.section!r} is missing")
+        if not self.models and self.needs_model:
+            raise ValueError("models is empty: name at least one model")
+        return self
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether anything of the grid reads weights or text."""
+        return any(suite.row.needs_model for suite in self.chosen_suites())
+
+    def chosen_suites(self) -> list[Suite]:
+        """The grid's suites, in the order in which a run measures them."""
+        return [suite for name, suite in known_suites().items() if name in self.suites]
+
+    def tasks(self, suite: Suite) -> Any:
+        """A suite's section."""
+        return getattr(self, suite.section, None)
 
     def arm_list(self) -> list[Arm]:
         """Every arm but the reference, in order."""
         return [arm for spec in self.arms for arm in spec.arms()]
+
+
+@functools.cache
+def grid_class() -> type[Grid]:
+    """:class:`Grid` with a field for every known suite's section."""
+    sections: dict[str, Any] = {suite.section: (suite.tasks | None, suite.default) for suite in known_suites().values()}
+    return create_model("Grid", __base__=Grid, **sections)
 
 
 def load_grid(profile: str) -> Grid:
@@ -83,7 +118,11 @@ def load_grid(profile: str) -> Grid:
         path = Path(profile)
         if not path.is_file():
             raise UsageError(f"profile {profile!r} is not a file")
-        return parse_grid(path.read_text(encoding="utf-8"), profile)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"profile {profile!r} cannot be read: {error}") from error
+        return parse_grid(text, profile)
     folder = resources.files("veloxbench.run") / "grids"
     names = [entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")]
     if profile not in names:
@@ -92,12 +131,17 @@ def load_grid(profile: str) -> Grid:
 
 
 def parse_grid(text: str, origin: str) -> Grid:
-    """Validate a grid's TOML text."""
+    """Validate a grid's TOML text.
+
+    Raises:
+        UsageError: it is no grid; says everything that is wrong with it.
+    """
     try:
-        return Grid.model_validate(tomllib.loads(text))
-    except (ValidationError, tomllib.TOMLDecodeError) as error:
-        detail = validation_reason(error) if isinstance(error, ValidationError) else str(error)
-        raise UsageError(f"{origin} is not a valid grid: {detail}") from error
+        return grid_class().model_validate(tomllib.loads(text))
+    except ValidationError as error:
+        raise UsageError(f"{origin} is not a valid grid: {validation_reason(error, ERRORS_SHOWN)}") from error
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        raise UsageError(f"{origin} is not a valid grid: {error}") from error
 
 
 def customise(
@@ -112,6 +156,10 @@ def customise(
 ) -> Grid:
     """The grid with the user's choices in place of its own.
 
+    Args:
+        methods: arms as they are written (``turboquant_mse@4:sinks=4``); one without a target is measured at
+            ``targets``, or else at those that the grid has for it.
+
     Raises:
         UsageError: an unknown name, or a target that a chosen method cannot meet.
     """
@@ -122,18 +170,30 @@ def customise(
         changes["corpus"] = corpus
     if suites:
         for suite in suites:
-            if suite not in get_args(Suite):
-                raise unknown_name("suite", suite, get_args(Suite))
+            get_suite(suite)
         changes["suites"] = tuple(suites)
     if budget_gib is not None:
-        if not budget_gib > 0:
-            raise UsageError(f"memory budget {budget_gib} GiB must be above zero")
-        changes["memory"] = grid.memory.model_copy(update={"budget_gib": budget_gib})
+        changes |= _with_budget(grid, budget_gib)
     if methods or targets:
         changes["arms"] = tuple(_arm_specs(grid, methods, targets))
-    chosen = grid.model_copy(update=changes)
+    try:
+        chosen = type(grid).model_validate(dict(grid) | changes)
+    except ValidationError as error:
+        raise UsageError(validation_reason(error, ERRORS_SHOWN)) from error
     chosen.arm_list()  # every target is checked before anything is loaded
     return chosen
+
+
+def _with_budget(grid: Grid, budget_gib: float) -> dict[str, Any]:
+    """Every section that has a memory budget, with this budget in it."""
+    if not 0 < budget_gib < float("inf"):
+        raise UsageError(f"memory budget {budget_gib} GiB must be above zero")
+    sections = {suite.section: grid.tasks(suite) for suite in known_suites().values()}
+    return {
+        name: section.model_copy(update={"budget_gib": budget_gib})
+        for name, section in sections.items()
+        if hasattr(section, "budget_gib")
+    }
 
 
 def _arm_specs(grid: Grid, methods: Sequence[str], targets: Sequence[float]) -> Iterator[ArmSpec]:
@@ -142,9 +202,9 @@ def _arm_specs(grid: Grid, methods: Sequence[str], targets: Sequence[float]) -> 
         yield from (spec.model_copy(update={"targets": tuple(targets)}) for spec in aimed)
         return
     own = {spec.method: spec.targets for spec in grid.arms}
-    for text in methods:
-        name, parameters = parse_method(text)
-        method = get_method(name)
+    for arm in map(Arm.parse, methods):
+        method = get_method(arm.name)
         if method.targets is None:
-            continue  # fp16 is in every run
-        yield ArmSpec(method=name, targets=tuple(targets) or own.get(name) or method.targets, parameters=parameters)
+            continue  # the reference is in every run
+        given = tuple(targets) if arm.target is None else (arm.target,)
+        yield ArmSpec(method=arm.name, targets=given or own.get(arm.name) or method.targets, parameters=arm.parameters)

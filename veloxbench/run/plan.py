@@ -2,76 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from veloxbench.errors import UsageError
 from veloxbench.inputs.corpora import NO_TEXT, Text, TokenBlock, token_block
 from veloxbench.inputs.models import ModelHandle
-from veloxbench.measure import exact_cases, kernels
-from veloxbench.measure.exact import NO_MODEL, FixedInputs
-from veloxbench.measure.kernels import Traffic
 from veloxbench.measure.machine import machine_class
-from veloxbench.measure.protocol import Chunked, Decode, Protocol
-from veloxbench.measure.throughput import Timing
-from veloxbench.methods.registry import Arm, make_arm
-from veloxbench.records.provenance import harness_hash
-from veloxbench.records.record import ModelRef, Record, Subject, Suite, TextRef, content_hash
-from veloxbench.run.grid import Grid, MemorySpec
+from veloxbench.measure.suite import Cell, Measurement, get_suite
+from veloxbench.records.arm import REFERENCE
+from veloxbench.records.provenance import changed_since, project_state
+from veloxbench.records.record import NO_MODEL, ModelRef, Provenance, Record, Subject, content_hash
+from veloxbench.run.grid import Grid
 
-REFERENCE = Arm("fp16")
 SEED = 0
 
-
-Task = Protocol | Timing | MemorySpec | Traffic | FixedInputs
-"""What a measurement does with its arm."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One record to be made: its subject (whose hash is the key) and what the runner needs to make it."""
-
-    subject: Subject
-    arm: Arm
-    task: Task
-    block: TokenBlock
-
-    @property
-    def label(self) -> str:
-        """For progress lines."""
-        return f"{self.subject.suite}/{self.subject.protocol} {self.arm.label}"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One place of the grid, before any model or text is there: what a measurement will be called."""
-
-    suite: Suite
-    protocol: str
-    task: Task
-    arm: Arm
-    sequences: int
-    length: int
-    """Tokens per sequence."""
-
-    @property
-    def fed(self) -> int:
-        """Tokens of a sequence that the model reads; a quality protocol's last one is only a target."""
-        return self.task.n_tokens if isinstance(self.task, (Chunked, Decode)) else self.length
+CLOCK_SLACK = timedelta(days=1)
+"""By how much the clocks of two machines may differ."""
 
 
 def cells(grid: Grid) -> list[Cell]:
-    """Every place of the grid for one model, once, in the order in which to measure."""
+    """The cells of a grid for one model, each once, in the order in which they are measured."""
     arms = [REFERENCE, *grid.arm_list()]
-    packed = [make_arm(kernels.METHOD, float(bits)) for bits in grid.kernels.code_bits]
-    found: list[Cell] = []
-    for suite, name, task, sequences, length in _tasks(grid):
-        for arm in packed if suite == "kernels" else exact_cases.cases() if suite == "exact" else arms:
-            cell = Cell(suite, name, task, arm, sequences, length)
-            if cell not in found:
-                found.append(cell)
-    return found
+    places: dict[str, Cell] = {}
+    for suite in grid.chosen_suites():
+        for cell in suite.cells(grid.tasks(suite), arms):
+            places.setdefault(_place(cell.suite, cell.protocol, cell.arm.label, settings(cell)), cell)
+    return list(places.values())
+
+
+def settings(cell: Cell) -> dict[str, Any]:
+    """A cell's settings as they stand in a record's key."""
+    return {**cell.settings, "seed": SEED}
 
 
 def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) -> list[Measurement]:
@@ -88,7 +52,7 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
         n_layers=grid.n_layers,
     )
     blocks: dict[tuple[int, int], TokenBlock] = {(0, 0): NO_TEXT}
-    found = []
+    planned = []
     for cell in cells(grid):
         if cell.fed > handle.context:
             raise UsageError(
@@ -99,13 +63,8 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
             blocks[size] = token_block(
                 text, tokenizer, n_sequences=cell.sequences, length=cell.length, vocabulary=handle.vocabulary
             )
-        found.append(_measurement(cell, model, blocks[size]))
-    return found
-
-
-def needs_model(grid: Grid) -> bool:
-    """Whether anything of the grid reads weights or text."""
-    return set(grid.suites) != {"exact"}
+        planned.append(_measurement(cell, model, blocks[size]))
+    return planned
 
 
 def measurements_without_model(grid: Grid) -> list[Measurement]:
@@ -114,67 +73,88 @@ def measurements_without_model(grid: Grid) -> list[Measurement]:
 
 
 def _measurement(cell: Cell, model: ModelRef, block: TokenBlock) -> Measurement:
+    suite = get_suite(cell.suite)
     subject = Subject(
         suite=cell.suite,
         protocol=cell.protocol,
-        model=NO_MODEL if cell.suite == "exact" else model,
-        method=cell.arm.ref(),
-        text=_text(cell.task, block),
-        settings=_all_settings(cell.task),
-        harness=harness_hash(),
-        machine_class=machine_class(cell.suite),
+        model=model if suite.row.needs_model else NO_MODEL,
+        method=suite.ref(cell.arm),
+        text=suite.text(cell, block),
+        settings=settings(cell),
+        harness=suite.harness(),
+        machine_class=machine_class(suite.row.moved_by),
     )
-    return Measurement(subject, cell.arm, cell.task, block)
+    return Measurement(subject, cell, block)
 
 
-def of_grid(grid: Grid, records: Iterable[Record]) -> list[Record]:
-    """The records that a run of this grid makes, whatever the code and the model."""
-    places = {
-        (cell.suite, cell.protocol, cell.arm.label, _settings_hash(_all_settings(cell.task))) for cell in cells(grid)
-    }
-    return [
-        record
-        for record in records
-        if (
-            record.subject.suite,
-            record.subject.protocol,
-            record.subject.method.label,
-            _settings_hash(record.subject.settings),
+def current_records(
+    grid: Grid, profile: str, records: Sequence[Record], origin: Path, *, any_checkout: bool = False
+) -> list[Record]:
+    """The records of a run of this grid, made by the code that is here.
+
+    Args:
+        any_checkout: take them whatever the project's checkout was: an approval looks at that itself.
+
+    Raises:
+        UsageError: there are none, or one of them was made by other code: that is not this code's result.
+    """
+    run = f"`veloxbench run --profile {profile} --out {origin}` measures"
+    chosen = records_of(grid, records)
+    if not chosen:
+        other = f" ({len(records)} of other profiles)" if records else ""
+        raise UsageError(
+            f"there are no records of the profile {profile!r} at {origin}{other}: nothing was measured, so nothing can "
+            f"be judged; {run}"
         )
-        in places
+    others = [(record, why) for record in chosen if (why := other_code(record, any_checkout=any_checkout)) is not None]
+    if others:
+        record, why = others[0]
+        raise UsageError(
+            f"{len(others)} of the {len(chosen)} records at {origin} are of other code than this (first: "
+            f"{record.subject.protocol} {record.subject.method.label}: {why}); {run}"
+        )
+    return chosen
+
+
+def records_of(grid: Grid, records: Iterable[Record]) -> list[Record]:
+    """The records that a run of this grid makes, whatever the code and the model."""
+    places = {_place(cell.suite, cell.protocol, cell.arm.label, settings(cell)) for cell in cells(grid)}
+    subjects = ((record, record.subject) for record in records)
+    return [record for record, of in subjects if _place(of.suite, of.protocol, of.method.label, of.settings) in places]
+
+
+def other_code(record: Record, *, any_checkout: bool = False) -> str | None:
+    """What makes a record one of other code or another checkout than is here, or None."""
+    subject, made = record.subject, record.provenance
+    if made.started > datetime.now(UTC) + CLOCK_SLACK:
+        return f"it says that it was measured on {made.started:%Y-%m-%d}: the clock was wrong then, or is now"
+    try:
+        suite = get_suite(subject.suite)
+        if subject.harness != suite.harness():
+            return f"the measuring code is {suite.harness()[:12]} here and was {subject.harness[:12]}"
+        here = suite.ref(subject.method.alone)
+    except (UsageError, KeyError) as error:
+        return f"{subject.method.label} cannot be measured here any more: {error}"
+    if here.implementation != subject.method.implementation:
+        return f"the implementation is {here.implementation} here and was {subject.method.implementation}"
+    return None if any_checkout else other_checkout(made)
+
+
+def other_checkout(made: Provenance) -> str | None:
+    """How the project's checkout differs from the one that a record was made in, or None."""
+    here, was = project_state(Path.cwd()), (made.project_commit, made.project_dirty)
+    if here == was:
+        return None
+    if made.project_commit is not None and not made.project_dirty and not here[1]:
+        changed = changed_since(made.project_commit, Path.cwd())
+        if changed == []:  # another commit of the same code
+            return None
+    states = [
+        "none" if commit is None else f"commit {commit[:12]}{' with changes' if dirty else ''}"
+        for commit, dirty in (here, was)
     ]
+    return f"the project's checkout is {states[0]} here and was {states[1]}"
 
 
-def _settings_hash(settings: Mapping[str, Any]) -> str:
-    return content_hash(dict(settings))
-
-
-def _all_settings(task: Task) -> dict[str, Any]:
-    return {**_settings(task), "seed": SEED}
-
-
-def _text(task: Task, block: TokenBlock) -> TextRef:
-    if isinstance(task, FixedInputs):
-        return TextRef(name="fixed inputs", tokens_sha256=task.sha256)
-    name = block.text if block.role == "evaluation" else f"{block.text} ({block.role})"
-    return TextRef(name=name, tokens_sha256=block.sha256)
-
-
-def _settings(task: Task) -> Mapping[str, Any]:
-    fields = task.model_dump() if isinstance(task, MemorySpec) else vars(task)
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-
-def _tasks(grid: Grid) -> Iterable[tuple[Suite, str, Task, int, int]]:
-    if "exact" in grid.suites:
-        yield "exact", "fixed inputs", exact_cases.INPUTS, 0, 0
-    if "perplexity" in grid.suites:
-        for protocol in grid.protocols:
-            yield "perplexity", protocol.name, protocol, protocol.sequences, protocol.n_tokens + 1
-    if "memory" in grid.suites:
-        yield "memory", "process", grid.memory, 1, grid.memory.tokens + grid.memory.decode_steps
-    if "throughput" in grid.suites:
-        for timing in grid.throughput:
-            yield "throughput", f"depth {timing.depth}", timing, 1, timing.n_tokens
-    if "kernels" in grid.suites:
-        yield "kernels", "decode traffic", Traffic(grid.kernels.tokens), 0, 0
+def _place(suite: str, protocol: str, arm: str, settings: dict[str, Any]) -> str:
+    return content_hash([suite, protocol, arm, settings])

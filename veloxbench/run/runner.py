@@ -1,23 +1,26 @@
-"""Carries a plan out: one record per measurement, resumable by key, with an estimate, progress and an ETA."""
+"""Carries a grid out: one record per measurement, resumable by key; the one loop behind the command line and pytest."""
 
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Self
 
 from veloxbench.errors import ExitCode, VeloxError
 from veloxbench.inputs.corpora import load_text
 from veloxbench.inputs.models import ModelHandle, load_tokenizer, resolve_model
 from veloxbench.inputs.transfer_progress import Reporter
-from veloxbench.measure.exact import NO_MODEL
-from veloxbench.records.record import FailedMeasurement
+from veloxbench.measure.suite import Bench, Measurement, Rates
+from veloxbench.records.record import NO_MODEL, FailedMeasurement, Record
 from veloxbench.records.store import Store
-from veloxbench.run.estimate import Rates
+from veloxbench.run import estimate
 from veloxbench.run.grid import Grid
-from veloxbench.run.plan import Measurement, measurements, measurements_without_model, needs_model
+from veloxbench.run.plan import measurements, measurements_without_model, other_checkout
 from veloxbench.run.progress import Progress
-from veloxbench.run.session import Session, measure_exact
+from veloxbench.run.session import measure, opened
 
 
 @dataclass(frozen=True)
@@ -44,59 +47,145 @@ class Outcome:
         return max((failure.exit_code for failure in self.failures), default=ExitCode.PASS)
 
 
-def run(grid: Grid, store: Store, reporter: Reporter, progress: Progress, *, accept_licence: bool = False) -> Outcome:
-    """Measure everything in the grid that the store does not have yet.
+@dataclass(frozen=True)
+class Plan:
+    """One model's measurements; ``handle`` is None where none reads a model."""
 
-    A measurement that crashes is reported and the others go on; a usage error (unknown name, text too
-    short) ends the run before anything is measured for that model.
+    handle: ModelHandle | None
+    items: Sequence[Measurement]
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return NO_MODEL.name if self.handle is None else self.handle.name
+
+
+class Run:
+    """A grid being carried out into a store. Use it in a ``with`` block: it frees the model that is loaded.
 
     Args:
         grid: what to measure.
         store: open for appending; each record is durable when its measurement ends.
+        reporter: of downloads and conversions.
+        progress: of measurements.
         accept_licence: download models whose licence must be accepted first.
+        fresh: measure everything anew, whatever the store has.
     """
-    measured = resumed = 0
-    failures: list[Failure] = []
-    # every model and text is there, and every window fits, before the first minute is spent
-    plans: list[tuple[ModelHandle | None, list[Measurement]]] = [(None, measurements_without_model(grid))]
-    if needs_model(grid):
-        handles = [resolve_model(name, reporter=reporter, accept_licence=accept_licence) for name in grid.models]
-        plans = [(handle, plan_model(grid, handle, reporter)) for handle in handles]
-    keys = tuple(item.subject.key for _, plan in plans for item in plan)
-    store.begin(keys)
-    for handle, plan in plans:
-        name = NO_MODEL.name if handle is None else handle.name
-        pending = [item for item in plan if store.get(item.subject.key) is None]
-        resumed += len(plan) - len(pending)
-        if not pending:
-            progress.plan(name, len(plan), len(plan), 0.0, "all of it is recorded already")
-            continue
-        session = None if handle is None else Session.open(handle, grid.n_layers, progress)
-        rates = Rates(0.0, 0.0, 0.0) if session is None else session.rates()
-        progress.plan(
-            name,
-            len(plan),
-            len(plan) - len(pending),
-            sum(rates.seconds(item) for item in pending),
-            "nothing of it reads a model" if session is None else rates.describe(),
-        )
-        for item in pending:
-            progress.begin(f"{name} {item.label}")
-            try:
-                with rates.ticking(item, progress) as tick:
-                    record = measure_exact(item) if session is None else session.measure(item, tick)
-            except KeyboardInterrupt:
-                raise
-            except Exception as error:
-                failures.append(keep_failure(item, error, store))
-                progress.message(f"FAILED {name} {item.label}: {failures[-1].reason}")
+
+    def __init__(
+        self,
+        grid: Grid,
+        store: Store,
+        reporter: Reporter,
+        progress: Progress,
+        *,
+        accept_licence: bool = False,
+        fresh: bool = False,
+    ) -> None:
+        self.grid, self.store, self.reporter, self.progress = grid, store, reporter, progress
+        self.accept_licence = accept_licence
+        self._fresh = fresh
+        self._made: set[str] = set()
+        self.failures: list[Failure] = []
+        self._plans: dict[str, Plan] = {}
+        self._loaded: tuple[ModelHandle, Bench] | None = None
+        self._exits = ExitStack()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that the grid names; a grid that reads none has one plan all the same, under no model's name."""
+        return self.grid.models if self.grid.needs_model else (NO_MODEL.name,)
+
+    def plan(self, model: str) -> Plan:
+        """The measurements of a model of the grid, fetched and tokenized at its first mention.
+
+        Raises:
+            UsageError: an unknown name, a text too short, a window that does not fit.
+        """
+        if model not in self._plans:
+            if self.grid.needs_model:
+                handle = resolve_model(model, reporter=self.reporter, accept_licence=self.accept_licence)
+                self._plans[model] = Plan(handle, plan_model(self.grid, handle, self.reporter))
+            else:
+                self._plans[model] = Plan(None, measurements_without_model(self.grid))
+            self.store.begin(self.keys)
+        return self._plans[model]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of everything that was planned so far."""
+        return tuple(item.subject.key for plan in self._plans.values() for item in plan.items)
+
+    def bench(self, plan: Plan) -> Bench | None:
+        """The plan's model on the bench, in place of the one that was there."""
+        if plan.handle is None:
+            return None
+        if self._loaded is None or self._loaded[0] != plan.handle:
+            self.close()
+            opening = opened(plan.handle, self.grid.n_layers, self.progress)
+            self._loaded = plan.handle, self._exits.enter_context(opening)
+        return self._loaded[1]
+
+    def record(self, plan: Plan, item: Measurement, rates: Rates = estimate.NOTHING) -> Record:
+        """The record of a measurement: from the store, or measured now and kept.
+
+        Raises:
+            Exception: the measurement's own, after it was kept among the store's failures.
+        """
+        kept = self.recorded(item)
+        if kept is not None:
+            return kept
+        self.progress.begin(f"{plan.name} {item.label}")
+        try:
+            with estimate.ticking(item, rates, self.progress) as tick:
+                record = measure(item, self.bench(plan), tick)
+        except Exception as error:
+            self.failures.append(_kept_failure(item, error, self.store))
+            raise
+        self.store.append(record)
+        self._made.add(record.key)
+        self.progress.recorded(record)
+        return record
+
+    def recorded(self, item: Measurement) -> Record | None:
+        """The record that the store has of a measurement, where it is of this checkout and not to be made anew."""
+        kept = self.store.get(item.subject.key)
+        if kept is None or kept.key in self._made:
+            return kept
+        return None if self._fresh or other_checkout(kept.provenance) else kept
+
+    def all(self) -> Outcome:
+        """Measure everything that the store does not have yet; what crashes is reported, and the others go on."""
+        measured = 0
+        # every model and text is there, and every window fits, before the first minute is spent
+        for plan in [self.plan(model) for model in self.models]:
+            pending = [item for item in plan.items if self.recorded(item) is None]
+            if not pending:
+                self.progress.plan(plan.name, len(plan.items), len(plan.items), 0.0, "all of it is recorded already")
                 continue
-            store.append(record)
-            measured += 1
-            progress.recorded(record)
-        if session is not None:
-            session.close()
-    return Outcome(keys, measured, resumed, tuple(failures))
+            bench = self.bench(plan)
+            rates = estimate.NOTHING if bench is None else estimate.probed(bench)
+            total = sum(estimate.seconds(item, rates) for item in pending)
+            done = len(plan.items) - len(pending)
+            self.progress.plan(plan.name, len(plan.items), done, total, estimate.described(rates))
+            for item in pending:
+                try:
+                    self.record(plan, item, rates)
+                    measured += 1
+                except Exception:
+                    self.progress.message(f"FAILED {plan.name} {item.label}: {self.failures[-1].reason}")
+        return Outcome(self.keys, measured, len(self.keys) - measured - len(self.failures), tuple(self.failures))
+
+    def close(self) -> None:
+        """Free the model that is loaded."""
+        self._loaded = None
+        self._exits.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Measurement]:
@@ -105,7 +194,7 @@ def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Meas
     return measurements(grid, handle, text, load_tokenizer(handle))
 
 
-def keep_failure(item: Measurement, error: Exception, store: Store) -> Failure:
+def _kept_failure(item: Measurement, error: Exception, store: Store) -> Failure:
     """Keep what crashed: a line for the page in the store, the traceback in errors.log beside it."""
     folder = store.path.parent
     with (folder / "errors.log").open("a", encoding="utf-8") as log:

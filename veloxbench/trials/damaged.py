@@ -19,6 +19,7 @@ from mlx.nn.layers.base import Module
 from veloxbench.measure.exact import Case
 from veloxbench.measure.exact_cases import whole_life
 from veloxbench.methods.veloxquant import implementation
+from veloxbench.records.arm import Arm
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, LayerSpec, PackedKVCache
 from veloxquant_mlx.quantizers.base import Arrays, Codes
 from veloxquant_mlx.quantizers.lloyd_max import Codebook
@@ -113,7 +114,7 @@ BASES: Final = {
 
 
 def undamaged(spec: LayerSpec) -> LayerSpec:
-    """No change."""
+    """The specification as it is: the change of a base or a control."""
     return spec
 
 
@@ -221,8 +222,7 @@ def exact_case(base: str, layer: int, change: Change) -> Case:
     """The exact suite's life of a cache, for one layer of a base configuration, changed."""
     spec = change(BASES[base].layer_spec(layer, None, None, None))
     return Case(
-        method=base,
-        target=float(CODE_BITS),
+        Arm(name=base, target=float(CODE_BITS)),
         target_means="code_bits",
         produce=lambda: whole_life(lambda: PackedKVCache(spec)),
         implementation=implementation,

@@ -21,10 +21,10 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import Field, JsonValue
 
-from veloxbench.gate.baselines import QUALITY_SAMPLES, from_records
-from veloxbench.gate.gate import BUDGETS, judge
+from veloxbench.gate.baselines import from_records
+from veloxbench.gate.gate import judge
 from veloxbench.gate.paired_test import smallest_detectable
 from veloxbench.gate.verdicts import Finding, Verdict, overall
 from veloxbench.inputs.corpora import load_text, token_block
@@ -33,14 +33,17 @@ from veloxbench.inputs.transfer_progress import Reporter
 from veloxbench.measure import exact, machine
 from veloxbench.measure.divergence import ReferenceRows, worker_pool
 from veloxbench.measure.protocol import Chunked, feed
-from veloxbench.measure.quality import ArmCaches, Measured, arm_metrics, run_arm
+from veloxbench.measure.quality import arm_metrics, run_arm
 from veloxbench.measure.reference import lockstep
+from veloxbench.measure.suite import ArmCaches
 from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxbench.methods.veloxquant import implementation
 from veloxbench.records import provenance
+from veloxbench.records.frozen import Frozen
 from veloxbench.records.intervals import mean_interval
 from veloxbench.records.journal import append_line, cut_torn_tail, write_text
-from veloxbench.records.record import Estimate, Finite, MethodRef, ModelRef, Provenance, Record, Subject, Suite, TextRef
+from veloxbench.records.record import Estimate, Finite, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
+from veloxbench.records.suites import suite_row
 from veloxbench.trials.damaged import (
     BASES,
     CACHE_CLASS,
@@ -53,15 +56,13 @@ from veloxbench.trials.damaged import (
     undamaged,
 )
 
+_GATED: Final = suite_row("perplexity").per_sequence
+
 GATES: Final = 4
 """Gates that the measured sequences are dealt to, one sequence to each in turn, so that each spans the text."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Samples(_Frozen):
+class Samples(Frozen):
     """One configuration on one gate's sequences: a figure per sequence."""
 
     kld_mean: list[Finite]
@@ -70,7 +71,7 @@ class Samples(_Frozen):
     implementation: str = Field(description="hash of the source that was measured")
 
 
-class Study(_Frozen):
+class Study(Frozen):
     """What was measured, on what."""
 
     model: ModelRef
@@ -172,11 +173,11 @@ def _samples(
 ) -> Samples:
     arm = ArmCaches([CacheUnderTest(cache) for cache in caches], [True] * len(caches), (CACHE_CLASS,))
     stats, nll = run_arm(model, arm, tokens, protocol, iter(reference), pool, lambda _: None)
-    metrics, samples = arm_metrics(stats, nll, arm.engagement())
+    measured = arm_metrics(stats, nll, arm.engagement())
     return Samples(
-        kld_mean=samples["kld_mean"],
-        delta_nll=samples["delta_nll"],
-        bits_per_value=metrics["bits_per_value"].value,
+        kld_mean=measured.samples["kld_mean"],
+        delta_nll=measured.samples["delta_nll"],
+        bits_per_value=measured.metrics["bits_per_value"].value,
         implementation=implementation(),
     )
 
@@ -227,13 +228,13 @@ def trials(study: Study, n_arms: int) -> list[Trial]:
         study: what was measured.
         n_arms: arms in the gate's profile: the others are unchanged, and count in the correction for many tests.
     """
-    found = []
+    judged = []
     for damage in DAMAGES:
         base, head = study.samples[damage.base], study.samples[damage.name]
         change = _klds(head) - _klds(base)
         findings = [_judged(study, damage.base, *pair, n_arms) for pair in zip(base, head, strict=True)]
         bytes_changed = {f.metric: None for f in findings[0] if f.tier == "exact" and not f.passed}
-        found.append(
+        judged.append(
             Trial(
                 damage=damage,
                 true=mean_interval(change, "nats/token"),
@@ -244,20 +245,20 @@ def trials(study: Study, n_arms: int) -> list[Trial]:
                 exact=(*bytes_changed, *exact_changes(study, damage)),
             )
         )
-    return found
+    return judged
 
 
-def reaches(study: Study, found: Sequence[Trial], n_arms: int) -> dict[str, Reach]:
+def reaches(study: Study, judged: Sequence[Trial], n_arms: int) -> dict[str, Reach]:
     """What the gates can detect on each base that was damaged."""
-    damaged = {trial.damage.base for trial in found}
-    return {base: reach(study, base, found, n_arms) for base in BASES if base in damaged}
+    damaged = {trial.damage.base for trial in judged}
+    return {base: reach(study, base, judged, n_arms) for base in BASES if base in damaged}
 
 
-def reach(study: Study, base: str, found: Sequence[Trial], n_arms: int) -> Reach:
+def reach(study: Study, base: str, judged: Sequence[Trial], n_arms: int) -> Reach:
     """What the gates can detect on a base, given how far any change of codes moves single sequences."""
-    spread = float(np.median([trial.spread for trial in found if trial.damage.base == base and trial.spread > 0]))
-    margin = BUDGETS["kld_mean"].margin(float(_klds(study.samples[base]).mean()))
-    n_tests = 2 * len(QUALITY_SAMPLES) * n_arms  # of regression and of drift, each metric of each arm
+    spread = float(np.median([trial.spread for trial in judged if trial.damage.base == base and trial.spread > 0]))
+    margin = _GATED["kld_mean"].margin(float(_klds(study.samples[base]).mean()))
+    n_tests = 2 * len(_GATED) * n_arms  # of regression and of drift, each metric of each arm
 
     def detectable(klds: Sequence[float]) -> float | None:
         return smallest_detectable(klds, margin, n_tests, spread)
@@ -278,7 +279,7 @@ def _klds(of_gates: Sequence[Samples]) -> NDArray[np.float64]:
 
 def _pooled(of_gates: Sequence[Samples]) -> Samples:
     return of_gates[0].model_copy(
-        update={name: [x for samples in of_gates for x in getattr(samples, name)] for name in QUALITY_SAMPLES}
+        update={name: [x for samples in of_gates for x in getattr(samples, name)] for name in _GATED}
     )
 
 
@@ -301,15 +302,15 @@ def exact_changes(study: Study, damage: Damage) -> list[str]:
         if not strikes(damage, layer):
             continue
         base = _record(study, "exact", damage.base, *_undamaged_life(damage.base, layer))
-        head = _record(study, "exact", damage.base, *exact.measure(exact_case(damage.base, layer, damage.change)))
+        head = _record(study, "exact", damage.base, *exact.observe(exact_case(damage.base, layer, damage.change)))
         findings = judge([head], from_records([base], "undamaged"), profile="compared", today=study.measured.date())
         changed |= {finding.metric: None for finding in findings if not finding.passed}
     return list(changed)
 
 
 @functools.cache
-def _undamaged_life(base: str, layer: int) -> Measured:
-    return exact.measure(exact_case(base, layer, undamaged))
+def _undamaged_life(base: str, layer: int) -> tuple[dict[str, Estimate], dict[str, list[float]]]:
+    return exact.observe(exact_case(base, layer, undamaged))
 
 
 def _quality_record(study: Study, name: str, samples: Samples) -> Record:
@@ -323,7 +324,7 @@ def _quality_record(study: Study, name: str, samples: Samples) -> Record:
 
 
 def _record(
-    study: Study, suite: Suite, name: str, metrics: Mapping[str, Estimate], samples: Mapping[str, Sequence[float]]
+    study: Study, suite: str, name: str, metrics: Mapping[str, Estimate], samples: Mapping[str, Sequence[float]]
 ) -> Record:
     subject = Subject(
         suite=suite,
@@ -333,7 +334,7 @@ def _record(
         text=study.text,
         settings=dict(study.protocol),
         harness=provenance.harness_hash(),
-        machine_class=machine.machine_class(suite),
+        machine_class=machine.machine_class(suite_row(suite).moved_by),
     )
     measured = Provenance(
         started=study.measured,

@@ -10,28 +10,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import Field, JsonValue, TypeAdapter
 
 from veloxbench.compare.timed_decode import Clock
 from veloxbench.compare.timing_blocks import Launch, live_starts, pin_to_core
 from veloxbench.compare.timing_test import GateResult, MetricResult, TimingSpec, run_gate
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.gate.verdicts import Verdict
-from veloxbench.records.journal import whole_lines
-from veloxbench.records.store import validation_reason
+from veloxbench.records.frozen import Frozen
+from veloxbench.records.journal import parsed_lines
 from veloxbench.trials.timing_record import BENCHMARK, Setup, check_same, launcher, settled_header, slots
-from veloxbench.trials.timing_series import BASE, SeriesHeader, append_line, slot_name, sole_writer
+from veloxbench.trials.timing_series import BASE, SeriesHeader, append_line, appending, slot_name
 
 
-class LiveGate(BaseModel):
+class LiveGate(Frozen):
     """One gate that was run live, with the log ratio of each of its usable starts.
 
     Attributes:
         gate: its specification, :meth:`described`.
         load: the machine's load average over one minute, at the end.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["gate"] = "gate"
     started: float
@@ -51,7 +49,7 @@ class LiveGate(BaseModel):
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(spec).items()}
 
     def result(self) -> GateResult:
-        """As the gate gave it (the p-values are not kept: the log ratios give them)."""
+        """The result that the gate gave (the p-values are not kept: the log ratios give them)."""
         verdict = None if self.verdict is Verdict.INCONCLUSIVE else self.verdict
         metric = MetricResult(BENCHMARK, verdict, self.log_ratios, 1.0, 1.0)
         return GateResult((metric,), len(self.log_ratios), self.voids, self.seconds, self.stopped)
@@ -78,13 +76,9 @@ def read_live(path: Path) -> LiveJournal:
         IntegrityError: a line that is neither, or out of place, naming file and line.
     """
     if not path.is_file():
-        raise UsageError(f"there are no live gates at {path}; `veloxbench aa live --out {path}` runs them")
+        raise UsageError(f"there are no live gates at {path}; `veloxbench trial timing live --out {path}` runs them")
     header, gates = None, []
-    for number, text in enumerate(whole_lines(path.read_bytes()), start=1):
-        try:
-            line = _LINE.validate_json(text)
-        except ValidationError as error:
-            raise IntegrityError(f"{path}:{number} is not of live gates: {validation_reason(error)}") from error
+    for number, line in parsed_lines(path, path.read_bytes(), _LINE.validate_json, "of live gates"):
         if isinstance(line, SeriesHeader) != (number == 1):
             raise IntegrityError(f"{path}:{number}: one header comes first, then the gates")
         if isinstance(line, SeriesHeader):
@@ -114,7 +108,7 @@ def run_live(
     if setup.core is not None:
         pin_to_core(setup.core)
     launch = launcher(setup, out.with_suffix(".log"))
-    with sole_writer(out):
+    with appending(out):
         begun = read_live(out) if out.exists() and out.stat().st_size else None
         recorded = begun.header if begun else None
         if recorded is not None:

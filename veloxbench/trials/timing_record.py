@@ -6,7 +6,6 @@ rounds as a gate takes blocks in a start, both sides are started anew.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -48,7 +47,7 @@ class Setup:
     core: int | None = None
 
     def asked(self) -> dict[str, Any]:
-        """As the fields of a header."""
+        """The setup as the fields of a header."""
         return {"decode": self.decode.model_dump(mode="json"), "threads": self.threads, "core": self.core}
 
 
@@ -206,11 +205,11 @@ class _Progress:
         return self.recorded >= self.target
 
     def launched(self, seconds: float) -> None:
-        """A start counts as a gate's does."""
+        """Count the time of a start, as a gate does."""
         self.recorded += seconds
 
     def add(self, block: TimedBlock) -> None:
-        """A block more; tells the user from time to time."""
+        """Count a block, and tell the user from time to time."""
         self.recorded += block.seconds
         self._recent.append(block)
         if time.monotonic() - self._told >= 60 or self.finished:
@@ -231,8 +230,3 @@ class _Progress:
             f"canary {drift:.2%}, load {self._recent[-1].load:g}"
         )
         self._recent, self._told = [], time.monotonic()
-
-
-def to_stderr(text: str) -> None:
-    """One line for the user."""
-    print(text, file=sys.stderr, flush=True)

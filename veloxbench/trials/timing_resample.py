@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import JsonValue, ValidationError
 from scipy import stats
 
 from veloxbench.compare.timed_decode import Clock
 from veloxbench.compare.timing_test import GateResult, Start, TimingSpec, run_gate, slowdown_bounds
-from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.errors import IntegrityError, UsageError, validation_reason
 from veloxbench.gate.verdicts import Verdict
-from veloxbench.records.store import validation_reason
+from veloxbench.records.frozen import Frozen
 from veloxbench.trials.timing_live import LiveGate, LiveJournal
 from veloxbench.trials.timing_record import BENCHMARK
 from veloxbench.trials.timing_series import BASE, Series, SeriesHeader, read_series, series_bytes, slot_name
@@ -33,11 +33,7 @@ STRETCH = 8
 """Starts that a resampled gate takes as they followed each other: minutes of the machine's time."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Rate(_Frozen):
+class Rate(Frozen):
     """``count`` of ``gates``, with its Clopper-Pearson interval (95%)."""
 
     count: int
@@ -52,20 +48,20 @@ class Rate(_Frozen):
 
     @classmethod
     def of(cls, count: int, gates: int) -> Rate:
-        """With its interval."""
+        """A rate with its interval."""
         interval = stats.binomtest(count, gates).proportion_ci(CONFIDENCE, method="exact")
         return cls(count=count, gates=gates, low=float(interval.low), high=float(interval.high))
 
 
-class Cost(_Frozen):
+class Cost(Frozen):
     """What gates took to end: median and 95% quantile."""
 
     starts: tuple[float, float]
     seconds: tuple[float, float]
 
 
-class Outcomes(_Frozen):
-    """How some gates ended."""
+class Outcomes(Frozen):
+    """How often gates ended in each verdict, and what they took."""
 
     regress: Rate
     passed: Rate
@@ -73,7 +69,7 @@ class Outcomes(_Frozen):
     cost: Cost
 
 
-class Lived(_Frozen):
+class LiveOutcomes(Frozen):
     """Gates run live with one slowdown: how they ended, and the slowdown over all their starts with its 95% bounds.
 
     The extra work is calibrated anew for every journal, on its own machine, so that it measures its own slowdown.
@@ -83,7 +79,7 @@ class Lived(_Frozen):
     outcomes: Outcomes
 
 
-class Effect(_Frozen):
+class Effect(Frozen):
     """One slowdown: what was asked for, what the series measured, and how gates ended.
 
     Attributes:
@@ -101,10 +97,10 @@ class Effect(_Frozen):
     start_sd: float
     resampled: Outcomes
     disjoint: Outcomes | None
-    live: Lived | None = None
+    live: LiveOutcomes | None = None
 
 
-class SeriesSummary(_Frozen):
+class SeriesSummary(Frozen):
     """The recorded series, by hash of its uncompressed lines."""
 
     sha256: str
@@ -122,7 +118,7 @@ class SeriesSummary(_Frozen):
     """Mean time of starting both sides."""
 
 
-class LiveSummary(_Frozen):
+class LiveSummary(Frozen):
     """What a journal of live gates ran on: its header, how many gates, how restless the machine was."""
 
     header: SeriesHeader
@@ -133,7 +129,7 @@ class LiveSummary(_Frozen):
     """Share of all starts of which most blocks were void."""
 
 
-class ErrorRates(_Frozen):
+class ErrorRates(Frozen):
     """The measured error rates of the timing gate; every documented figure comes from here."""
 
     schema_version: Literal[3] = 3
@@ -196,8 +192,8 @@ def resampled_gates(
     Raises:
         UsageError: no run of the series is as long as a stretch.
     """
-    found = [(run, first) for run in runs for first in range(len(run) - STRETCH + 1)]
-    if not found:
+    places = [(run, first) for run in runs for first in range(len(run) - STRETCH + 1)]
+    if not places:
         longest = max((len(run) for run in runs), default=0)
         raise UsageError(
             f"the series' longest run without a gap has {longest} starts; gates are drawn in stretches of {STRETCH}: "
@@ -206,7 +202,7 @@ def resampled_gates(
 
     def stretches() -> Iterator[Start]:
         while True:
-            run, first = found[int(rng.integers(len(found)))]
+            run, first = places[int(rng.integers(len(places)))]
             yield from run[first : first + STRETCH]
 
     return [run_gate(stretches(), spec) for _ in range(gates)]
@@ -214,15 +210,15 @@ def resampled_gates(
 
 def disjoint_gates(runs: Sequence[Sequence[Start]], spec: TimingSpec) -> list[GateResult]:
     """Gates one after the other, each from where the last one ended; one that its run's end cut off is left out."""
-    found = []
+    gates = []
     for run in runs:
         first = 0
         while first < len(run):
             gate = run_gate(iter(run[first:]), spec)
             first += gate.starts + gate.voids
             if gate.decided or first < len(run):
-                found.append(gate)
-    return found
+                gates.append(gate)
+    return gates
 
 
 def error_rates(
@@ -243,13 +239,13 @@ def error_rates(
     """
     asked = LiveGate.described(spec)
     series, digest = read_series(path), hashlib.sha256(series_bytes(path)).hexdigest()
-    lived = [gate for journal in live for gate in journal.gates]
+    live_gates = [gate for journal in live for gate in journal.gates]
     _check_live(live, series.header, asked, clock)
     rng = np.random.default_rng(seed)
     effects = []
     for slowdown in series.header.slowdowns:
         runs = starts_of(series, slowdown, clock, spec.blocks_per_start)
-        ratios = [found[BENCHMARK] for run in runs for start in run if (found := start.log_ratios(spec.canary_drift))]
+        ratios = [usable[BENCHMARK] for run in runs for start in run if (usable := start.log_ratios(spec.canary_drift))]
         block_sd, start_sd = _scatter([start for run in runs for start in run], spec)
         disjoint = disjoint_gates(runs, spec)
         effects.append(
@@ -260,7 +256,7 @@ def error_rates(
                 start_sd=start_sd,
                 resampled=outcomes(resampled_gates(runs, spec, gates, rng)),
                 disjoint=outcomes(disjoint) if disjoint else None,
-                live=_lived([gate for gate in lived if gate.slowdown == slowdown]),
+                live=_live_outcomes([gate for gate in live_gates if gate.slowdown == slowdown]),
             )
         )
         message(f"{slot_name(slowdown)}: {effects[-1].resampled.regress.count} of {gates} regress")
@@ -288,11 +284,13 @@ def _check_live(live: Sequence[LiveJournal], series: SeriesHeader, asked: Mappin
         raise UsageError(f"there are live gates of a slowdown of {100 * min(unknown):g}%, which the series has not")
 
 
-def _lived(gates: Sequence[LiveGate]) -> Lived | None:
+def _live_outcomes(gates: Sequence[LiveGate]) -> LiveOutcomes | None:
     if not gates:
         return None
     ratios = [ratio for gate in gates for ratio in gate.log_ratios]
-    return Lived(measured=slowdown_bounds(ratios, TAIL, TAIL), outcomes=outcomes([gate.result() for gate in gates]))
+    return LiveOutcomes(
+        measured=slowdown_bounds(ratios, TAIL, TAIL), outcomes=outcomes([gate.result() for gate in gates])
+    )
 
 
 def _live_summary(journal: LiveJournal) -> LiveSummary:
@@ -341,14 +339,14 @@ def _summary(series: Series, digest: str, clock: Clock, spec: TimingSpec) -> Ser
 
 
 def read_error_rates(path: Path) -> ErrorRates:
-    """A record that ``veloxbench aa resample`` wrote.
+    """A record that ``veloxbench trial timing resample`` wrote.
 
     Raises:
         UsageError: there is none.
         IntegrityError: it is not valid.
     """
     if not path.is_file():
-        raise UsageError(f"there are no error rates at {path}; `veloxbench aa resample` makes them")
+        raise UsageError(f"there are no error rates at {path}; `veloxbench trial timing resample` makes them")
     try:
         return ErrorRates.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, JsonValue, TypeAdapter
 
 from veloxbench.compare.timed_decode import DecodeSpec
 from veloxbench.compare.timing_blocks import TimedBlock
-from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.records import journal as durable
-from veloxbench.records.journal import cut_torn_tail, whole_lines
-from veloxbench.records.store import validation_reason
+from veloxbench.records.frozen import Frozen
+from veloxbench.records.journal import cut_torn_tail, parsed_lines, sole_writer
 
 BASE = "base"
 """The slot of the base side; every other slot is the head side's, named by :func:`slot_name`."""
@@ -37,7 +36,7 @@ def slot_name(slowdown: float) -> str:
     return f"head+{100 * slowdown:g}%"
 
 
-class SeriesHeader(BaseModel):
+class SeriesHeader(Frozen):
     """What a series, or a journal of live gates, times and how: it does not change while the file grows.
 
     Attributes:
@@ -45,8 +44,6 @@ class SeriesHeader(BaseModel):
         implementation: hash of the code that both sides run.
         harness: hash of the code that times them; None in series that were begun before it was kept.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["series"] = "series"
     schema_version: Literal[1] = 1
@@ -67,10 +64,8 @@ class SeriesHeader(BaseModel):
         return sorted(self.extra_rows)
 
 
-class Segment(BaseModel):
+class Segment(Frozen):
     """Both processes were started anew; ``seed`` drew the orders from here on, ``first`` is the side started first."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["segment"] = "segment"
     started: float
@@ -128,13 +123,9 @@ def read_series(path: Path) -> Series:
             was being written when the process died; it is left out.
     """
     if not path.is_file():
-        raise UsageError(f"there is no series at {path}; `veloxbench aa record --out {path}` records one")
-    lines = []
-    for number, text in enumerate(whole_lines(series_bytes(path)), start=1):
-        try:
-            lines.append(_LINE.validate_json(text))
-        except ValidationError as error:
-            raise IntegrityError(f"{path}:{number} is not a line of a series: {validation_reason(error)}") from error
+        raise UsageError(f"there is no series at {path}; `veloxbench trial timing record --out {path}` records one")
+    parsed = parsed_lines(path, series_bytes(path), _LINE.validate_json, "a line of a series")
+    lines = [line for _, line in parsed]
     if not lines or not isinstance(lines[0], SeriesHeader):
         raise IntegrityError(f"{path} does not begin with the header of a series")
     starts: list[list[TimedBlock]] = []
@@ -191,29 +182,19 @@ def append_line(path: Path, line: BaseModel) -> None:
 
 @contextmanager
 def open_journal(path: Path) -> Iterator[Journal]:
-    """Open a series for appending; raises as :func:`sole_writer`."""
-    with sole_writer(path):
+    """Open a series for appending; raises as :func:`appending`."""
+    with appending(path):
         yield Journal(path)
 
 
 @contextmanager
-def sole_writer(path: Path) -> Iterator[None]:
+def appending(path: Path) -> Iterator[None]:
     """Hold a file for appending, its torn last line (a writer was killed) taken away.
 
     Raises:
         UnfitEnvironmentError: its folder cannot be written, or another process records into it.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise UnfitEnvironmentError(f"another process is recording into {path}") from error
-    except OSError as error:
-        raise UnfitEnvironmentError(f"cannot write to {path.parent}: {error.strerror or error}") from error
-    try:
+    with sole_writer(path.with_name(f".{path.name}.lock"), f"another process is recording into {path}"):
         if path.exists():
             cut_torn_tail(path)
         yield
-    finally:
-        lock.release()

@@ -205,18 +205,8 @@ def optimal_choices(
     """The choices of least summed loss within the budget, exactly (multiple-choice knapsack).
 
     Dynamic programming over the costs that partial allocations can reach: a few hundred where units are of
-    equal size, the usual case. Ties go to the cheaper allocation.
-
-    Args:
-        costs: for each unit, the cost of each choice, in bits (any order).
-        losses: likewise their losses.
-        budget: total bits.
-
-    Returns:
-        For each unit the index of its choice.
-
-    Raises:
-        ValueError: as :func:`greedy_choices`.
+    equal size, the usual case. Ties go to the cheaper allocation. Arguments, result and errors are those of
+    :func:`greedy_choices`.
     """
     problem = _problem(costs, losses, budget)
     reach, least = np.zeros(1, dtype=np.int64), np.zeros(1)
@@ -275,7 +265,7 @@ class BitAllocation(Mapping[str, int]):
         entries: the units, in the model's order.
         unit: what a unit is: ``layer``, ``layer_kv`` or ``head``.
         quantizer: name of the quantizer whose costs and distortions were used; as in ``kivi_keys/affine`` where
-            values are coded unlike keys.
+            values are coded differently from keys.
         target_bits: the bits_per_value that was asked for.
         sinks: first tokens that the cache keeps in fp16, which the entries' costs count.
         window: last tokens that it keeps in fp16, counted likewise.

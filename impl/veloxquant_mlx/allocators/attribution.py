@@ -63,12 +63,12 @@ class ErrorCache(ProbeCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values ``[B, H, T, D]`` of the whole sequence."""
-        found = [
+        moved = [
             x + scale[:, None, None] * self._errors(quantizer, x)
             for x, quantizer, scale in zip((keys, values), self.quantizers, self.scales, strict=True)
         ]
         self.offset = keys.shape[2]
-        self._fetched = found[0], found[1]
+        self._fetched = moved[0], moved[1]
         return self._fetched
 
     def _errors(self, quantizer: Quantizer, x: mx.array) -> mx.array:
@@ -143,12 +143,12 @@ def head_contributions(
         divergence += float(value)
         for total, slope in zip(totals, slopes, strict=True):
             total += 0.5 * np.array(slope, dtype=np.float64)
-    found = {
+    contributions = {
         (layer, kind): total[side] / sequences.size
         for layer, total in zip(layers, totals, strict=True)
         for side, kind in enumerate(("keys", "values"))
     }
-    return found, divergence / sequences.size
+    return contributions, divergence / sequences.size
 
 
 def refine_distortion_curve(

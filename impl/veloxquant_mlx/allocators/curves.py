@@ -135,7 +135,7 @@ class DistortionCurves:
         curves: in the model's order: layer, then keys before values, then head.
         widths: code widths measured, ascending.
         costs: for every head_dim, the quantizer's real bits_per_value at each width.
-        quantizer: its name; two as in ``kivi_keys/affine`` where values are coded unlike keys.
+        quantizer: its name; two as in ``kivi_keys/affine`` where values are coded differently.
         sinks: first tokens that full-attention layers keep in fp16.
         weighting: how losses were formed from gradients and errors.
         provenance: of the sensitivities.
@@ -317,7 +317,7 @@ def fit_distortion_curve(
     Args:
         sensitivities: from :func:`~veloxquant_mlx.allocators.ratequant.calibrate_layer_sensitivities`.
         quantizer: makes the quantizer of a code width: the one that the cache will use. Where values are coded
-            unlike keys (KIVI), a mapping with one for each: ``make_options("kivi", {}).factories()``.
+            differently from keys (KIVI), a mapping with one for each: ``make_options("kivi", {}).factories()``.
         widths: code widths to measure, 0..8; 0 only where ``quantizer`` has a code of no bits.
         sinks: first tokens that the cache will keep in fp16, on layers of full attention.
         weighting: ``coherent``, ``token`` or ``product``.

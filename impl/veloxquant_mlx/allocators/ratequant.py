@@ -36,7 +36,6 @@ from veloxquant_mlx.allocators.curves import (
     fit_distortion_curve,
 )
 from veloxquant_mlx.allocators.sensitivity import Sensitivities, calibrate_layer_sensitivities
-from veloxquant_mlx.cache.storage import exact_and_coded
 
 __all__ = [
     "BitAllocation",
@@ -76,14 +75,8 @@ class _Unit:
 
 def _cost(curves: DistortionCurves, curve: DistortionCurve, column: int, window: int, at_tokens: int) -> Fraction:
     """Bits per token of one head at a width, what the cache keeps in fp16 spread over all tokens."""
-    coding = curves.coding(curve.kind)
-    exact, coded = exact_and_coded(
-        at_tokens,
-        block_tokens=coding.block_tokens,
-        calibration_tokens=coding.calibration_tokens,
-        sinks=curve.sinks,
-        window=window,
-        max_size=curve.max_size,
+    exact, coded = curves.coding(curve.kind).exact_and_coded(
+        at_tokens, sinks=curve.sinks, window=window, max_size=curve.max_size
     )
     return Fraction(curve.head_dim, at_tokens) * (coded * curves.cost(curve, column) + exact * 16)
 

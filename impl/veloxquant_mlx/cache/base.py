@@ -12,9 +12,8 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt
 
 from veloxquant_kernels.kernel import Backend
 from veloxquant_mlx.allocators.allocation import BitAllocation
-from veloxquant_mlx.cache.batch import BatchPackedKVCache
 from veloxquant_mlx.cache.fused import FusedMode, fuse, leaves
-from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache
+from veloxquant_mlx.cache.packed import BatchPackedKVCache, LayerSpec, PackedKVCache
 from veloxquant_mlx.cache.persistence import load_prompt_cache, save_prompt_cache
 from veloxquant_mlx.cache.storage import HeldArray
 from veloxquant_mlx.methods import METHODS, MethodOptions, Role, make_options
@@ -213,19 +212,19 @@ class KVCacheConfig:
         if self.bit_allocation is None:
             return [(None, self.value_bits)] * n_layers
         units: list[dict[str, dict[int | None, int]]] = [{} for _ in range(n_layers)]
-        strangers = []
+        unknown = []
         for unit, bits in self.bit_allocation.items():
             match = _UNIT.fullmatch(unit)
             assert match is not None  # checked on construction
             layer = int(match["layer"])
             if layer >= n_layers or not quantized[layer]:
-                strangers.append(unit)
+                unknown.append(unit)
                 continue
             head = None if match["head"] is None else int(match["head"])
             units[layer].setdefault(match["role"] or "both", {})[head] = bits
-        if strangers:
+        if unknown:
             raise ValueError(
-                f"bit_allocation names {', '.join(map(repr, strangers))}, but the model has {n_layers} layers "
+                f"bit_allocation names {', '.join(map(repr, unknown))}, but the model has {n_layers} layers "
                 f"(layer_0 to layer_{n_layers - 1}), {sum(quantized)} of which can be quantized"
             )
         missing = [f"layer_{i}" for i in range(n_layers) if quantized[i] and not units[i]]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import mlx.core as mx
 
-from veloxquant_mlx.cache.packed import LayerSpec, PackedKVCache, bits_in_use, causal_mask, fetch_dtype
+from veloxquant_mlx.cache.sequence import PackedSequence, TokenStore, causal_mask, fetch_dtype
+from veloxquant_mlx.cache.spec import LayerSpec
 from veloxquant_mlx.cache.storage import HeldArray
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
+Single = TypeVar("Single", bound=PackedSequence)
 
-class BatchPackedKVCache:
-    """The batch form of :class:`PackedKVCache`, with the interface of mlx-lm's ``BatchKVCache``.
+
+class AlignedBatch(TokenStore, Generic[Single]):
+    """A batch of single caches, with the interface of mlx-lm's ``BatchKVCache``.
 
     Every sequence has its own storage, so sinks, windows, groups of tokens and adaptive widths are exactly those of the
     single form, and padding is never stored. ``update_and_fetch`` decodes each and aligns them: row ``i`` starts behind
@@ -24,11 +27,16 @@ class BatchPackedKVCache:
     Args:
         spec: how to store each sequence.
         left_padding: padding tokens before each sequence's first token.
+
+    Attributes:
+        single: the class of a single cache, which a subclass names.
     """
+
+    single: ClassVar[type[Any]]
 
     def __init__(self, spec: LayerSpec, left_padding: Sequence[int]) -> None:
         self.spec = spec
-        self.sequences = [PackedKVCache(spec) for _ in left_padding]
+        self.sequences: list[Single] = [self.single(spec) for _ in left_padding]
         self._left = [int(n) for n in left_padding]
         self._idx = 0
         self._remaining: list[int] | None = None
@@ -50,7 +58,7 @@ class BatchPackedKVCache:
         return mx.array([self._idx - left for left in self._left])
 
     def attach_outlier_observer(self, observer: KeyNormObserver) -> None:
-        """:meth:`PackedKVCache.attach_outlier_observer` for every sequence."""
+        """:meth:`PackedSequence.attach_outlier_observer` for every sequence."""
         for sequence in self.sequences:
             sequence.attach_outlier_observer(observer)
 
@@ -102,16 +110,6 @@ class BatchPackedKVCache:
             raise ValueError("an empty batch cache has no keys and values")
         like = [mx.zeros((1, n_heads, 0, head_dim)) for _, n_heads, head_dim in full.shapes()]
         return self._aligned(self.size(), getattr(mx, full.dtype_name), *like)
-
-    @property
-    def keys(self) -> mx.array | None:
-        """The decoded keys, None when empty."""
-        return None if self.empty() else self.keys_and_values()[0]
-
-    @property
-    def values(self) -> mx.array | None:
-        """The decoded values, None when empty."""
-        return None if self.empty() else self.keys_and_values()[1]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """The boolean mask for ``N`` tokens that are about to be appended, ``[B, 1, N, T]``."""
@@ -166,7 +164,7 @@ class BatchPackedKVCache:
             self._idx -= least
             self._left = [left - least for left in self._left]
 
-    def extend(self, other: BatchPackedKVCache) -> None:
+    def extend(self, other: Self) -> None:
         """Take in the sequences of another batch."""
         longest = max(self._idx, other._idx)
         lefts = [left + longest - self._idx for left in self._left]
@@ -174,12 +172,12 @@ class BatchPackedKVCache:
         self.sequences = self.sequences + other.sequences
         self._idx = longest
 
-    def extract(self, idx: int) -> PackedKVCache:
+    def extract(self, idx: int) -> Single:
         """A copy of one sequence in the single form."""
         return copy.deepcopy(self.sequences[idx])
 
     @classmethod
-    def merge(cls, caches: Sequence[PackedKVCache]) -> BatchPackedKVCache:
+    def merge(cls, caches: Sequence[Single]) -> Self:
         """A batch of single caches, aligned at their last tokens.
 
         Raises:
@@ -191,7 +189,7 @@ class BatchPackedKVCache:
             raise ValueError("a lockstep batch cannot be merged; take its rows first")
         longest = max(cache.offset for cache in caches)
         made = cls.__new__(cls)
-        BatchPackedKVCache.__init__(made, caches[0].spec, [longest - cache.offset for cache in caches])
+        AlignedBatch.__init__(made, caches[0].spec, [longest - cache.offset for cache in caches])
         made.sequences = [copy.deepcopy(cache) for cache in caches]
         made._idx = longest
         return made
@@ -236,17 +234,10 @@ class BatchPackedKVCache:
             part = rest[start : start + length]
             if i < len(held):
                 held[i].state = part
-            sequences.append(held[i] if i < len(held) else PackedKVCache.from_state(part))
+            sequences.append(held[i] if i < len(held) else self.single.from_state(part))
             start += length
         self.sequences = sequences
         self._remaining = self._right = None
-
-    @classmethod
-    def from_state(cls, state: Sequence[Any]) -> Self:
-        """The cache that has this :attr:`state`."""
-        made = cls.__new__(cls)
-        made.state = tuple(state)
-        return made
 
     def held_arrays(self) -> list[HeldArray]:
         """Every array that is held for tokens, sequence by sequence."""
@@ -261,11 +252,6 @@ class BatchPackedKVCache:
         arrays = [array for sequence in self.sequences for array in sequence.static_arrays()]
         return list({id(array): array for array in arrays}.values())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated for tokens."""
-        return sum(sequence.nbytes for sequence in self.sequences)
-
     def values_held(self) -> int:
         """Stored values, padding not counted."""
         return sum(sequence.values_held() for sequence in self.sequences)
@@ -273,17 +259,6 @@ class BatchPackedKVCache:
     def formula_nbytes(self) -> Fraction:
         """Bytes in use from token counts and the quantizers' formulas alone."""
         return sum((sequence.formula_nbytes() for sequence in self.sequences), Fraction(0))
-
-    def bits_per_value(self) -> Fraction:
-        """Bits in use per stored key or value, from the arrays held.
-
-        Raises:
-            ValueError: the cache holds no token.
-        """
-        values = self.values_held()
-        if not values:
-            raise ValueError("a cache without tokens has no bits per value")
-        return bits_in_use(self.held_arrays()) / values
 
 
 def _padded(x: mx.array | None, lead: int, width: int, like: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -19,13 +19,14 @@ import mlx.core as mx
 from mlx_lm.models import base as mlx_lm_base
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
+from veloxquant_kernels.codebook import centroids_array
 from veloxquant_kernels.fused_attention import PackedSide, fused_attention, unsupported
 from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
-from veloxquant_mlx.cache.packed import PackedKVCache, fetch_dtype
+from veloxquant_mlx.cache.packed import PackedKVCache
+from veloxquant_mlx.cache.sequence import fetch_dtype
 from veloxquant_mlx.cache.storage import CodedBlocks, Side
-from veloxquant_mlx.quantizers.scalar import centroids_array
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
-from veloxquant_mlx.transforms.rotation import rotation_signs
+from veloxquant_mlx.transforms.rotation import rotation
 
 FusedMode = Literal["auto", "on", "off"]
 
@@ -81,7 +82,8 @@ def _packed_side(side: Side) -> PackedSide:
     assert isinstance(coded, CodedBlocks)
     words, norms = coded.arrays
     centroids = centroids_array(quantizer.codebook(coded.head_dim))
-    signs = rotation_signs(coded.head_dim, quantizer.seed)
+    signs = rotation(coded.head_dim, quantizer.seed).signs
+    assert signs is not None  # the kernel serves this head_dim
     return PackedSide(words, norms, centroids, signs, quantizer.code_bits, side.sink, side.tail)
 
 
@@ -248,12 +250,12 @@ def _explained(caches: Sequence[Any], reasons: list[str]) -> tuple[list[Any], li
 
 
 def _listed(reasons: Sequence[str | None]) -> str:
-    found = sorted({reason for reason in reasons if reason is not None})
-    return f" ({', '.join(found)})" if found else ""
+    given = sorted({reason for reason in reasons if reason is not None})
+    return f" ({', '.join(given)})" if given else ""
 
 
 def _fresh(cache: Any, own: Any) -> Any:
-    """An empty cache in the place of ``cache``, ``own`` where that is none of ours."""
+    """An empty cache in the place of ``cache``; ``own``, the model's, where ``cache`` is not one of this package."""
     if isinstance(cache, PackedKVCache):
         return PackedKVCache(replace(cache.spec, outlier_keys=None, outlier_values=None))
     if isinstance(cache, CacheList) and isinstance(own, CacheList):

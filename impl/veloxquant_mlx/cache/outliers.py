@@ -54,11 +54,11 @@ class OutlierTokens:
             keys: ``[B, H, T, D]``.
             values: ``[B, H, T, D]``.
         """
-        found = np.argwhere(flags.T)[:, ::-1].astype(np.int32)  # by time, then by sequence
-        if not len(found):
+        flagged = np.argwhere(flags.T)[:, ::-1].astype(np.int32)  # by time, then by sequence
+        if not len(flagged):
             return
-        rows, tokens = mx.array(found[:, 0]), mx.array(found[:, 1])
-        positions = found + np.array([0, offset], dtype=np.int32)
+        rows, tokens = mx.array(flagged[:, 0]), mx.array(flagged[:, 1])
+        positions = flagged + np.array([0, offset], dtype=np.int32)
         self.positions = appended(self.positions, mx.array(positions)[None, None], self.count, self.keys.step)
         for side, x, on_encoded in zip((self.keys, self.values), (keys, values), self.on_encoded, strict=True):
             flat = x.transpose(1, 0, 2, 3).reshape(x.shape[1], -1, x.shape[3])

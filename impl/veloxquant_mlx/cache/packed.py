@@ -1,116 +1,20 @@
-"""The cache of one attention layer: packed keys and values behind mlx-lm's cache protocol."""
+"""The caches of one attention layer behind mlx-lm's cache protocol: of one sequence, and of a batch."""
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import mlx.core as mx
-from mlx_lm.models import base as mlx_lm_base
 
-from veloxquant_mlx.cache.outliers import OutlierTokens
-from veloxquant_mlx.cache.storage import HeldArray, OnEncoded, Side, exact_and_coded
-from veloxquant_mlx.observers.distortion import DistortionObserver
-from veloxquant_mlx.observers.key_norm import KeyNormObserver, KeyNormTracker
-from veloxquant_mlx.quantizers.base import Quantizer, quantizer_from_spec
-from veloxquant_mlx.quantizers.mixed import MixedQuantizer
+from veloxquant_mlx.cache.batch import AlignedBatch
+from veloxquant_mlx.cache.sequence import PackedSequence, causal_mask, fetch_dtype
+from veloxquant_mlx.cache.spec import LayerSpec
+
+__all__ = ["BatchPackedKVCache", "LayerSpec", "PackedKVCache"]
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """How one layer is stored.
-
-    Attributes:
-        keys: quantizer of the keys.
-        values: quantizer of the values.
-        sinks: first tokens kept in fp16 (0 on sliding-window layers, whose first tokens leave).
-        window: last tokens kept in fp16.
-        max_size: sliding window of the layer in tokens, None for full attention.
-        outlier_keys: quantizer of the keys of flagged tokens, None without an outlier observer.
-        outlier_values: likewise of their values.
-        layer: index of the layer, for observers.
-    """
-
-    keys: Quantizer
-    values: Quantizer
-    sinks: int = 0
-    window: int = 0
-    max_size: int | None = None
-    outlier_keys: Quantizer | None = None
-    outlier_values: Quantizer | None = None
-    layer: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("sinks", "window"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
-        if self.max_size is not None and self.sinks:
-            raise ValueError(f"sinks must be 0 on a sliding-window layer, got {self.sinks}")
-        if (self.outlier_keys is None) != (self.outlier_values is None):
-            raise ValueError("outlier_keys and outlier_values go together")
-
-    def expected_nbytes(
-        self, tokens: int, *, n_batch: int = 1, n_kv_heads: int = 1, key_dim: int, value_dim: int
-    ) -> int:
-        """Bytes in use after ``tokens`` tokens were appended (none trimmed), from the quantizers' formulas alone.
-
-        Raises:
-            ValueError: the bytes also depend on the data (adaptive widths, outliers):
-                :meth:`PackedKVCache.formula_nbytes` knows them.
-        """
-        if self.outlier_keys is not None or isinstance(self.keys, MixedQuantizer):
-            raise ValueError("adaptive widths and outliers make the bytes depend on the data; see formula_nbytes")
-        per_head = Fraction(0)
-        for quantizer, head_dim in ((self.keys, key_dim), (self.values, value_dim)):
-            exact, coded = exact_and_coded(
-                tokens,
-                block_tokens=quantizer.block_tokens,
-                calibration_tokens=quantizer.calibration_tokens,
-                sinks=self.sinks,
-                window=self.window,
-                max_size=self.max_size,
-            )
-            per_head += exact * head_dim * 2
-            per_head += coded * head_dim * quantizer.bits_per_value(head_dim) / 8
-        return int(per_head * n_batch * n_kv_heads)
-
-    def to_json(self) -> str:
-        """This spec as JSON text, for saved caches."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return json.dumps({k: v.spec() if isinstance(v, Quantizer) else v for k, v in fields.items()})
-
-    @staticmethod
-    def from_json(text: str) -> LayerSpec:
-        """The inverse of :meth:`to_json`."""
-        fields: dict[str, Any] = {
-            key: quantizer_from_spec(value) if isinstance(value, Mapping) else value
-            for key, value in json.loads(text).items()
-        }
-        return LayerSpec(**fields)
-
-
-def causal_mask(n_new: int, offset: int, window_size: int | None, left_padding: mx.array | None = None) -> mx.array:
-    """mlx-lm's boolean causal mask, ``[n_new, offset + n_new]``, with a batch axis where there is padding."""
-    mask: mx.array = mlx_lm_base.create_causal_mask(n_new, offset, window_size=window_size, left_padding=left_padding)
-    return mask
-
-
-def fetch_dtype(dtype: mx.Dtype) -> mx.Dtype:
-    """The dtype that attention reads: the caller's on a GPU, fp32 on CPU, where only fp32 products are fast."""
-    return mx.float32 if mx.default_device() == mx.Device(mx.cpu, 0) else dtype
-
-
-def bits_in_use(held: Sequence[HeldArray]) -> Fraction:
-    """Bits of the used slots of arrays."""
-    return sum((Fraction(h.array.nbytes * h.used_slots * 8, h.slots) for h in held), Fraction(0))
-
-
-class PackedKVCache:
+class PackedKVCache(PackedSequence):
     """Packed keys and values of one layer for one sequence, or for several in lockstep.
 
     ``update_and_fetch`` stores the new tokens and returns all of them decoded, so that attention reads what the cache
@@ -129,62 +33,10 @@ class PackedKVCache:
 
     not_fused: str | None = None
 
-    def __init__(
-        self,
-        spec: LayerSpec,
-        *,
-        outlier_observer: KeyNormObserver | None = None,
-        distortion_observer: DistortionObserver | None = None,
-    ) -> None:
-        self.spec = spec
-        self.offset = 0
-        self.outlier_observer = outlier_observer
-        self.distortion_observer = distortion_observer
-        self.dtype_name = "float16"
-        self._keys, self._values = (
-            Side(quantizer, sinks=spec.sinks, window=spec.window, on_encoded=self._reporter(role))
-            for quantizer, role in ((spec.keys, "keys"), (spec.values, "values"))
-        )
-        self._tracker: KeyNormTracker | None = None
-        self._outliers: OutlierTokens | None = None
-        if spec.outlier_keys is not None and spec.outlier_values is not None:
-            self._tracker = KeyNormTracker(outlier_observer, spec.layer)
-            reporters = self._reporter("outlier_keys"), self._reporter("outlier_values")
-            self._outliers = OutlierTokens(spec.outlier_keys, spec.outlier_values, reporters)
-
-    @property
-    def max_size(self) -> int | None:
-        """The layer's sliding window in tokens, None for full attention; mlx-lm's ``RotatingKVCache`` names it so."""
-        return self.spec.max_size
-
     @property
     def attention(self) -> str:
         """How attention reads the cache: ``plain`` decodes every token of every step, with the reason if known."""
         return "plain" if self.not_fused is None else f"plain ({self.not_fused})"
-
-    def _reporter(self, role: str) -> OnEncoded | None:
-        observer, layer = self.distortion_observer, self.spec.layer  # a copy shares the function: it must not hold self
-        if observer is None:
-            return None
-
-        def on_encoded(x: mx.array, decoded: mx.array, used: Quantizer) -> None:
-            observer.observe(x, decoded, quantizer=used, layer=layer, role=role)
-
-        return on_encoded
-
-    def attach_outlier_observer(self, observer: KeyNormObserver) -> None:
-        """Let ``observer`` flag the tokens to come, as in a cache restored from its state.
-
-        The norms before them are part of the state (rounded to fp32), so flags go on as if the cache had never been
-        saved; the observer's report counts from here on.
-
-        Raises:
-            ValueError: the spec has no width for outliers.
-        """
-        if self._tracker is None:
-            raise ValueError(f"layer {self.spec.layer} keeps no outlier tokens that an outlier_observer could flag")
-        self.outlier_observer = observer
-        self._tracker.attach(observer)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``[B, H, L, D]`` and return everything attention may read, ``[B, H, T, D]`` each.
@@ -199,59 +51,6 @@ class PackedKVCache:
         fetched = self.fetch(wanted, fetch_dtype(keys.dtype))
         self.drop_old()
         return fetched
-
-    def store(self, keys: mx.array, values: mx.array) -> None:
-        """Append ``[B, H, L, D]``.
-
-        Raises:
-            RuntimeError: outliers are kept and there is no observer to flag them.
-        """
-        self.dtype_name = str(keys.dtype).removeprefix("mlx.core.")
-        keys, values = keys.astype(mx.float16), values.astype(mx.float16)
-        if self._tracker is not None and self._outliers is not None:
-            self._outliers.add(self._tracker.flag(keys), self.offset, keys, values)
-        self._keys.append(keys)
-        self._values.append(values)
-        self.offset += keys.shape[2]
-
-    def fetch(self, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """Decode the last ``tokens`` tokens to ``[B, H, tokens, D]``."""
-        fetched = []
-        for side, kept in self._sides():
-            skip = side.tokens - tokens
-            x = side.fetch(dtype, skip)
-            if self._outliers is not None and kept is not None:
-                start, stop = side.coded_range
-                x = self._outliers.overlay(x, kept, self.offset - tokens, start - skip, stop - skip)
-            fetched.append(x)
-        return fetched[0], fetched[1]
-
-    def _sides(self) -> list[tuple[Side, Any]]:
-        kept = self._outliers
-        return [(self._keys, kept and kept.keys), (self._values, kept and kept.values)]
-
-    def drop_old(self) -> None:
-        """Free what a sliding window has left behind, in steps."""
-        if self.spec.max_size is None:
-            return
-        for side, _ in self._sides():
-            side.drop_front(self.spec.max_size)
-        if self._outliers is not None:
-            self._outliers.drop_before(self.offset - self.spec.max_size)
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Everything attention may read, decoded, in the dtype that was last stored."""
-        return self.fetch(self.size(), getattr(mx, self.dtype_name))
-
-    @property
-    def keys(self) -> mx.array | None:
-        """The decoded keys, None when empty."""
-        return None if self.empty() else self.keys_and_values()[0]
-
-    @property
-    def values(self) -> mx.array | None:
-        """The decoded values, None when empty."""
-        return None if self.empty() else self.keys_and_values()[1]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """The mask for ``N`` tokens that are about to be appended, in mlx-lm's form."""
@@ -273,148 +72,13 @@ class PackedKVCache:
             return causal_mask(N, before, window_size)
         return "causal"
 
-    def size(self) -> int:
-        """Tokens that attention can read."""
-        return self.offset if self.spec.max_size is None else min(self.offset, self.spec.max_size)
-
-    def empty(self) -> bool:
-        """Whether nothing was ever stored."""
-        return self._keys.shape is None
-
-    def is_trimmable(self) -> bool:
-        """Whether tokens can be taken back: always, but for a sliding window that has dropped some."""
-        return self.spec.max_size is None or self.offset < self.spec.max_size
-
-    def trim(self, n: int) -> int:
-        """Forget the last ``n`` tokens; returns how many were forgotten."""
-        n = min(self.offset, n)
-        self.offset -= n
-        for side, kept in self._sides():
-            cut = side.trim(n)
-            if cut and side.tail is not None and self._outliers is not None and kept is not None:
-                side.tail = self._outliers.overlay(side.tail, kept, self.offset - cut, 0, cut)
-        if self._outliers is not None:
-            self._outliers.truncate(self.offset)
-        return n
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        """Arrays and scalars from which :meth:`from_state` restores the cache (not its observers).
-
-        The norms beside which outliers are judged are among them.
-        """
-        keys, values = self._keys.state(), self._values.state()
-        outliers = [] if self._outliers is None else self._outliers.state()
-        norms = None if self._tracker is None else self._tracker.norms()
-        if norms is not None:
-            outliers.append(norms)
-        counts = (len(keys), len(values), self.offset, self.dtype_name)
-        return *keys, *values, *outliers, *counts, self.spec.to_json()
-
-    @state.setter
-    def state(self, state: Sequence[Any]) -> None:
-        *arrays, n_keys, n_values, offset, dtype_name, spec = state
-        if getattr(self, "spec", None) != LayerSpec.from_json(spec):
-            PackedKVCache.__init__(self, LayerSpec.from_json(spec))
-        self.offset = offset
-        self.dtype_name = dtype_name
-        self._keys.load_state(arrays[:n_keys])
-        self._values.load_state(arrays[n_keys : n_keys + n_values])
-        if self._outliers is not None and self._tracker is not None:
-            outliers = arrays[n_keys + n_values :]
-            norms = outliers.pop() if isinstance(outliers[-1], mx.array) else None
-            if norms is None and offset:
-                raise ValueError(
-                    f"layer {self.spec.layer} keeps outlier tokens, but its state of {offset} tokens lacks the key "
-                    "norms that the next ones are judged by: an earlier version saved it; fill the cache anew"
-                )
-            self._tracker.load_norms(norms)
-            self._outliers.load_state(outliers)
-
     @classmethod
-    def from_state(cls, state: Sequence[Any]) -> Self:
-        """The cache that has this :attr:`state`.
-
-        Raises:
-            ValueError: outliers are kept and the norms beside which they are judged are missing.
-        """
-        made = cls.__new__(cls)
-        made.state = tuple(state)
-        return made
-
-    def rows(self, index: slice) -> PackedKVCache:
-        """A cache of some sequences of a lockstep batch, with the same observers."""
-        part = copy.copy(self)
-        part._keys, part._values = copy.deepcopy(self._keys), copy.deepcopy(self._values)
-        part._outliers, part._tracker = copy.deepcopy(self._outliers), copy.deepcopy(self._tracker)
-        part._keys.rows(index)
-        part._values.rows(index)
-        if part._outliers is not None:
-            part._outliers.rows(index)
-        if part._tracker is not None:
-            part._tracker.rows(index)
-        return part
-
-    @property
-    def n_batch(self) -> int:
-        """Sequences in lockstep; 1 when empty."""
-        return 1 if self._keys.shape is None else self._keys.shape[0]
-
-    def shapes(self) -> list[tuple[int, int, int]]:
-        """``(B, H, D)`` of keys and values; empty when nothing was ever stored."""
-        return [side.shape for side, _ in self._sides() if side.shape is not None]
-
-    @classmethod
-    def merge(cls, caches: Sequence[PackedKVCache]) -> Any:
-        """A batch form of several caches."""
-        from veloxquant_mlx.cache.batch import BatchPackedKVCache
-
+    def merge(cls, caches: Sequence[PackedKVCache]) -> BatchPackedKVCache:
+        """A batch form of several caches; see :meth:`AlignedBatch.merge`."""
         return BatchPackedKVCache.merge(caches)
 
-    def _skip(self, side: Side) -> int:
-        return side.tokens - self.size()
 
-    def held_arrays(self) -> list[HeldArray]:
-        """Every array that is held for tokens."""
-        held = self._keys.held_arrays("keys", self._skip(self._keys))
-        held += self._values.held_arrays("values", self._skip(self._values))
-        return held if self._outliers is None else held + self._outliers.held_arrays()
+class BatchPackedKVCache(AlignedBatch[PackedKVCache]):
+    """The batch form of :class:`PackedKVCache`: mlx-lm's ``BatchKVCache`` of packed sequences."""
 
-    def static_arrays(self) -> list[mx.array]:
-        """Codebooks, rotations and calibrations in use: not growing with tokens."""
-        arrays = self._keys.coded.static_arrays() + self._values.coded.static_arrays()
-        if self._outliers is not None:
-            arrays += self._outliers.static_arrays()
-        return list({id(array): array for array in arrays}.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated for tokens."""
-        return sum(held.array.nbytes for held in self.held_arrays())
-
-    def tokens_held(self) -> tuple[int, int]:
-        """Tokens of which keys, and of which values, are stored; what a sliding window left behind is not counted."""
-        keys, values = (min(side.tokens, self.max_size or side.tokens) for side, _ in self._sides())
-        return keys, values
-
-    def values_held(self) -> int:
-        """Stored values: batch x heads x tokens x (key_dim + value_dim)."""
-        return sum(side.values_held(self._skip(side)) for side, _ in self._sides())
-
-    def formula_nbytes(self) -> Fraction:
-        """Bytes in use from token counts and the quantizers' formulas alone, no array asked."""
-        total = sum((side.formula_bytes(self._skip(side)) for side, _ in self._sides()), Fraction(0))
-        if self._outliers is not None and self._keys.shape is not None:
-            total += self._outliers.formula_bytes(self._keys.shape[1])
-        return total
-
-    def bits_per_value(self) -> Fraction:
-        """Bits in use per stored key or value, from the arrays held.
-
-        Raises:
-            ValueError: the cache holds no token.
-        """
-        values = self.values_held()
-        if not values:
-            raise ValueError("a cache without tokens has no bits per value")
-        return bits_in_use(self.held_arrays()) / values
+    single: ClassVar[type[Any]] = PackedKVCache

@@ -10,9 +10,8 @@ from typing import Any, Final
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
-from veloxquant_mlx.cache.batch import BatchPackedKVCache
 from veloxquant_mlx.cache.fused import fuse, leaves
-from veloxquant_mlx.cache.packed import PackedKVCache
+from veloxquant_mlx.cache.packed import BatchPackedKVCache, PackedKVCache
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
 
 FORMAT: Final = "veloxquant-prompt-cache-1"

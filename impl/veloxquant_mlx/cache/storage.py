@@ -58,22 +58,6 @@ def appended(buffer: mx.array | None, new: mx.array, used: int, step: int) -> mx
     return buffer
 
 
-def exact_and_coded(
-    tokens: int, *, block_tokens: int, calibration_tokens: int, sinks: int, window: int, max_size: int | None
-) -> tuple[int, int]:
-    """Tokens in use in fp16 and in code on one side of a layer, after ``tokens`` were appended and none trimmed.
-
-    A sliding layer counts whole blocks, so the sum may exceed its ``max_size`` by less than a block.
-    """
-    first = min(tokens, sinks)
-    blocks = max(0, tokens - first - window) // block_tokens
-    if blocks * block_tokens < calibration_tokens:
-        blocks = 0
-    dropped = 0 if max_size is None else max(0, tokens - max_size)
-    tail = min(tokens - first - blocks * block_tokens, tokens - dropped)
-    return first + tail, (blocks - min(blocks, dropped // block_tokens)) * block_tokens
-
-
 class CodedBlocks:
     """Packed blocks of tokens in growing buffers ``[B, H, slots, width]``, oldest first."""
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from tabulate import tabulate
 
-if TYPE_CHECKING:
-    from veloxquant_mlx.quantizers.base import Quantizer
+from veloxquant_mlx.quantizers.base import Quantizer
 
 N_QUERIES = 8
 """Random queries per observation against which inner products are compared."""

@@ -10,26 +10,10 @@ import mlx.core as mx
 import numpy as np
 from scipy import special, stats
 
-from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words, unpack_codes
+from veloxquant_kernels.affine import affine_quantize_pack, affine_unpack_dequantize
+from veloxquant_kernels.packing import check_code_bits, packed_words
+from veloxquant_mlx.methods import METHODS, Role, WidthOptions
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
-
-SMALLEST_SCALE = 2.0**-24
-"""The least positive fp16: a group of equal values gets scale 0 and code 0."""
-
-
-def uniform_codes(x: mx.array, code_bits: int, axis: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Codes, fp16 scales and fp16 zero points of groups along ``axis`` (kept with length 1).
-
-    The codes are computed against the rounded scale and zero point, the ones that decoding will use.
-    """
-    x = x.astype(mx.float32)
-    top = (1 << code_bits) - 1
-    low, high = mx.min(x, axis=axis, keepdims=True), mx.max(x, axis=axis, keepdims=True)
-    zeros = low.astype(mx.float16)
-    scales = ((high - low) * (1 / top)).astype(mx.float16)
-    steps = mx.maximum(scales.astype(mx.float32), SMALLEST_SCALE)
-    codes = mx.clip(mx.round((x - zeros.astype(mx.float32)) / steps), 0, top)
-    return codes.astype(mx.uint8), scales, zeros
 
 
 @functools.cache
@@ -58,15 +42,22 @@ def min_max_distortion(group_size: int, code_bits: int) -> float:
     return float(np.sum(joint * error / inside) / np.sum(joint) * (group_size - 2) / group_size)
 
 
-def check_group(group_size: int) -> None:
-    """Raise ValueError for a group size below 2."""
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
-        raise ValueError(f"group_size must be an int of at least 2, got {group_size!r}")
+@dataclass(frozen=True)
+class GroupQuantizer(Quantizer):
+    """What codes between the extremes of groups of ``group_size`` values has: a width, and groups of two or more."""
+
+    code_bits: int = 4
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_code_bits(self.code_bits)
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 2:
+            raise ValueError(f"group_size must be an int of at least 2, got {self.group_size!r}")
 
 
 @QUANTIZERS.register("affine")
 @dataclass(frozen=True)
-class Affine(Quantizer):
+class Affine(GroupQuantizer):
     """Groups of neighbouring channels of one token, each with an fp16 scale and an fp16 zero point.
 
     Kept per token and head: ``code_bits`` per coordinate and 32 bits per group, ``code_bits + 32/group_size`` bits
@@ -80,19 +71,10 @@ class Affine(Quantizer):
     """
 
     name: ClassVar[str] = "affine"
-    code_bits: int = 4
-    group_size: int = 32
-
-    def __post_init__(self) -> None:
-        check_code_bits(self.code_bits)
-        check_group(self.group_size)
-
-    def _groups(self, head_dim: int) -> int:
-        return -(-head_dim // self.group_size)
 
     def layout(self, head_dim: int) -> tuple[ArraySpec, ...]:
         """Packed codes, scales, zero points."""
-        groups = self._groups(head_dim)
+        groups = -(-head_dim // self.group_size)
         return (
             ArraySpec("codes", packed_words(head_dim, self.code_bits), mx.uint32),
             ArraySpec("scales", groups, mx.float16),
@@ -105,82 +87,24 @@ class Affine(Quantizer):
         energy = whole * self.group_size * min_max_distortion(self.group_size, self.code_bits)
         return (energy + (rest * min_max_distortion(rest, self.code_bits) if rest > 2 else 0)) / head_dim
 
-    def _grouped(self, x: mx.array) -> mx.array:
-        missing = -x.shape[-1] % self.group_size
-        if missing:  # repeating a value changes neither minimum nor maximum
-            x = mx.concatenate([x, mx.repeat(x[..., -1:], missing, axis=-1)], axis=-1)
-        return x.reshape(*x.shape[:-1], -1, self.group_size)
-
     def _encode(self, x: mx.array, static: Arrays) -> Arrays:
-        codes, scales, zeros = uniform_codes(self._grouped(x), self.code_bits, -1)
-        flat = codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-        return pack_codes(flat, self.code_bits), scales[..., 0], zeros[..., 0]
+        return affine_quantize_pack(x, self.code_bits, self.group_size)
 
     def _decode(self, codes: Codes) -> mx.array:
         words, scales, zeros = codes.arrays
-        groups = self._groups(codes.head_dim)
-        padded = groups * self.group_size
-        steps = unpack_codes(words, self.code_bits, codes.head_dim)
-        if padded != codes.head_dim:
-            steps = mx.pad(steps, [(0, 0)] * 3 + [(0, padded - codes.head_dim)])
-        grouped = steps.reshape(*words.shape[:-1], groups, self.group_size).astype(mx.float32)
-        x = grouped * scales[..., None].astype(mx.float32) + zeros[..., None].astype(mx.float32)
-        return x.reshape(*words.shape[:-1], padded)[..., : codes.head_dim]
-
-
-@QUANTIZERS.register("kivi_keys")
-@dataclass(frozen=True)
-class PerChannelAffine(Quantizer):
-    """Groups of neighbouring tokens of one channel: keys have channels of very different size.
-
-    ``group_size`` tokens are encoded together; a cache keeps fewer in fp16 until the group is full. Costs
-    ``code_bits + 32/group_size`` bits per value.
-
-    Source: KIVI (arXiv 2402.02750), section 3.
-
-    Args:
-        code_bits: width of a code, 1..8.
-        group_size: tokens per group.
-    """
-
-    name: ClassVar[str] = "kivi_keys"
-    code_bits: int = 2
-    group_size: int = 32
-
-    def __post_init__(self) -> None:
-        check_code_bits(self.code_bits)
-        check_group(self.group_size)
-
-    @property
-    def block_tokens(self) -> int:
-        """Tokens per group."""
-        return self.group_size
-
-    def layout(self, head_dim: int) -> tuple[ArraySpec, ...]:
-        """Packed codes (token by token), scales and zero points of the channels."""
-        return (
-            ArraySpec("codes", self.group_size * packed_words(head_dim, self.code_bits), mx.uint32),
-            ArraySpec("scales", head_dim, mx.float16),
-            ArraySpec("zeros", head_dim, mx.float16),
+        return affine_unpack_dequantize(
+            words, scales, zeros, self.code_bits, codes.head_dim, self.group_size, mx.float32
         )
 
-    def expected_distortion(self, head_dim: int) -> float:
-        """On channels that are Gaussian along the tokens."""
-        return min_max_distortion(self.group_size, self.code_bits)
 
-    def _encode(self, x: mx.array, static: Arrays) -> Arrays:
-        n_batch, n_heads, n_tokens, head_dim = x.shape
-        n_blocks = n_tokens // self.group_size
-        blocks = x.reshape(n_batch, n_heads, n_blocks, self.group_size, head_dim)
-        codes, scales, zeros = uniform_codes(blocks, self.code_bits, -2)
-        words = self.group_size * packed_words(head_dim, self.code_bits)
-        packed = pack_codes(codes, self.code_bits).reshape(n_batch, n_heads, n_blocks, words)
-        return packed, scales[..., 0, :], zeros[..., 0, :]
+@METHODS.register("affine")
+@dataclass(frozen=True)
+class AffineOptions(WidthOptions):
+    """Options of :class:`Affine`."""
 
-    def _decode(self, codes: Codes) -> mx.array:
-        words, scales, zeros = codes.arrays
-        n_batch, n_heads, n_blocks, _ = words.shape
-        rows = words.reshape(n_batch, n_heads, n_blocks, self.group_size, -1)
-        steps = unpack_codes(rows, self.code_bits, codes.head_dim).astype(mx.float32)
-        x = steps * scales[..., None, :].astype(mx.float32) + zeros[..., None, :].astype(mx.float32)
-        return x.reshape(n_batch, n_heads, n_blocks * self.group_size, codes.head_dim)
+    summary: ClassVar[str] = "fp16 scale and zero point per group of channels, at every width"
+    group_size: int = 32
+
+    def coded(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """The same code for keys and values."""
+        return Affine(code_bits, self.group_size)

@@ -7,13 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import mlx.core as mx
 
 from veloxquant_mlx.registry import Registry
 
-QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")
+QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer", "veloxquant_mlx.quantizers")
 """Quantizer classes by their ``name``, so that a saved cache can name the ones it needs."""
 
 
@@ -50,6 +50,13 @@ class Codes(NamedTuple):
     head_dim: int
     n_tokens: int
     static: Arrays = ()
+
+
+class EncodingObserver(Protocol):
+    """What is told of vectors that were encoded."""
+
+    def observe(self, x: mx.array, decoded: mx.array, *, quantizer: Quantizer) -> None:
+        """Take note of vectors ``[B, H, T, D]``, what they decode to, and by which quantizer."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,19 @@ class Coding:
         parameters = ", ".join(f"{name}={value!r}" for name, value in fields.items())
         name = f"{quantizer.name}({parameters})" if parameters else quantizer.name
         return cls(name, quantizer.block_tokens, quantizer.calibration_tokens)
+
+    def exact_and_coded(self, tokens: int, *, sinks: int, window: int, max_size: int | None) -> tuple[int, int]:
+        """Tokens in use in fp16 and in code on one side of a layer, after ``tokens`` were appended and none trimmed.
+
+        A sliding layer counts whole blocks, so the sum may exceed its ``max_size`` by less than a block.
+        """
+        first = min(tokens, sinks)
+        blocks = max(0, tokens - first - window) // self.block_tokens
+        if blocks * self.block_tokens < self.calibration_tokens:
+            blocks = 0
+        dropped = 0 if max_size is None else max(0, tokens - max_size)
+        tail = min(tokens - first - blocks * self.block_tokens, tokens - dropped)
+        return first + tail, (blocks - min(blocks, dropped // self.block_tokens)) * self.block_tokens
 
 
 _NOT_CODING = ("quantizer", "code_bits", "seed")

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, special, stats
+
+from veloxquant_kernels.codebook import Codebook as Codebook
 
 Array = NDArray[np.float64]
 
@@ -68,15 +71,6 @@ class Gaussian:
         return np.asarray(special.ndtri(p))
 
 
-@dataclass(frozen=True, eq=False)
-class Codebook:
-    """Levels in ascending order, the boundaries between them, and the mean squared error they leave."""
-
-    centroids: Array
-    boundaries: Array
-    distortion: float
-
-
 @functools.cache
 def lloyd_max(source: Gaussian | SphereMarginal, levels: int) -> Codebook:
     """The ``levels`` centroids of least mean squared error for a unit-variance symmetric source.
@@ -119,3 +113,24 @@ def lloyd_max(source: Gaussian | SphereMarginal, levels: int) -> Codebook:
     moment = np.diff(source.mean_below(middle), prepend=0.0, append=0.0)
     distortion = 1 - 2 * float(centroids @ moment) + float(centroids**2 @ mass)
     return Codebook(centroids, middle, distortion)
+
+
+SMALLEST_SPHERE: Final = 8
+"""head_dim below which the Gaussian codebook is used: the sphere's density then has edges, not tails."""
+
+
+@functools.cache
+def sphere_codebook(head_dim: int, levels: int) -> Codebook:
+    """Lloyd–Max codebook of a coordinate of a rotated unit-RMS vector."""
+    return lloyd_max(SphereMarginal(head_dim) if head_dim >= SMALLEST_SPHERE else Gaussian(), levels)
+
+
+def gaussian_codebook(levels: int) -> Codebook:
+    """Lloyd–Max codebook of N(0, 1)."""
+    return lloyd_max(Gaussian(), levels)
+
+
+@functools.cache
+def sign_codebook() -> Codebook:
+    """The two levels -1 and 1."""
+    return Codebook(np.array([-1.0, 1.0]), np.zeros(1), 0.0)

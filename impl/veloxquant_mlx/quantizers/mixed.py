@@ -29,14 +29,6 @@ class MixedQuantizer(Quantizer):
     def choose(self, x: mx.array) -> np.ndarray:
         """Index of the variant of every block of ``[B, H, T, D]``, uint8."""
 
-    def observe(self, x: mx.array, decoded: mx.array, variant: Quantizer) -> None:
-        """Called with the blocks of one variant after encoding; does nothing here."""
-
-    @property
-    def observes(self) -> bool:
-        """Whether :meth:`observe` wants to be called."""
-        return getattr(self, "observer", None) is not None
-
     def take_blocks(self, x: mx.array, blocks: np.ndarray) -> mx.array:
         """The tokens of the given blocks of ``[B, H, T, D]``, in the given order."""
         index = (blocks[:, None] * self.block_tokens + np.arange(self.block_tokens)).ravel()
@@ -48,14 +40,7 @@ class MixedQuantizer(Quantizer):
         parts: list[Codes | None] = []
         for index, variant in enumerate(self.variants):
             blocks = np.flatnonzero(choices == index)
-            if not len(blocks):
-                parts.append(None)
-                continue
-            tokens = self.take_blocks(x, blocks)
-            codes = variant.encode(tokens)
-            parts.append(codes)
-            if self.observes:
-                self.observe(tokens, variant.decode(codes, mx.float32), variant)
+            parts.append(variant.encode(self.take_blocks(x, blocks)) if len(blocks) else None)
         return choices, parts
 
     def join(self, choices: np.ndarray, decoded: list[mx.array]) -> mx.array:

@@ -10,10 +10,13 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxquant_mlx.packing import check_code_bits, lookup
+from veloxquant_kernels.lookup import lookup
+from veloxquant_kernels.packing import check_code_bits
+from veloxquant_kernels.turboquant import unit_rms
+from veloxquant_mlx.methods import METHODS, Role, WidthOptions
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
-from veloxquant_mlx.quantizers.turboquant_mse import unit_rms
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
+from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
+from veloxquant_mlx.transforms.rotation import matmul_rows, rotation
 
 SUBVECTOR: Final = 8
 """Coordinates per codeword: one byte codes eight, so a stage costs one bit per value."""
@@ -87,7 +90,7 @@ class RVQ(Quantizer):
     def _encode(self, x: mx.array, static: Arrays) -> Arrays:
         head_dim = x.shape[-1]
         unit, rms = unit_rms(x)
-        rest = matmul_rows(unit, rotation_matrix(head_dim, self.seed))
+        rest = rotation(head_dim, self.seed).apply(unit)
         rest = mx.pad(rest, [(0, 0)] * 3 + [(0, -head_dim % SUBVECTOR)])
         rest = rest.reshape(*x.shape[:-1], -1, SUBVECTOR)
         stages = []
@@ -106,9 +109,25 @@ class RVQ(Quantizer):
         for book, stage in zip(books[1:], stages[1:], strict=True):
             total = total + lookup(book.view(mx.complex64), stage)
         rotated = total.reshape(*codewords.shape[:-1], -1)[..., : codes.head_dim]
-        unit = matmul_rows(rotated, inverse_rotation_matrix(codes.head_dim, self.seed))
-        return unit * norms.astype(mx.float32)
+        return rotation(codes.head_dim, self.seed).undo(rotated) * norms.astype(mx.float32)
 
     def static_arrays(self, head_dim: int) -> Arrays:
         """The stages' codebooks and the rotation."""
-        return *residual_codebooks(self.code_bits, self.seed), *rotation_arrays(head_dim, self.seed)
+        return *residual_codebooks(self.code_bits, self.seed), *rotation(head_dim, self.seed).arrays
+
+
+@METHODS.register("rvq")
+@dataclass(frozen=True)
+class RVQOptions(WidthOptions):
+    """Options of :class:`RVQ`."""
+
+    summary: ClassVar[str] = "residual vector quantization of 8 coordinates at a time"
+    code_bits: int = 2
+
+    def coded(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """The same code for keys and values."""
+        return RVQ(code_bits, seed)
+
+    def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """Scalar codes: at high widths they leave less than residual stages."""
+        return TurboQuantMSE(code_bits, seed)

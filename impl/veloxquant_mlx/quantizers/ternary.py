@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
-import numpy as np
 
-from veloxquant_mlx.packing import TRITS_PER_BYTE, expand_table, lookup, lookup_table, pack_trits, trit_bytes
+from veloxquant_kernels.codebook import decode_trits, nearest_codes, trit_arrays
+from veloxquant_kernels.packing import pack_trits, trit_bytes
+from veloxquant_kernels.turboquant import unit_rms
+from veloxquant_mlx.methods import METHODS, MethodOptions, Role
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
-from veloxquant_mlx.quantizers.lloyd_max import Codebook
-from veloxquant_mlx.quantizers.scalar import boundaries_array, nearest_codes, sphere_codebook
-from veloxquant_mlx.quantizers.turboquant_mse import unit_rms
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
-
-
-@functools.cache
-def _byte_table(codebook: Codebook) -> mx.array:
-    return lookup_table(expand_table(codebook.centroids.astype(np.float32), TRITS_PER_BYTE))
+from veloxquant_mlx.quantizers.lloyd_max import Codebook, sphere_codebook
+from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
+from veloxquant_mlx.transforms.rotation import rotation
 
 
 @QUANTIZERS.register("ternary")
@@ -49,22 +44,33 @@ class Ternary(Quantizer):
     def _encode(self, x: mx.array, static: Arrays) -> Arrays:
         head_dim = x.shape[-1]
         unit, rms = unit_rms(x)
-        trits = nearest_codes(matmul_rows(unit, rotation_matrix(head_dim, self.seed)), self._codebook(head_dim))
+        trits = nearest_codes(rotation(head_dim, self.seed).apply(unit), self._codebook(head_dim))
         return pack_trits(trits), rms.astype(mx.float16)
 
     def _decode(self, codes: Codes) -> mx.array:
         data, norms = codes.arrays
-        head_dim = codes.head_dim
-        rotated = lookup(_byte_table(self._codebook(head_dim)), data)
-        rotated = rotated.reshape(*data.shape[:-1], -1)[..., :head_dim]
-        unit = matmul_rows(rotated, inverse_rotation_matrix(head_dim, self.seed))
-        return unit * norms.astype(mx.float32)
+        rotated = decode_trits(data, self._codebook(codes.head_dim), codes.head_dim)
+        return rotation(codes.head_dim, self.seed).undo(rotated) * norms.astype(mx.float32)
 
     def static_arrays(self, head_dim: int) -> Arrays:
-        """The table of bytes to five centroids, and the rotation."""
-        codebook = self._codebook(head_dim)
-        return _byte_table(codebook), boundaries_array(codebook), *rotation_arrays(head_dim, self.seed)
+        """The table of bytes to five centroids, the boundaries, and the rotation."""
+        return *trit_arrays(self._codebook(head_dim)), *rotation(head_dim, self.seed).arrays
 
     def expected_distortion(self, head_dim: int) -> float:
         """That of the codebook, whatever the input."""
         return self._codebook(head_dim).distortion
+
+
+@METHODS.register("ternary")
+@dataclass(frozen=True)
+class TernaryOptions(MethodOptions):
+    """:class:`Ternary`, which has one width; ``value_bits`` gives values TurboQuant MSE."""
+
+    summary: ClassVar[str] = "three levels, five to a byte, one fp16 norm per vector"
+    targets: ClassVar[tuple[float, ...]] = (1.6,)
+    target_field: ClassVar[str | None] = None
+    allocatable: ClassVar[bool] = False
+
+    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+        """Ternary, or TurboQuant MSE at a width that is named."""
+        return Ternary(seed) if code_bits is None else TurboQuantMSE(code_bits, seed)

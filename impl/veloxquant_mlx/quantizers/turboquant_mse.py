@@ -7,28 +7,13 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words
+from veloxquant_kernels.codebook import codebook_arrays
+from veloxquant_kernels.packing import check_code_bits, packed_words
+from veloxquant_kernels.turboquant import rotate_quantize_pack, unpack_dequantize_unrotate
+from veloxquant_mlx.methods import METHODS, Role, WidthOptions
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
-from veloxquant_mlx.quantizers.lloyd_max import Codebook
-from veloxquant_mlx.quantizers.scalar import codebook_arrays, decode_words, nearest_codes, sphere_codebook
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
-
-TINY_RMS = 1e-12
-"""Keeps the division defined for a zero vector, whose stored norm is zero anyway."""
-
-
-def unit_rms(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Vectors divided by their root mean square, and that root mean square.
-
-    Args:
-        x: ``[..., D]``.
-
-    Returns:
-        ``[..., D]`` fp32 and ``[..., 1]`` fp32.
-    """
-    x = x.astype(mx.float32)
-    rms = mx.sqrt(mx.mean(mx.square(x), axis=-1, keepdims=True))
-    return x * (1 / mx.maximum(rms, TINY_RMS)), rms
+from veloxquant_mlx.quantizers.lloyd_max import Codebook, sphere_codebook
+from veloxquant_mlx.transforms.rotation import rotation
 
 
 @QUANTIZERS.register("turboquant_mse")
@@ -65,22 +50,32 @@ class TurboQuantMSE(Quantizer):
 
     def _encode(self, x: mx.array, static: Arrays) -> Arrays:
         head_dim = x.shape[-1]
-        unit, rms = unit_rms(x)
-        codes = nearest_codes(matmul_rows(unit, rotation_matrix(head_dim, self.seed)), self.codebook(head_dim))
-        return pack_codes(codes, self.code_bits), rms.astype(mx.float16)
+        return rotate_quantize_pack(x, rotation(head_dim, self.seed), self.codebook(head_dim), self.code_bits)
 
     def _decode(self, codes: Codes) -> mx.array:
         words, norms = codes.arrays
         head_dim = codes.head_dim
-        rotated = decode_words(words, self.codebook(head_dim), self.code_bits, head_dim)
-        unit = matmul_rows(rotated, inverse_rotation_matrix(head_dim, self.seed))
-        return unit * norms.astype(mx.float32)
+        return unpack_dequantize_unrotate(
+            words, norms, rotation(head_dim, self.seed), self.codebook(head_dim), self.code_bits, mx.float32
+        )
 
     def static_arrays(self, head_dim: int) -> Arrays:
         """The codebook's tables and the rotation."""
         tables = codebook_arrays(self.codebook(head_dim), self.code_bits, head_dim)
-        return *tables, *rotation_arrays(head_dim, self.seed)
+        return *tables, *rotation(head_dim, self.seed).arrays
 
     def expected_distortion(self, head_dim: int) -> float:
         """That of the codebook, whatever the input."""
         return self.codebook(head_dim).distortion
+
+
+@METHODS.register("turboquant_mse")
+@dataclass(frozen=True)
+class TurboQuantMSEOptions(WidthOptions):
+    """Options of :class:`TurboQuantMSE`."""
+
+    summary: ClassVar[str] = "random rotation, Lloyd-Max codes, one fp16 norm per vector (arXiv 2504.19874)"
+
+    def coded(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """The same code for keys and values."""
+        return TurboQuantMSE(code_bits, seed)

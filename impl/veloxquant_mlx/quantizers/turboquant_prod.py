@@ -10,21 +10,14 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from veloxquant_mlx.observers.distortion import DistortionObserver
-from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words
-from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
-from veloxquant_mlx.quantizers.lloyd_max import Codebook
+from veloxquant_kernels.codebook import centroids_of, codebook_arrays, decode_words, nearest_codes
+from veloxquant_kernels.packing import MAX_CODE_BITS, check_code_bits, pack_codes, packed_words
+from veloxquant_kernels.turboquant import TINY_RMS, unit_rms
+from veloxquant_mlx.methods import METHODS, MethodOptions, Role, WidthOptions
+from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, EncodingObserver, Quantizer
+from veloxquant_mlx.quantizers.lloyd_max import Codebook, sign_codebook, sphere_codebook
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
-from veloxquant_mlx.quantizers.scalar import (
-    centroids_of,
-    codebook_arrays,
-    decode_words,
-    nearest_codes,
-    sign_codebook,
-    sphere_codebook,
-)
-from veloxquant_mlx.quantizers.turboquant_mse import TINY_RMS, unit_rms
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
+from veloxquant_mlx.transforms.rotation import matmul_rows, rotation
 
 UNBIASED = math.sqrt(math.pi / 2)
 """1 / E|g| of a standard normal: makes the sign sketch unbiased."""
@@ -40,7 +33,7 @@ def sketch_matrix(head_dim: int, seed: int) -> mx.array:
 @functools.cache
 def _unsketch_matrix(head_dim: int, seed: int) -> mx.array:
     """sqrt(π/2)/d · S · R⁻¹: from signs to the residual in the input's basis."""
-    product = sketch_matrix(head_dim, seed).T @ inverse_rotation_matrix(head_dim, seed)
+    product = sketch_matrix(head_dim, seed).T @ rotation(head_dim, seed).inverse
     return mx.contiguous(product * (UNBIASED / head_dim))
 
 
@@ -98,7 +91,7 @@ class TurboQuantProd(Quantizer):
     def _encode(self, x: mx.array, static: Arrays) -> Arrays:
         head_dim = x.shape[-1]
         unit, rms = unit_rms(x)
-        residual = matmul_rows(unit, rotation_matrix(head_dim, self.seed))
+        residual = rotation(head_dim, self.seed).apply(unit)
         arrays: list[mx.array] = []
         codebook = self._codebook(head_dim)
         if codebook is not None:
@@ -119,14 +112,14 @@ class TurboQuantProd(Quantizer):
         codebook = self._codebook(head_dim)
         if codebook is not None:
             rotated = decode_words(words[0], codebook, self.code_bits - 1, head_dim)
-            unit = unit + matmul_rows(rotated, inverse_rotation_matrix(head_dim, self.seed))
+            unit = unit + rotation(head_dim, self.seed).undo(rotated)
         return unit * norms.astype(mx.float32)
 
     def static_arrays(self, head_dim: int) -> Arrays:
         """The codebooks' tables, the rotation and the sketch, both ways."""
         codebook = self._codebook(head_dim)
         sketch = sketch_matrix(head_dim, self.seed), _unsketch_matrix(head_dim, self.seed)
-        tables = *rotation_arrays(head_dim, self.seed), *sketch, *codebook_arrays(sign_codebook(), 1, head_dim)
+        tables = *rotation(head_dim, self.seed).arrays, *sketch, *codebook_arrays(sign_codebook(), 1, head_dim)
         return tables if codebook is None else (*codebook_arrays(codebook, self.code_bits - 1, head_dim), *tables)
 
     def expected_distortion(self, head_dim: int) -> float:
@@ -157,7 +150,7 @@ class TurboQuantProdAdaptive(MixedQuantizer):
         base_bits: width that every block has at least.
         max_bits: width that no block exceeds.
         distortion_threshold: 1 minus the cosine similarity that is enough, within (0, 1).
-        observer: is told of every block; None observes nothing.
+        observer: is told of what :meth:`encode` encodes; a cache tells its own observer.
         block_size: tokens per block.
         seed: of rotation and sketch.
 
@@ -169,7 +162,7 @@ class TurboQuantProdAdaptive(MixedQuantizer):
     base_bits: int = 2
     max_bits: int = 4
     distortion_threshold: float = 0.05
-    observer: DistortionObserver | None = field(default=None, compare=False)
+    observer: EncodingObserver | None = field(default=None, compare=False)
     block_size: int = 32
     seed: int = 0
 
@@ -191,7 +184,11 @@ class TurboQuantProdAdaptive(MixedQuantizer):
     @property
     def variants(self) -> tuple[Quantizer, ...]:
         """TurboQuant Prod at every width from ``base_bits`` to ``max_bits``."""
-        return tuple(TurboQuantProd(bits, self.seed) for bits in range(self.base_bits, self.max_bits + 1))
+        return tuple(TurboQuantProd(bits, self.seed) for bits in self._widths)
+
+    @property
+    def _widths(self) -> range:
+        return range(self.base_bits, self.max_bits + 1)
 
     def choose(self, x: mx.array) -> np.ndarray:
         """The variant of each block of ``[B, H, T, D]``, as an index; the batch and the heads decide together."""
@@ -209,7 +206,62 @@ class TurboQuantProdAdaptive(MixedQuantizer):
                 break
         return chosen
 
-    def observe(self, x: mx.array, decoded: mx.array, variant: Quantizer) -> None:
-        """Pass a variant's blocks on to the observer."""
+    def expected_distortion(self, head_dim: int) -> float:
+        """That of the first width whose cosine on Gaussian vectors, 1/sqrt(1 + D), is enough, else of the widest."""
+        distortions = [TurboQuantProd(bits, self.seed).expected_distortion(head_dim) for bits in self._widths]
+        enough = [d for d in distortions if 1 / math.sqrt(1 + d) >= 1 - self.distortion_threshold]
+        return max(enough, default=distortions[-1])
+
+    def encode(self, x: mx.array, static: Arrays | None = None) -> Codes:
+        """Encode by itself, outside of a cache, and tell the observer."""
+        codes = super().encode(x, static)
         if self.observer is not None:
-            self.observer.observe(x, decoded, quantizer=variant)
+            choices, decoded = np.array(codes.arrays[0]).ravel(), self.decode(codes, mx.float32)
+            for index in np.unique(choices):
+                blocks = np.flatnonzero(choices == index)
+                pair = self.take_blocks(x, blocks), self.take_blocks(decoded, blocks)
+                self.observer.observe(*pair, quantizer=self.variants[index])
+        return codes
+
+
+@METHODS.register("turboquant_prod")
+@dataclass(frozen=True)
+class TurboQuantProdOptions(WidthOptions):
+    """Options of :class:`TurboQuantProd`."""
+
+    summary: ClassVar[str] = (
+        "TurboQuant MSE at one bit less and a sign sketch of the residual: unbiased products (arXiv 2504.19874)"
+    )
+
+    def coded(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """The same code for keys and values."""
+        return TurboQuantProd(code_bits, seed)
+
+
+@METHODS.register("turboquant_prod_adaptive")
+@dataclass(frozen=True)
+class TurboQuantProdAdaptiveOptions(MethodOptions):
+    """Options of :class:`TurboQuantProdAdaptive`; ``value_bits`` gives values a fixed width."""
+
+    summary: ClassVar[str] = (
+        "TurboQuant Prod, every block of tokens at the least width whose cosine is enough; a target is the largest"
+    )
+    targets: ClassVar[tuple[float, ...]] = tuple(float(bits) for bits in range(MAX_CODE_BITS, 1, -1))
+    target_field: ClassVar[str | None] = "max_bits"
+    allocatable: ClassVar[bool] = False
+    base_bits: int = 2
+    max_bits: int = 4
+    distortion_threshold: float = 0.05
+    block_size: int = 32
+
+    def quantizer(self, role: Role, code_bits: int | None, seed: int) -> Quantizer:
+        """Adaptive, or TurboQuant Prod at a width that is named."""
+        if code_bits is not None:
+            return TurboQuantProd(code_bits, seed)
+        return TurboQuantProdAdaptive(
+            base_bits=self.base_bits,
+            max_bits=self.max_bits,
+            distortion_threshold=self.distortion_threshold,
+            block_size=self.block_size,
+            seed=seed,
+        )

@@ -7,12 +7,14 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from veloxquant_mlx.packing import check_code_bits, pack_codes, packed_words
+from veloxquant_kernels.codebook import codebook_arrays, decode_words, nearest_codes
+from veloxquant_kernels.packing import MAX_CODE_BITS, check_code_bits, pack_codes, packed_words
+from veloxquant_kernels.turboquant import TINY_RMS
+from veloxquant_mlx.methods import METHODS, Role, WidthOptions
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
-from veloxquant_mlx.quantizers.lloyd_max import Codebook
-from veloxquant_mlx.quantizers.scalar import codebook_arrays, decode_words, gaussian_codebook, nearest_codes
-from veloxquant_mlx.quantizers.turboquant_mse import TINY_RMS
-from veloxquant_mlx.transforms.rotation import inverse_rotation_matrix, matmul_rows, rotation_arrays, rotation_matrix
+from veloxquant_mlx.quantizers.lloyd_max import Codebook, gaussian_codebook
+from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
+from veloxquant_mlx.transforms.rotation import rotation
 
 
 @QUANTIZERS.register("turboquant_static")
@@ -72,7 +74,7 @@ class TurboQuantStatic(Quantizer):
             return ()
         mean, scale = (array.astype(mx.float32) for array in static)
         unit = (x.astype(mx.float32) - mean) * (1 / mx.maximum(scale, TINY_RMS))
-        codes = nearest_codes(matmul_rows(unit, rotation_matrix(x.shape[-1], self.seed)), self._codebook)
+        codes = nearest_codes(rotation(x.shape[-1], self.seed).apply(unit), self._codebook)
         return (pack_codes(codes, self.code_bits),)
 
     def _decode(self, codes: Codes) -> mx.array:
@@ -81,15 +83,34 @@ class TurboQuantStatic(Quantizer):
             n_batch, n_heads, _, head_dim = mean.shape
             return mx.broadcast_to(mean, (n_batch, n_heads, codes.n_tokens, head_dim))
         rotated = decode_words(codes.arrays[0], self._codebook, self.code_bits, codes.head_dim)
-        return matmul_rows(rotated, inverse_rotation_matrix(codes.head_dim, self.seed)) * scale + mean
+        return rotation(codes.head_dim, self.seed).undo(rotated) * scale + mean
 
     def static_arrays(self, head_dim: int) -> Arrays:
         """The codebook's tables and the rotation."""
         if self.code_bits == 0:
             return ()
         tables = codebook_arrays(self._codebook, self.code_bits, head_dim)
-        return *tables, *rotation_arrays(head_dim, self.seed)
+        return *tables, *rotation(head_dim, self.seed).arrays
 
     def expected_distortion(self, head_dim: int) -> float:
         """That of the Gaussian codebook, for calibration on many tokens; 1 at width 0."""
         return 1.0 if self.code_bits == 0 else self._codebook.distortion
+
+
+@METHODS.register("turboquant_static")
+@dataclass(frozen=True)
+class TurboQuantStaticOptions(WidthOptions):
+    """Options of :class:`TurboQuantStatic`; width 0 keeps nothing but the mean."""
+
+    summary: ClassVar[str] = "TurboQuant codes under a mean and scale per head from the first tokens, no norm per token"
+    widths: ClassVar[range] = range(MAX_CODE_BITS + 1)
+    code_bits: int = 1
+    calibration: int = 64
+
+    def coded(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """The same code for keys and values."""
+        return TurboQuantStatic(code_bits, self.calibration, seed)
+
+    def outlier_quantizer(self, role: Role, code_bits: int, seed: int) -> Quantizer:
+        """With a norm per token: a flagged token is far from the calibrated scale."""
+        return TurboQuantMSE(code_bits, seed)

@@ -10,7 +10,7 @@ from veloxbench.records.record import Estimate, MethodRef, ModelRef, Provenance,
 from veloxbench.records.store import read_records
 from veloxbench.report.page import render
 
-RECORDS = Path(__file__).parents[2] / "records"
+RECORDS = Path(__file__).parents[3] / "records"
 
 
 def timed(prefill_pairs: int, ratio: Estimate | None = None, provenance: Provenance = SOMEWHERE) -> Record:

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from veloxbench.cli.app import _run as veloxbench
+from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import Estimate, Record
+from veloxbench.records.selection import table_rows
 from veloxbench.records.store import read_records
 from veloxbench.report.html import plots, render_html
-from veloxbench.report.page import REFERENCE, newest, render
+from veloxbench.report.page import render
 from veloxbench.report.plots import speed_plot
 
-RECORDS = Path(__file__).parents[2] / "records"
+RECORDS = Path(__file__).parents[3] / "records"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_section_links_lead_to_headings(records):
 
 def test_plots_are_one_per_protocol_and_model(records):
     """Each model has a plot per quality protocol, its sizes and text, and one of its speed; each is well-formed SVG."""
-    rows = newest(records)
+    rows = table_rows(records)
     quality = {
         (r.subject.model.name, r.subject.protocol, r.subject.text.tokens_sha256, str(r.subject.settings))
         for r in rows
@@ -86,7 +88,7 @@ def test_plots_are_one_per_protocol_and_model(records):
 def test_a_ratio_of_two_pairs_is_drawn_without_an_interval(records):
     """The plot differs from that of the same values with intervals, and is that of the same values without them."""
     timed = [r for r in records if r.subject.suite == "throughput" and "decode_speed_ratio" in r.metrics]
-    first = next(record for record in timed if record.subject.method.name != REFERENCE)
+    first = next(record for record in timed if record.subject.method.name != REFERENCE.name)
     speed = first.metrics["decode_speed_ratio"].model_copy(update={"low": 0.1, "high": 8.8, "interval": "of then"})
     bare = Estimate(value=speed.value, unit=speed.unit)
 

@@ -72,7 +72,7 @@ def test_a_crash_is_a_line_of_the_page(records):
     page = render(records, [crash(1), crash(2, harness="other")])
     assert page.count("boom at line 3") == 1
     last = f"{NOW + timedelta(minutes=2):%Y-%m-%d %H:%M}"
-    assert f"- smollm2-135m perplexity/chunked turboquant_mse 4, {last}: boom at line 3" in page
+    assert f"- smollm2-135m perplexity/chunked turboquant_mse@4, {last}: boom at line 3" in page
     assert "boom at line 3" in render_html(records, [crash(1)])
 
 

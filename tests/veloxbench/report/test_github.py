@@ -15,7 +15,7 @@ from veloxbench.records.store import JOURNAL
 from veloxbench.report.github import ANNOTATIONS, SUMMARY_BYTES, annotation_lines, publish, summary
 
 
-def finding(verdict=Verdict.REGRESS, subject="smollm2-135m turboquant_mse 4", reason="KLD rose by 12%", **fields):
+def finding(verdict=Verdict.REGRESS, subject="smollm2-135m turboquant_mse@4", reason="KLD rose by 12%", **fields):
     return Finding("quality", subject, "kld_mean", verdict, reason, **fields)
 
 

@@ -45,7 +45,7 @@ from veloxbench.trials.timing_series import (
     slot_name,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.10)
 SPEC = TimingSpec()
 
@@ -354,23 +354,23 @@ def test_the_page_holds_the_record_s_counts_and_is_the_same_every_time(rates):
 
 
 def test_a_page_edited_by_hand_is_stale(rates, tmp_path, capsys):
-    """`aa report --check` exits 1 and names the page."""
+    """`trial timing report --check` exits 1 and names the page."""
     record, page = tmp_path / "error-rates.json", tmp_path / "page.md"
     record.write_text(rates.model_dump_json())
-    assert _run(["aa", "report", str(record), "--out", str(page)]) == ExitCode.PASS
+    assert _run(["trial", "timing", "report", str(record), "--out", str(page)]) == ExitCode.PASS
     assert (tmp_path / "gate-error-rates.svg").exists()
-    assert _run(["aa", "report", str(record), "--check", str(page)]) == ExitCode.PASS
+    assert _run(["trial", "timing", "report", str(record), "--check", str(page)]) == ExitCode.PASS
     page.write_text(page.read_text().replace("100", "99", 1))
-    assert _run(["aa", "report", str(record), "--check", str(page)]) == ExitCode.REGRESSION
+    assert _run(["trial", "timing", "report", str(record), "--check", str(page)]) == ExitCode.REGRESSION
     assert f"{page} is stale" in capsys.readouterr().err
 
 
 def test_commands_name_what_is_missing(tmp_path, capsys):
     """One sentence each, exit code 4."""
     for arguments in (
-        ["aa", "resample", str(tmp_path / "none.jsonl")],
-        ["aa", "report", str(tmp_path / "none.json")],
-        ["aa", "resample", str(tmp_path / "some.jsonl"), "--live", str(tmp_path / "none.jsonl")],
+        ["trial", "timing", "resample", str(tmp_path / "none.jsonl")],
+        ["trial", "timing", "report", str(tmp_path / "none.json")],
+        ["trial", "timing", "resample", str(tmp_path / "some.jsonl"), "--live", str(tmp_path / "none.jsonl")],
     ):
         assert _run(arguments) == ExitCode.USAGE
         assert str(tmp_path / "none") in capsys.readouterr().err
@@ -380,7 +380,7 @@ def test_a_series_goes_on_only_as_it_was_begun(series_file, tmp_path, capsys):
     """Other options than the header's are refused by name before anything is loaded; the file stays as it is."""
     path = tmp_path / "aa.jsonl"
     path.write_bytes(series_file.read_bytes())
-    assert _run(["aa", "record", "--out", str(path), "--threads", "2", "--depth", "64"]) == ExitCode.USAGE
+    assert _run(["trial", "timing", "record", "--out", str(path), "--threads", "2", "--depth", "64"]) == ExitCode.USAGE
     assert "another decode, threads" in capsys.readouterr().err
     assert path.read_bytes() == series_file.read_bytes()
 
@@ -391,13 +391,13 @@ def test_live_gates_go_on_only_as_they_were_begun(tmp_path, capsys):
     for line in (journal.header, *journal.gates):
         append_line(path, line)
     before = path.read_bytes()
-    assert _run(["aa", "live", "--out", str(path), "--threads", "2", "--depth", "64"]) == ExitCode.USAGE
+    assert _run(["trial", "timing", "live", "--out", str(path), "--threads", "2", "--depth", "64"]) == ExitCode.USAGE
     assert "another decode, threads, core" in capsys.readouterr().err
     assert path.read_bytes() == before
 
 
 def record_command(model, out, hours):
-    command = ["aa", "record", "--model", str(model), "--method", "fp16", "--depth", "8", "--steps", "1"]
+    command = ["trial", "timing", "record", "--model", str(model), "--method", "fp16", "--depth", "8", "--steps", "1"]
     return [sys.executable, "-m", "veloxbench.cli", *command, "--hours", str(hours), "--out", str(out)]
 
 
@@ -433,7 +433,7 @@ def test_the_committed_page_is_what_the_committed_series_says():
     """The page and its plot are the record's, and the record is of the series beside it, of two hours."""
     folder = ROOT / "records" / "timing-gate"
     page = ROOT / "docs" / "gate-error-rates.md"
-    assert _run(["aa", "report", str(folder / "error-rates.json"), "--check", str(page)]) == ExitCode.PASS
+    assert _run(["trial", "timing", "report", str(folder / "error-rates.json"), "--check", str(page)]) == ExitCode.PASS
     found = read_error_rates(folder / "error-rates.json")
     series = series_bytes(folder / "aa.jsonl.xz")
     assert hashlib.sha256(series).hexdigest() == found.series.sha256

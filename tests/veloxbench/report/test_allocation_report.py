@@ -5,8 +5,9 @@ import pytest
 from gate_records import SOMEWHERE
 
 from veloxbench.records.record import Estimate, MethodRef, ModelRef, Record, Subject, TextRef
+from veloxbench.records.selection import table_rows
 from veloxbench.report.allocation import comparisons
-from veloxbench.report.page import newest, render
+from veloxbench.report.page import render
 
 
 def arm(name, target, bits, kld, text="t", **parameters):
@@ -54,13 +55,13 @@ def test_each_rival_gets_the_verdict_of_its_paired_interval():
     verdicts = {name: c.verdict for name, c in found.items()}
     assert verdicts == {
         "mean of 2 shuffles (2 of them worse)": "better than",
-        "other 1.6": "undecided against",
-        "uniform 2": "worse than",  # the next dearer width, not 4.25 bits and not the cheaper 1.25
+        "other@1.6": "undecided against",
+        "uniform@2": "worse than",  # the next dearer width, not 4.25 bits and not the cheaper 1.25
     }
     shuffles = found["mean of 2 shuffles (2 of them worse)"].worse_by
     assert (shuffles.value, shuffles.low, shuffles.high) == pytest.approx((0.4, 0.4, 0.4))
     # -0.15 with a standard error of 0.1/2/sqrt(3): Student t of 3 degrees of freedom is 3.182
-    uniform = found["uniform 2"].worse_by
+    uniform = found["uniform@2"].worse_by
     assert (uniform.value, uniform.low, uniform.high) == pytest.approx(
         (-0.15, -0.15 - 0.09187, -0.15 + 0.09187), abs=1e-4
     )
@@ -69,8 +70,8 @@ def test_each_rival_gets_the_verdict_of_its_paired_interval():
 def test_shuffles_are_controls_and_no_rows():
     """The page names them in the comparison and in one line of the provenance; no table of methods lists them."""
     page = render(RECORDS)
-    assert len(newest(RECORDS)) == len(RECORDS) - 2
-    assert "ratequant 2 is better than mean of 2 shuffles (2 of them worse); worse than uniform 2" in page
+    assert len(table_rows(RECORDS)) == len(RECORDS) - 2
+    assert "ratequant@2 is better than mean of 2 shuffles (2 of them worse); worse than uniform@2" in page
     lines = [line for line in page.splitlines() if "shuffle=" in line]
     assert len(lines) == 1
     assert "and 1 more" in lines[0]

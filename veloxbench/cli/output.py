@@ -1,0 +1,103 @@
+"""What commands have in common when they print and write: tables, findings, lines for the user, generated pages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from veloxbench.errors import ExitCode
+from veloxbench.records.journal import write_text
+
+if TYPE_CHECKING:
+    from veloxbench.gate.verdicts import Finding
+
+
+def to_stderr(text: str) -> None:
+    """Print one line for the user, beside what standard output is for."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; into a file or a pipe it is 200 characters wide."""
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """A table: every quality metric, and of the exact tier what is not equal."""
+    header = ("tier", "subject", "metric", "baseline", "now", "change", "limit", "detects", "verdict")
+    rows = []
+    equal = [finding for finding in findings if finding.tier == "exact" and finding.passed]
+    for finding in findings:
+        if finding in equal:
+            continue
+        change = _figure(finding.change)
+        if finding.low is not None and finding.high is not None:
+            change += f" [{finding.low:.3g}, {finding.high:.3g}]"
+        row = (
+            finding.tier,
+            finding.subject,
+            finding.metric,
+            _figure(finding.baseline),
+            _figure(finding.value),
+            change,
+            _figure(finding.limit),
+            _figure(finding.detectable),
+            str(finding.verdict),
+        )
+        rows.append(row)
+    if equal:
+        rows.append(("exact", f"{len(equal)} subjects", "all", "", "", "none", "0", "", "pass"))
+    print_table(header, rows)
+    for finding in findings:
+        if not finding.passed:
+            sentence = f"{finding.verdict}: {finding.subject}, {finding.metric}: {finding.reason}"
+            _console().print(sentence, soft_wrap=True)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def deliver(
+    page: str,
+    out: Path | None,
+    check: Path | None,
+    command: str,
+    source: Path | str,
+    figures: Mapping[str, str] | None = None,
+) -> None:
+    """Compare the page with ``check``, or write it to ``out``, or print it.
+
+    Args:
+        command: what writes the page from ``source``, named where a file is stale.
+        figures: files that belong beside the page, by name; they are compared and written with it.
+    Raises:
+        typer.Exit: with :attr:`ExitCode.REGRESSION`, a compared file is stale.
+    """
+    target = check or out
+    if target is None:
+        print(page, end="")
+        return
+    files = {target: page} | {target.with_name(name): text for name, text in (figures or {}).items()}
+    if check is None:
+        for path, text in files.items():
+            write_text(path, text)
+        return
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        to_stderr(f"{path} is stale: it is not what `{command}` writes from {source}")
+    if stale:
+        raise typer.Exit(int(ExitCode.REGRESSION))

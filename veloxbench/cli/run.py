@@ -1,0 +1,125 @@
+"""``veloxbench run``: measure a grid."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from veloxbench.errors import UsageError
+from veloxbench.records.suites import all_suites
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _numbers(text: str | None, option: str) -> list[float]:
+    try:
+        return [float(part) for part in _listed(text)]
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} must be numbers separated by commas, for example 4,2") from error
+
+
+def run(
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="**quick** (minutes), **default** (20 minutes on 2 cores), **full** (hours), or your own FILE.toml."
+        ),
+    ] = "default",
+    models: Annotated[
+        str | None,
+        typer.Option(help="Names from `veloxbench models`, mlx-lm directories or hub ids, separated by commas."),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="From `veloxbench methods`, as `turboquant_mse@4:sinks=4`; without `@` at every target. fp16 is too."
+        ),
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Code widths or bits_per_value, as the method understands them: `4,2`.")
+    ] = None,
+    suites: Annotated[str | None, typer.Option(help="Any of " + ", ".join(all_suites()) + ".")] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="A name from `veloxbench corpora`, a .txt/.jsonl/.parquet file, or a hub dataset."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the records and BENCHMARK_RESULTS.md.")] = Path("results"),
+    memory_budget: Annotated[
+        float | None, typer.Option(help="GiB that weights and cache may fill, for *tokens in budget*.")
+    ] = None,
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="Consent to the licence of a model that asks for it.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure everything anew, also what is recorded already.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the records of this grid as JSON on standard output.")
+    ] = False,
+) -> None:
+    """Measure a model's caches: quality, memory and speed of every method and target.
+
+    Each measurement becomes one record in `OUT/records.jsonl` the moment it ends. Stop the run at any time and
+    type the same command again: it goes on where it was. The tables are in `OUT/BENCHMARK_RESULTS.md`, and with
+    plots in `OUT/BENCHMARK_RESULTS.html`.
+
+    **Examples**
+
+    `veloxbench run --profile quick`
+
+    `veloxbench run --methods turboquant_mse@4,turboquant_mse@2:sinks=4,mlx-affine@4`
+
+    `veloxbench run --models ~/models/mine --corpus notes.txt --methods mlx-affine,turboquant_mse --targets 4,2`
+
+    `veloxbench run --models mlx-community/Llama-3.2-3B-Instruct-4bit --suites perplexity`
+    """
+    from veloxbench.inputs.transfer_progress import default_reporter
+    from veloxbench.records.store import JOURNAL, open_store
+    from veloxbench.report.files import PAGE, write_pages
+    from veloxbench.run.grid import customise, load_grid
+    from veloxbench.run.progress import BarProgress, default_progress
+    from veloxbench.run.runner import Run
+
+    if (out / JOURNAL).exists():  # until this run knows what it is to measure, nothing in the folder is judged
+        with open_store(out) as store:
+            store.begin()
+    grid = customise(
+        load_grid(profile),
+        models=_listed(models),
+        methods=_listed(methods),
+        targets=_numbers(targets, "--targets"),
+        suites=_listed(suites),
+        corpus=corpus,
+        budget_gib=memory_budget,
+    )
+    progress = default_progress()
+    with open_store(out) as store:
+        try:
+            options = {"accept_licence": accept_licence, "fresh": fresh}
+            with Run(grid, store, default_reporter(), progress, **options) as carried:
+                outcome = carried.all()
+        finally:
+            if isinstance(progress, BarProgress):
+                progress.stop()
+            write_pages(out, store)
+        keys = set(outcome.keys)
+        records = [record for record in store.records() if record.key in keys]
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "records": [r.model_dump(mode="json") for r in records],
+                    "failures": [f.label for f in outcome.failures],
+                }
+            )
+        )
+    progress.message(
+        f"{outcome.measured} measured, {outcome.resumed} recorded before, {len(outcome.failures)} failed; "
+        f"tables in {out / PAGE}"
+    )
+    raise typer.Exit(int(outcome.exit_code))

@@ -1,0 +1,120 @@
+"""Which records count: of the last run, of the newest code, the newest of each row, and no controls.
+
+A folder of results grows: it may hold records of other profiles, of earlier commits and of other machines. Pages,
+gates and comparisons each judge a part of it, and every such part is chosen here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.records.arm import REFERENCE
+from veloxbench.records.record import FailedMeasurement, Record, Subject, content_hash
+from veloxbench.records.store import JOURNAL, LAST_RUN, read_failures, read_records
+
+CONTROL = "shuffle"
+"""The parameter that makes an arm a control: its allocation is dealt to other units at random, with this seed."""
+
+
+def is_control(record: Record) -> bool:
+    """Whether the record is of a shuffled allocation: a control of another arm, no method that anybody would use."""
+    return CONTROL in record.subject.method.parameters
+
+
+def without_controls(records: Iterable[Record]) -> list[Record]:
+    """The records of methods that somebody would use."""
+    return [record for record in records if not is_control(record)]
+
+
+def read_folders(paths: Iterable[Path]) -> tuple[list[Record], list[FailedMeasurement]]:
+    """All records and failures of several folders or journal files; what stands in two of them counts once.
+
+    Raises:
+        UsageError: one of the paths does not exist.
+        IntegrityError: a line is not valid; the message names file and line.
+    """
+    records, failures = {}, {}
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"there are no records at {path}; `veloxbench run --out {path}` makes them")
+        records.update({record.key: record for record in read_records(path)})
+        failures.update({(failure.subject.key, failure.when): failure for failure in read_failures(path)})
+    return list(records.values()), list(failures.values())
+
+
+def read_last_run(path: Path) -> list[Record]:
+    """The records of the last run into a folder (or of its journal); all of them where no run left its keys there.
+
+    Raises:
+        IntegrityError: the journal, or the list of keys, is damaged.
+        UsageError: the last run ended before it knew its keys.
+    """
+    records = read_records(path)
+    plan = (path if path.is_dir() else path.parent) / LAST_RUN
+    if not (path.is_dir() or path.name == JOURNAL) or not plan.exists():
+        return records
+    try:
+        noted = json.loads(plan.read_text(encoding="utf-8"))
+        keys = set(noted["keys"])
+        planned = bool(noted.get("planned", True))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
+    if not planned:
+        raise UsageError(
+            f"the last run into {plan.parent} ended before it knew what to measure: nothing there is its result; "
+            "run it again"
+        )
+    return [record for record in records if record.key in keys]
+
+
+def of_newest_code(records: Iterable[Record]) -> list[Record]:
+    """The records of the code that was measured last, oldest first.
+
+    A folder of results may hold an earlier commit's records; one of those must not take the place of a benchmark
+    that crashed in this one. Where a run left its keys, :func:`read_last_run` says more, for a return to earlier
+    code measures nothing anew; this function serves records without them.
+    """
+    ordered = sorted(records, key=lambda record: record.provenance.started)
+    newest = {_package(record): record.subject.method.implementation for record in ordered}
+    harness = ordered[-1].subject.harness if ordered else ""
+    return [
+        record
+        for record in ordered
+        if record.subject.harness == harness and record.subject.method.implementation == newest[_package(record)]
+    ]
+
+
+def _package(record: Record) -> str:
+    return record.subject.method.implementation.partition(" ")[0]
+
+
+def row_key(subject: Subject) -> str:
+    """What a measurement shares with the same one made by other code or on another machine: one row of a table."""
+    fields = subject.model_dump(mode="json", exclude={"harness", "machine_class"})
+    fields["method"].pop("implementation")
+    return content_hash(fields)
+
+
+def newest_per_row(records: Iterable[Record]) -> list[Record]:
+    """The newest record of each row, the reference first, then by method, parameters and falling target."""
+    newest: dict[str, Record] = {}
+    for record in records:
+        row = row_key(record.subject)
+        if row not in newest or record.provenance.started > newest[row].provenance.started:
+            newest[row] = record
+    return sorted(newest.values(), key=_order)
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    method = record.subject.method
+    parameters = repr(sorted(method.parameters.items()))
+    return (method.name != REFERENCE.name, method.name, parameters, -(method.target or 0.0))
+
+
+def table_rows(records: Iterable[Record]) -> list[Record]:
+    """What the tables of a page show: the newest record of each row, without controls."""
+    return without_controls(newest_per_row(records))

@@ -1,0 +1,156 @@
+"""The cells of tables: a record's figures as text, with as many digits as their intervals deserve, and the pipe table.
+
+A column is a heading with a function that writes a record's cell; a cell that is empty in all rows takes its column
+away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tabulate import tabulate
+
+from veloxbench.records.intervals import MIN_RATIO_PAIRS
+from veloxbench.records.record import Estimate, Record
+
+Cell = Callable[[Record], str]
+Column = tuple[str, Cell]
+
+
+def pipe_table(header: Sequence[str], body: Sequence[Sequence[str]], aligned: Sequence[str] | None = None) -> str:
+    """A Markdown table of texts as they are.
+
+    Args:
+        header: of each column.
+        body: rows of cells.
+        aligned: ``left`` or ``right`` for each column; all left where it is absent.
+    """
+    return tabulate(body, header, tablefmt="pipe", disable_numparse=True, colalign=aligned)
+
+
+def record_table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
+    """A table of records; where they come from several machines, each row says from which.
+
+    The reason of a record that is not supported stands in its first empty cell.
+    """
+    if len({machine(record) for record in rows}) > 1:
+        columns = [*columns, ("machine", machine)]
+    body = []
+    for record in rows:
+        cells = [cell(record) for _, cell in columns]
+        if record.status == "unsupported":
+            first_empty = next((i for i, cell in enumerate(cells) if not cell), len(cells) - 1)
+            cells[first_empty] = record.reason or "not supported"
+        body.append(cells)
+    kept = [i for i in range(len(columns)) if any(row[i] for row in body)]
+    header = [columns[i][0] for i in kept]
+    aligned = ["left" if name == "method" else "right" for name in header]
+    return pipe_table(header, [[row[i] for i in kept] for row in body], aligned)
+
+
+def figure(name: str, form: str | None = None, *, plain: bool = False) -> Cell:
+    """A metric with its interval (``plain`` leaves the interval to the record)."""
+
+    def cell(record: Record) -> str:
+        estimate = record.metrics.get(name)
+        return "" if estimate is None else format_estimate(estimate, form, plain=plain)
+
+    return cell
+
+
+def ratio(name: str) -> Cell:
+    """A ratio of paired timings, or its bare value with the number of pairs where they are too few for an interval."""
+
+    def cell(record: Record) -> str:
+        if name not in record.metrics:
+            return ""
+        estimate, pairs = paired_ratio(record, name)
+        if estimate.low is None:
+            return f"{significant(estimate.value)} (n={pairs}, no interval)"
+        return format_estimate(estimate)
+
+    return cell
+
+
+def scaled(name: str, divisor: float, form: str) -> Cell:
+    """A metric in a larger unit, without its interval."""
+
+    def cell(record: Record) -> str:
+        estimate = record.metrics.get(name)
+        return "" if estimate is None else form.format(estimate.value / divisor)
+
+    return cell
+
+
+def megabytes(name: str, form: str = "{:.2f}") -> Cell:
+    """A metric in bytes, as MB."""
+    return scaled(name, 1e6, form)
+
+
+def method(record: Record) -> str:
+    """The method with its target and parameters."""
+    return record.subject.method.label
+
+
+def method_alone(record: Record) -> str:
+    """The method with its parameters, the target left out."""
+    return record.subject.method.at_any_target.label
+
+
+def target(record: Record) -> str:
+    """The target, marked ≤ where it is an upper limit."""
+    of_method = record.subject.method
+    if of_method.target is None:
+        return ""
+    return f"{'≤ ' if of_method.target_means == 'bits_per_value' else ''}{of_method.target:g}"
+
+
+def memory_ratio(record: Record) -> str:
+    """How many times fewer bits are held than in fp16."""
+    bits = record.metrics.get("bits_per_value")
+    return "" if bits is None else f"{16 / bits.value:.2f}x"
+
+
+def machine(record: Record) -> str:
+    """What a reader would call another machine, and the library that measured there."""
+    hardware, versions = record.provenance.hardware, record.provenance.versions
+    facts = [hardware["chip"], f"{hardware['physical_cores']} cores", hardware.get("device"), hardware.get("blas")]
+    return ", ".join(str(fact) for fact in facts if fact) + (f", mlx {versions['mlx']}" if "mlx" in versions else "")
+
+
+def paired_ratio(record: Record, name: str) -> tuple[Estimate, int]:
+    """A ratio of paired timings with its number of pairs, and without an interval where they are too few for one."""
+    estimate = record.metrics[name]
+    pairs = len(record.samples[f"{name.removesuffix('_ratio').removesuffix('_speed')}_arm"])
+    if pairs < MIN_RATIO_PAIRS:  # records from before that rule carry one
+        estimate = Estimate(value=estimate.value, unit=estimate.unit)
+    return estimate, pairs
+
+
+def format_estimate(estimate: Estimate, form: str | None = None, *, plain: bool = False) -> str:
+    """``0.127 ± 0.012``, or ``3.7 [3.1, 4.4]`` where the interval is not symmetric; digits follow the interval."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if form is not None:
+        return form.format(value)
+    if plain or low is None or high is None:
+        return significant(value)
+    half = (high - low) / 2
+    if half == 0:
+        return significant(value)
+    decimals = _decimals(half)
+    if abs((high - value) - (value - low)) < 0.1 * half:
+        return f"{value:.{decimals}f} ± {half:.{decimals}f}"
+    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def _decimals(uncertainty: float) -> int:
+    """Decimals that show two digits of the uncertainty."""
+    return max(0, 1 - int(f"{uncertainty:e}".split("e")[1]))
+
+
+def significant(value: float) -> str:
+    """Three significant digits."""
+    if value == 0:
+        return "0"
+    exponent = int(f"{value:e}".split("e")[1])
+    return f"{value:.{max(0, 2 - exponent)}f}" if exponent >= -5 else f"{value:.2e}"

@@ -1,0 +1,329 @@
+"""The tables of each suite: the one place of this room that knows suites by name.
+
+A suite's tables are one function from its records to sections of Markdown, registered under the suite's name. Another
+package registers its own with :func:`register_table` in a module that an entry point of the group
+``veloxbench.tables`` names. A suite without a function is shown whole, each metric a column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from veloxbench.gate.paired_test import MIN_SEQUENCES
+from veloxbench.records.arm import REFERENCE
+from veloxbench.records.plugins import load_plugins
+from veloxbench.records.record import NO_MODEL, Record
+from veloxbench.records.suites import all_suites
+from veloxbench.report.allocation import comparisons, summary
+from veloxbench.report.cells import (
+    Column,
+    figure,
+    format_estimate,
+    megabytes,
+    memory_ratio,
+    method,
+    method_alone,
+    pipe_table,
+    ratio,
+    record_table,
+    scaled,
+    significant,
+    target,
+)
+
+SuiteTables = Callable[[Sequence[Record]], list[str]]
+
+TABLES: dict[str, SuiteTables] = {}
+"""What writes each suite's sections.
+
+Its argument is the suite's records of one model, without controls; of a suite that reads no model all of them. The
+headings are of the third level below a model's, else of the second.
+"""
+
+
+def register_table(suite: str) -> Callable[[SuiteTables], SuiteTables]:
+    """Register the decorated function as the tables of a suite; a second one for a suite raises ``ValueError``."""
+
+    def decorate(function: SuiteTables) -> SuiteTables:
+        if suite in TABLES:
+            raise ValueError(f"the tables of the suite {suite!r} are registered twice")
+        TABLES[suite] = function
+        return function
+
+    return decorate
+
+
+def sections(records: Sequence[Record]) -> list[str]:
+    """The tables of every suite that has records, in the suites' order; suites that are unknown here come last.
+
+    Args:
+        records: of one model, or all that read none.
+    """
+    load_plugins("veloxbench.tables")
+    by_suite: dict[str, list[Record]] = {}
+    for record in records:
+        by_suite.setdefault(record.subject.suite, []).append(record)
+    order = [*filter(by_suite.__contains__, all_suites()), *sorted(by_suite.keys() - all_suites().keys())]
+    return [section for suite in order for section in TABLES.get(suite, every_metric)(by_suite[suite])]
+
+
+def every_metric(records: Sequence[Record]) -> list[str]:
+    """The tables of a suite that nobody wrote any for: each metric is a column."""
+    names = dict.fromkeys(name for record in records for name in record.metrics)
+    columns: list[Column] = [("method", method), *((name, figure(name)) for name in names)]
+    level = "##" if records[0].subject.model == NO_MODEL else "###"
+    suite = records[0].subject.suite.capitalize()
+    return [f"{level} {suite}, {title}\n\n{record_table(columns, rows)}" for title, rows in groups(records).items()]
+
+
+def groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of one suite that share protocol, settings and tokens, by a line that says so."""
+    by_title: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        settings = ", ".join(
+            f"{name} {value}" for name, value in record.subject.settings.items() if name not in ("name", "seed")
+        )
+        title = f"{record.subject.protocol}: {settings}; text {record.subject.text.name}"
+        by_title.setdefault(title, {}).setdefault(record.subject.text.tokens_sha256, []).append(record)
+    return {
+        title + (f", tokens {sha256[:8]}" if len(by_tokens) > 1 else ""): rows
+        for title, by_tokens in by_title.items()
+        for sha256, rows in by_tokens.items()
+    }
+
+
+def quality_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The quality records among those of one model, in groups that may be paired sequence by sequence."""
+    return groups([record for record in records if record.subject.suite == "perplexity"])
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the mixed-precision guide promises at a target, without saying how it was measured."""
+
+    memory: str
+    delta_ppl: str
+
+
+GUIDE_CLAIMS: Mapping[float, Claim] = {
+    4.0: Claim("4x", "< 0.01"),
+    2.0: Claim("8x", "~0.03-0.08"),
+    1.5: Claim("10x", "~0.07-0.15"),
+    1.0: Claim("16x", "~0.20-0.35"),
+}
+
+
+def _claim(record: Record) -> Claim:
+    return GUIDE_CLAIMS.get(record.subject.method.target or 0.0, Claim("", ""))
+
+
+CHOOSING_A_TARGET = (
+    "## Choosing a target bit rate\n\n"
+    "Quality is what attention loses by reading the compressed cache, against the same weights' fp16 cache on "
+    "the same tokens. *Target* is what was asked of the method: a code width (scales cost extra) or, where "
+    "marked ≤, an upper limit of bits_per_value. *bits/value* is read from the arrays held, everything counted; "
+    "*memory* is 16 / that. ± and [ ] are 95% intervals over sequences. The last columns repeat what the "
+    "mixed-precision guide claims for that target."
+)
+
+
+def choosing_a_target(model: str, records: Sequence[Record]) -> list[str]:
+    """A table for each text and size that the decode protocol (or else the first) was measured on."""
+    by_title = quality_groups([record for record in records if record.subject.method.name != REFERENCE.name])
+    protocols = [rows[0].subject.protocol for rows in by_title.values()]
+    protocol = "decode" if "decode" in protocols else protocols[0] if protocols else None
+    chosen = {title: rows for title, rows in by_title.items() if rows[0].subject.protocol == protocol}
+    columns: list[Column] = [
+        ("target", target),
+        ("method", method_alone),
+        ("bits/value", figure("bits_per_value", "{:.3f}")),
+        ("memory", memory_ratio),
+        ("ΔPPL", figure("delta_ppl")),
+        ("ΔNLL", figure("delta_nll")),
+        ("KLD", figure("kld_mean")),
+        ("top-1", figure("top1_agreement")),
+        ("guide: memory", lambda record: _claim(record).memory),
+        ("guide: ΔPPL", lambda record: _claim(record).delta_ppl),
+    ]
+    parts = []
+    for title, rows in chosen.items():
+        where = title if len(chosen) > 1 else f"{protocol} protocol; text {rows[0].subject.text.name}"
+        ordered = sorted(rows, key=lambda r: (-(r.subject.method.target or 0), r.subject.method.name))
+        parts.append(f"### {model} ({where})\n\n{record_table(columns, ordered)}{_partial_engagement(ordered)}")
+    return parts
+
+
+def _partial_engagement(records: Sequence[Record]) -> str:
+    """Which methods left layers as they were, and in what."""
+    notes = []
+    for record in records:
+        others = sorted({layer.cache_class for layer in record.engagement if not layer.engaged})
+        if others:
+            engaged = sum(layer.engaged for layer in record.engagement)
+            layers = f"{engaged} of {len(record.engagement)} layers; the others stay in {', '.join(others)}"
+            notes.append(f"{method(record)}: {layers}")
+    return f"\n\nNot every layer is quantized. {'; '.join(notes)}." if notes else ""
+
+
+@register_table("perplexity")
+def quality(records: Sequence[Record]) -> list[str]:
+    """What each method loses on each text, and the noise floor under it."""
+    columns: list[Column] = [
+        ("method", method),
+        ("bits/value", figure("bits_per_value", "{:.3f}")),
+        ("PPL", figure("ppl")),
+        ("ΔNLL", figure("delta_nll")),
+        ("KLD mean", figure("kld_mean")),
+        ("median", figure("kld_median", plain=True)),
+        ("99%", figure("kld_p99", plain=True)),
+        ("99.9%", figure("kld_p999", plain=True)),
+        ("top-1", figure("top1_agreement")),
+        ("Δp RMS", figure("delta_p_rms")),
+    ]
+    return [
+        f"### Quality, {title}\n\n{record_table(columns, rows)}\n\n{_noise_floor(rows)}"
+        for title, rows in groups(records).items()
+    ]
+
+
+def _noise_floor(records: Sequence[Record]) -> str:
+    notes = []
+    for record in records:
+        floor = record.metrics.get("kld_floor_mean")
+        if floor is not None:
+            notes.append(
+                f"Noise floor (fp16 against fp16, {len(record.samples['kld_floor'])} sequences): KLD "
+                f"{floor.value:.2g}, at most {record.metrics['kld_floor_max'].value:.2g} at one position."
+            )
+        n = len(record.samples.get("nll", []))
+        if record.subject.method.name == REFERENCE.name and 0 < n < MIN_SEQUENCES:
+            notes.append(f"{n} sequences: enough to compare methods, too few for a gate (which needs {MIN_SEQUENCES}).")
+    return " ".join(notes) + " KLD and NLL in nats per token." if notes else ""
+
+
+def bit_allocation(records: Sequence[Record]) -> list[str]:
+    """Whether each allocation beats its shuffles and the next dearer uniform widths.
+
+    Args:
+        records: of one model, with controls.
+    """
+    header = ("target", "bits/value", "KLD", "against", "its bits/value", "its KLD", "worse by", "RateQuant is")
+    aligned = ["left" if name == "against" else "right" for name in header]
+    parts = []
+    for title, rows in quality_groups(records).items():
+        compared = list(comparisons(rows))
+        if not compared:
+            continue
+        body = [
+            (
+                target(c.record),
+                figure("bits_per_value", "{:.3f}")(c.record),
+                figure("kld_mean")(c.record),
+                c.rival,
+                f"{c.rival_bits:.3f}",
+                significant(c.rival_kld),
+                format_estimate(c.worse_by),
+                c.verdict.split()[0],
+            )
+            for c in compared
+        ]
+        own = dict.fromkeys(c.record.id for c in compared)
+        sentences = [summary([c for c in compared if c.record.id == record_id]) for record_id in own]
+        n = len(compared[0].record.samples["kld_mean"])
+        parts.append(
+            f"### Bit allocation, {title}\n\n{pipe_table(header, body, aligned)}\n\n{'. '.join(sentences)}. "
+            f"*Worse by* is the rival's KLD minus RateQuant's, nats per token, paired over {n} sequences."
+        )
+    if parts:
+        parts[-1] += (
+            " A shuffle deals RateQuant's own widths to other units at random: same bytes, no knowledge of the model. "
+            "Of every uniform method the cheapest that costs more stands here, first the next larger cost of all."
+        )
+    return parts
+
+
+@register_table("memory")
+def memory(records: Sequence[Record]) -> list[str]:
+    """Bytes held, and the peaks on the way."""
+    parts = []
+    for title, rows in groups(records).items():
+        budget = rows[0].subject.settings.get("budget_gib")
+        columns: list[Column] = [
+            ("method", method),
+            ("bits/value", figure("bits_per_value", "{:.3f}")),
+            ("allocated", figure("allocated_bits_per_value", "{:.3f}")),
+            ("allocated, full buffers", figure("filled_allocated_bits_per_value", "{:.3f}")),
+            ("memory", memory_ratio),
+            ("cache MB", megabytes("cache_bytes")),
+            ("unaccounted MB", megabytes("unaccounted_bytes")),
+            ("static kB", scaled("static_bytes", 1e3, "{:.1f}")),
+            ("prefill peak MB", megabytes("prefill_peak_bytes")),
+            ("decode peak MB", megabytes("decode_peak_bytes")),
+            ("process peak MB", megabytes("process_prefill_peak_bytes", "{:.0f}")),
+            (f"tokens in {budget:g} GiB", scaled("tokens_in_budget", 1, "{:,.0f}")),
+        ]
+        parts.append(
+            f"### Memory, {title}\n\n{record_table(columns, rows)}\n\n"
+            "Each arm in a process of its own. bits/value equals the method's formula exactly, or the run fails; "
+            "*allocated* counts whole buffers, which grow in steps; *unaccounted* is what MLX holds beyond weights and "
+            "the arrays counted. Peaks are MLX's, above the weights; the process peak is its resident size in prefill."
+        )
+    return parts
+
+
+@register_table("throughput")
+def throughput(records: Sequence[Record]) -> list[str]:
+    """Speeds beside fp16's, a table for each depth."""
+    columns: list[Column] = [
+        ("method", method),
+        ("decode vs fp16", ratio("decode_speed_ratio")),
+        ("prefill vs fp16", ratio("prefill_speed_ratio")),
+        ("first token vs fp16", ratio("ttft_ratio")),
+        ("decode tok/s", figure("decode_tok_s", "{:.1f}", plain=True)),
+        ("fp16 beside it", figure("decode_tok_s_fp16", "{:.1f}", plain=True)),
+        ("prefill tok/s", figure("prefill_tok_s", "{:.0f}", plain=True)),
+        ("first token s", figure("ttft_s", "{:.2f}", plain=True)),
+    ]
+    parts = [f"### Throughput, {title}\n\n{record_table(columns, rows)}" for title, rows in groups(records).items()]
+    return [
+        *parts,
+        "Ratios are geometric means over interleaved pairs with fp16 in one process: speeds above 1 beat "
+        "fp16, a first token above 1 is later. The fp16 row pairs fp16 with itself: its distance from 1 is noise. "
+        "A prefill ratio without an interval rests on one timing of each side. "
+        "Absolute rates are this machine's at that moment; compare ratios.",
+    ]
+
+
+@register_table("kernels")
+def kernels(records: Sequence[Record]) -> list[str]:
+    """The traffic of one fused decode step, a table for each number of tokens."""
+    kinds = ("partials", "codebooks", "signs", "mask", "queries", "output")
+    columns: list[Column] = [
+        ("method", method),
+        ("packed bytes", scaled("packed_bytes", 1, "{:,.0f}")),
+        ("read", figure("packed_reads", "{:.3f}x")),
+        ("all other traffic", figure("other_percent", "{:.2f}%")),
+        *((kind, figure(f"{kind}_percent", "{:.2f}%")) for kind in kinds),
+        ("head_dim", figure("head_dim", "{:.0f}")),
+        ("queries per KV head", figure("queries_per_kv_head", "{:.0f}")),
+    ]
+    by_tokens: dict[object, list[Record]] = {}
+    for record in records:
+        by_tokens.setdefault(record.subject.settings["tokens"], []).append(record)
+    return [
+        f"### Kernels, fused decode attention over {tokens} packed tokens\n\n{record_table(columns, rows)}\n\n"
+        "Bytes that one step moves for one KV head, counted by the emulator that runs the kernels' own text: how "
+        "often each packed byte is read, and everything else in percent of the packed bytes. Exact on any machine."
+        for tokens, rows in by_tokens.items()
+    ]
+
+
+@register_table("exact")
+def exact(records: Sequence[Record]) -> list[str]:
+    """How many facts there are: they are not for reading."""
+    facts = sum(len(record.metrics) + len(record.samples) for record in records)
+    return [
+        f"## Exact facts\n\n{len(records)} cases on fixed inputs gave {facts} digests, sizes and sums; they are not "
+        "for reading but for `veloxbench gate`, which compares them."
+    ]
