@@ -598,6 +598,7 @@ def parts(tmp_path, monkeypatch):
     folder.mkdir()
     write_parts(folder)
     answers(monkeypatch, *(file.as_uri() for file in sorted(folder.iterdir())))
+    return folder
 
 
 def test_a_damaged_source_is_fetched_again(parts):
