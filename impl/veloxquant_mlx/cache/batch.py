@@ -11,8 +11,10 @@ import mlx.core as mx
 
 from veloxquant_mlx.cache.sequence import PackedSequence, TokenStore, causal_mask, fetch_dtype
 from veloxquant_mlx.cache.spec import LayerSpec
-from veloxquant_mlx.cache.storage import HeldArray
+from veloxquant_mlx.cache.storage import HeldArray, check_count
+from veloxquant_mlx.methods import Role
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
+from veloxquant_mlx.quantizers.base import half
 
 Single = TypeVar("Single", bound=PackedSequence)
 
@@ -39,6 +41,7 @@ class AlignedBatch(TokenStore, Generic[Single]):
         self.sequences: list[Single] = [self.single(spec) for _ in left_padding]
         self._left = [int(n) for n in left_padding]
         self._idx = 0
+        self._beyond = 0  # tokens before a sliding window that the last pass read
         self._remaining: list[int] | None = None
         self._right: list[int] | None = None
 
@@ -65,31 +68,34 @@ class AlignedBatch(TokenStore, Generic[Single]):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append ``[B, H, L, D]``, padding left out, and return ``[B, H, T, D]`` aligned."""
         dtype, new = keys.dtype, keys.shape[2]
-        half = keys.astype(mx.float16), values.astype(mx.float16)
+        stored = half(keys), half(values)
         for i, sequence in enumerate(self.sequences):
+            sequence.drop_old()
             begin = min(new, max(0, self._left[i] - self._idx))
             count = new - begin
             if self._remaining is not None:
                 count = min(count, self._remaining[i])
                 self._remaining[i] -= count
             if count:
-                sequence.store(*(x[i : i + 1, :, begin : begin + count] for x in half))
+                sequence.store(*(x[i : i + 1, :, begin : begin + count] for x in stored))
         self._idx += new
         width = self._idx if self.spec.max_size is None else min(self._idx, self.spec.max_size - 1 + new)
-        fetched = self._aligned(width, fetch_dtype(dtype), keys, values)
-        for sequence in self.sequences:
-            sequence.drop_old()
-        return fetched
+        self._beyond = width - self.size()
+        return self._aligned(width, fetch_dtype(dtype), keys, values)
+
+    def _place(self, left: int, sequence: Single, width: int) -> tuple[int, int]:
+        """In an aligned row of ``width`` tokens, the padding before those of ``sequence``, and how many these are."""
+        start = self._idx - width
+        lead = min(width, max(0, left - start))
+        held = sequence.offset - max(0, start - left)
+        return lead, max(0, min(held, width - lead))
 
     def _aligned(
         self, width: int, dtype: mx.Dtype, like_keys: mx.array, like_values: mx.array
     ) -> tuple[mx.array, mx.array]:
-        start = self._idx - width
         rows: list[tuple[mx.array, mx.array]] = []
         for left, sequence in zip(self._left, self.sequences, strict=True):
-            lead = min(width, max(0, left - start))
-            held = sequence.offset - max(0, start - left)
-            count = max(0, min(held, width - lead))
+            lead, count = self._place(left, sequence, width)
             pair = sequence.fetch(count, dtype) if count else None
             rows.append(
                 tuple(  # type: ignore[arg-type]
@@ -109,7 +115,13 @@ class AlignedBatch(TokenStore, Generic[Single]):
         if full is None:
             raise ValueError("an empty batch cache has no keys and values")
         like = [mx.zeros((1, n_heads, 0, head_dim)) for _, n_heads, head_dim in full.shapes()]
-        return self._aligned(self.size(), getattr(mx, full.dtype_name), *like)
+        return self._aligned(self.size() + self._beyond, getattr(mx, full.dtype_name), *like)
+
+    def _replace(self, role: Role, x: mx.array) -> None:
+        for i, (left, sequence) in enumerate(zip(self._left, self.sequences, strict=True)):
+            lead, count = self._place(left, sequence, x.shape[2])
+            if count:
+                sequence._replace(role, x[i : i + 1, :, lead : lead + count])
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """The boolean mask for ``N`` tokens that are about to be appended, ``[B, 1, N, T]``."""
@@ -202,6 +214,7 @@ class AlignedBatch(TokenStore, Generic[Single]):
         """Forget the last ``n`` tokens of every sequence; returns how many were forgotten."""
         n = min(self._idx, n)
         self._idx -= n
+        self._beyond = 0
         for sequence in self.sequences:
             sequence.trim(n)
         return n
@@ -238,6 +251,15 @@ class AlignedBatch(TokenStore, Generic[Single]):
             start += length
         self.sequences = sequences
         self._remaining = self._right = None
+        self._beyond = 0
+        check_count("the state of a batch: tokens", self._idx)
+        for i, (left, sequence) in enumerate(zip(self._left, sequences, strict=True)):
+            check_count(f"the state of a batch: left padding of sequence {i}", left)
+            if sequence.offset and left + sequence.offset > self._idx:
+                raise ValueError(
+                    f"the state of a batch: sequence {i} holds {sequence.offset} tokens behind {left} of padding, but "
+                    f"the batch {self._idx}"
+                )
 
     def held_arrays(self) -> list[HeldArray]:
         """Every array that is held for tokens, sequence by sequence."""

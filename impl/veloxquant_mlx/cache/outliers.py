@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxquant_mlx.cache.storage import CodedBlocks, HeldArray, OnEncoded, State, appended
+from veloxquant_mlx.cache.storage import CodedBlocks, HeldArray, OnEncoded, State, appended, check_array
 from veloxquant_mlx.quantizers.base import Quantizer
 
 
@@ -125,6 +125,19 @@ class OutlierTokens:
     def static_arrays(self) -> list[mx.array]:
         """The quantizers' tables."""
         return self.keys.static_arrays() + self.values.static_arrays()
+
+    def check(self, name: str, shape: tuple[int, int, int] | None, offset: int) -> None:
+        """Raise ValueError unless a loaded state's tokens are those of ``offset`` tokens of ``shape`` (B, H, D)."""
+        if self.keys.blocks != self.values.blocks:
+            raise ValueError(f"{name}: {self.keys.blocks} keys and {self.values.blocks} values")
+        if not self.count or shape is None:
+            return
+        check_array(f"{name}: positions", self.positions, (1, 1, None, 2), mx.int32, self.count)
+        rows, tokens = self._held_positions().T
+        if rows.min() < 0 or rows.max() >= shape[0] or tokens.min() < 0 or tokens.max() >= offset:
+            raise ValueError(f"{name}: positions must lie within {shape[0]} sequences of {offset} tokens")
+        for side, role in ((self.keys, "keys"), (self.values, "values")):
+            side.check(f"{name}: {role}", 1, shape[1], side.head_dim)
 
     def state(self) -> State:
         """Keys, values, positions."""

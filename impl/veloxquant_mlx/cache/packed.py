@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from veloxquant_mlx.cache.batch import AlignedBatch
-from veloxquant_mlx.cache.sequence import PackedSequence, causal_mask, fetch_dtype
+from veloxquant_mlx.cache.sequence import PackedSequence, bits_in_use, causal_mask, fetch_dtype
 from veloxquant_mlx.cache.spec import LayerSpec
 
-__all__ = ["BatchPackedKVCache", "LayerSpec", "PackedKVCache"]
+__all__ = ["BatchPackedKVCache", "LayerSpec", "PackedKVCache", "bits_in_use"]
 
 
 class PackedKVCache(PackedSequence):
@@ -45,12 +45,12 @@ class PackedKVCache(PackedSequence):
         the new ones for several, oldest first.
         """
         new = keys.shape[2]
+        self.drop_old()
         self.store(keys, values)
         max_size = self.spec.max_size
         wanted = self.offset if max_size is None else min(self.offset, max_size - 1 + new)
-        fetched = self.fetch(wanted, fetch_dtype(keys.dtype))
-        self.drop_old()
-        return fetched
+        self._beyond = wanted - self.size()
+        return self.fetch(wanted, fetch_dtype(keys.dtype))
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """The mask for ``N`` tokens that are about to be appended, in mlx-lm's form."""

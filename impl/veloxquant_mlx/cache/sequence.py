@@ -13,10 +13,11 @@ from mlx_lm.models import base as mlx_lm_base
 
 from veloxquant_mlx.cache.outliers import OutlierTokens
 from veloxquant_mlx.cache.spec import LayerSpec
-from veloxquant_mlx.cache.storage import HeldArray, OnEncoded, Side
+from veloxquant_mlx.cache.storage import HeldArray, OnEncoded, Side, check_count
+from veloxquant_mlx.methods import Role
 from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver, KeyNormTracker
-from veloxquant_mlx.quantizers.base import Quantizer
+from veloxquant_mlx.quantizers.base import Quantizer, half
 
 
 def causal_mask(n_new: int, offset: int, window_size: int | None, left_padding: mx.array | None = None) -> mx.array:
@@ -28,6 +29,12 @@ def causal_mask(n_new: int, offset: int, window_size: int | None, left_padding: 
 def fetch_dtype(dtype: mx.Dtype) -> mx.Dtype:
     """The dtype that attention reads: the caller's on a GPU, fp32 on CPU, where only fp32 products are fast."""
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu, 0) else dtype
+
+
+def bits_in_use(held_arrays: Sequence[HeldArray]) -> Fraction:
+    """Bits of the slots in use."""
+    in_use = (Fraction(held.array.nbytes * held.used_slots * 8, held.slots) for held in held_arrays)
+    return sum(in_use, Fraction(0))
 
 
 class TokenStore(ABC):
@@ -73,6 +80,35 @@ class TokenStore(ABC):
         """The decoded values, None when empty."""
         return None if self.empty() else self.keys_and_values()[1]
 
+    @keys.setter
+    def keys(self, keys: mx.array | None) -> None:
+        self._assign("keys", keys)
+
+    @values.setter
+    def values(self, values: mx.array | None) -> None:
+        self._assign("values", values)
+
+    def _assign(self, role: Role, x: mx.array | None) -> None:
+        """What models do that assign one side: keep what is held where ``x`` is equal to it, else code ``x`` anew.
+
+        Evaluates ``x``, and with it whatever ``mx.depends`` has tied to it.
+
+        Raises:
+            ValueError: another shape than that in which the side is read.
+        """
+        held: mx.array | None = getattr(self, role)
+        if x is None and held is None:
+            return
+        if x is None or held is None or x.shape != held.shape:
+            shapes = [None if array is None else tuple(array.shape) for array in (held, x)]
+            raise ValueError(f"{role} can be assigned in the shape in which they are read, {shapes[0]}, got {shapes[1]}")
+        if not mx.array_equal(x, held, equal_nan=True).item():
+            self._replace(role, x)
+
+    @abstractmethod
+    def _replace(self, role: Role, x: mx.array) -> None:
+        """Hold ``x``, of the shape that :meth:`keys_and_values` gives, on one side."""
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated for tokens."""
@@ -87,14 +123,14 @@ class TokenStore(ABC):
         values = self.values_held()
         if not values:
             raise ValueError("a cache without tokens has no bits per value")
-        in_use = (Fraction(held.array.nbytes * held.used_slots * 8, held.slots) for held in self.held_arrays())
-        return sum(in_use, Fraction(0)) / values
+        return bits_in_use(self.held_arrays()) / values
 
 
 class PackedSequence(TokenStore):
     """Packed keys and values of one layer for one sequence, or for several in lockstep.
 
-    Keys and values enter as fp16 and leave decoded; nothing decoded is kept.
+    Keys and values enter as fp16 (finite values beyond its range as its ends) and leave decoded; nothing decoded is
+    kept.
 
     Args:
         spec: how to store.
@@ -115,6 +151,7 @@ class PackedSequence(TokenStore):
         self.outlier_observer = outlier_observer
         self.distortion_observer = distortion_observer
         self.dtype_name = "float16"
+        self._beyond = 0  # tokens before a sliding window that the last pass read
         self._keys, self._values = (
             Side(quantizer, sinks=spec.sinks, window=spec.window, on_encoded=self._reporter(role))
             for quantizer, role in ((spec.keys, "keys"), (spec.values, "values"))
@@ -162,7 +199,7 @@ class PackedSequence(TokenStore):
             RuntimeError: outliers are kept and there is no observer to flag them.
         """
         self.dtype_name = str(keys.dtype).removeprefix("mlx.core.")
-        keys, values = keys.astype(mx.float16), values.astype(mx.float16)
+        keys, values = half(keys), half(values)
         if self._tracker is not None and self._outliers is not None:
             self._outliers.add(self._tracker.flag(keys), self.offset, keys, values)
         self._keys.append(keys)
@@ -186,7 +223,9 @@ class PackedSequence(TokenStore):
         return [(self._keys, kept and kept.keys), (self._values, kept and kept.values)]
 
     def drop_old(self) -> None:
-        """Free what a sliding window has left behind, in steps."""
+        """Free what a sliding window has left behind, in steps: before tokens come, for the layers that share these
+        keys and values read them after.
+        """
         if self.spec.max_size is None:
             return
         for side, _ in self._sides():
@@ -195,8 +234,19 @@ class PackedSequence(TokenStore):
             self._outliers.drop_before(self.offset - self.spec.max_size)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Everything attention may read, decoded, in the dtype that was last stored."""
-        return self.fetch(self.size(), getattr(mx, self.dtype_name))
+        """Everything that attention has read, decoded, in the dtype that was last stored.
+
+        On a sliding-window layer that is more than :meth:`size` after a pass of several tokens.
+        """
+        return self.fetch(self.size() + self._beyond, getattr(mx, self.dtype_name))
+
+    def _replace(self, role: Role, x: mx.array) -> None:
+        if self._outliers is not None:
+            raise ValueError(f"{role} cannot be assigned where outlier tokens are kept (layer {self.spec.layer})")
+        old = self._keys if role == "keys" else self._values
+        side = Side(old.quantizer, sinks=old.sinks, window=old.window, on_encoded=old.on_encoded)
+        side.append(half(x))
+        setattr(self, f"_{role}", side)
 
     def size(self) -> int:
         """Tokens that attention can read."""
@@ -214,6 +264,7 @@ class PackedSequence(TokenStore):
         """Forget the last ``n`` tokens; returns how many were forgotten."""
         n = min(self.offset, n)
         self.offset -= n
+        self._beyond = 0
         for side, kept in self._sides():
             cut = side.trim(n)
             if cut and side.tail is not None and self._outliers is not None and kept is not None:
@@ -243,6 +294,7 @@ class PackedSequence(TokenStore):
             PackedSequence.__init__(self, LayerSpec.from_json(spec))
         self.offset = offset
         self.dtype_name = dtype_name
+        self._beyond = 0
         self._keys.load_state(arrays[:n_keys])
         self._values.load_state(arrays[n_keys : n_keys + n_values])
         if self._outliers is not None and self._tracker is not None:
@@ -255,6 +307,22 @@ class PackedSequence(TokenStore):
                 )
             self._tracker.load_norms(norms)
             self._outliers.load_state(outliers)
+        self._check_state()
+
+    def _check_state(self) -> None:
+        """Raise ValueError unless the counts of a state are those of its arrays."""
+        where = f"the state of layer {self.spec.layer}"
+        check_count(f"{where}: offset", self.offset)
+        if self.dtype_name not in ("float16", "bfloat16", "float32"):
+            raise ValueError(f"{where}: dtype must be float16, bfloat16 or float32, got {self.dtype_name!r}")
+        for side, role in ((self._keys, "keys"), (self._values, "values")):
+            side.check(f"{where}: {role}")
+            if not self.size() <= side.tokens <= self.offset or (self.max_size is None and side.tokens < self.offset):
+                raise ValueError(f"{where}: offset is {self.offset}, but {side.tokens} tokens of {role} are held")
+        if len({side.shape and side.shape[0] for side, _ in self._sides()}) > 1:
+            raise ValueError(f"{where}: keys and values are of different numbers of sequences")
+        if self._outliers is not None:
+            self._outliers.check(f"{where}: outliers", self._keys.shape, self.offset)
 
     def rows(self, index: slice) -> Self:
         """A cache of some sequences of a lockstep batch, with the same observers."""

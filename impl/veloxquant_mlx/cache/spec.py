@@ -63,7 +63,7 @@ class LayerSpec:
                 tokens, sinks=self.sinks, window=self.window, max_size=self.max_size
             )
             per_head += exact * head_dim * 2
-            per_head += coded * head_dim * quantizer.bits_per_value(head_dim) / 8
+            per_head += coded * head_dim * quantizer.bits_per_value(head_dim) / 8 if head_dim else 0
         return int(per_head * n_batch * n_kv_heads)
 
     def to_json(self) -> str:

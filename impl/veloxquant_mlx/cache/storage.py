@@ -39,6 +39,24 @@ class HeldArray:
     slots: int
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is an int of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an int of at least 0, got {str(value)[:50]}")
+
+
+def check_array(name: str, array: object, shape: tuple[int | None, ...], dtype: mx.Dtype, slots: int = 1) -> None:
+    """Raise ValueError unless ``array`` is of a shape and dtype; None in ``shape`` stands for at least ``slots``."""
+    if not isinstance(array, mx.array):
+        raise ValueError(f"{name} must be an array, got {str(array)[:50]}")
+    fits = array.ndim == len(shape) and all(
+        size >= slots if wanted is None else size == wanted for size, wanted in zip(array.shape, shape, strict=True)
+    )
+    if not fits or array.dtype != dtype:
+        wanted = str(shape).replace("None", f"{slots} or more")
+        raise ValueError(f"{name} must be {dtype} of shape {wanted}, got {array.dtype} {tuple(array.shape)}")
+
+
 def grown_slots(needed: int, used: int, step: int) -> int:
     """Slots to allocate for ``needed`` when ``used`` are held: whole steps, an eighth ahead when growing."""
     wanted = max(needed, used + used // 8)
@@ -65,6 +83,8 @@ class CodedBlocks:
         self.quantizer = quantizer
         self.arrays: Arrays = ()
         self.static: Arrays | None = None
+        self.starts: mx.array | None = None
+        """Blocks at which the calibration's second and further slots begin, ``[slots - 1]`` int32; None without."""
         self.head_dim = 0
         self.blocks = 0
 
@@ -84,10 +104,35 @@ class CodedBlocks:
             first = self.quantizer.calibration_tokens
             self.static = self.quantizer.calibrate(x[:, :, :first] if first else x)
             self.head_dim = x.shape[-1]
-        codes = self.quantizer.encode(x, self.static)
+        self._follow(x)
+        codes = self.quantizer.encode(x, self._static(self.blocks, self.blocks + x.shape[2]))
         if on_encoded is not None:
             on_encoded(x, self.quantizer.decode(codes, mx.float32), self.quantizer)
         self.extend(codes)
+
+    def _follow(self, x: mx.array) -> None:
+        assert self.static is not None
+        self.static, starts = self.quantizer.follow(x, self.static)
+        if starts:
+            held = [] if self.starts is None else [self.starts]
+            self.starts = mx.concatenate([*held, mx.array(starts, dtype=mx.int32) + self.blocks])
+
+    def _static(self, first: int, last: int) -> Arrays:
+        """The calibration of blocks ``first`` up to ``last``: a slot for each where there are several."""
+        static = self.static or ()
+        if self.starts is None:
+            return static
+        slots = mx.array(np.searchsorted(np.array(self.starts), np.arange(first, last), side="right"))
+        slotted = self.quantizer.slotted(len(static))
+        return tuple(mx.take(array, slots, axis=2) if i in slotted else array for i, array in enumerate(static))
+
+    def _keep_slots(self, first: int, last: int, shift: int) -> None:
+        """Keep the slots ``first`` up to ``last``, and begin them ``shift`` blocks earlier."""
+        assert self.static is not None
+        assert self.starts is not None
+        slotted = self.quantizer.slotted(len(self.static))
+        kept = [mx.contiguous(a[:, :, first:last]) if i in slotted else a for i, a in enumerate(self.static)]
+        self.static, self.starts = tuple(kept), self.starts[first : last - 1] - shift if last - first > 1 else None
 
     def extend(self, codes: Codes) -> None:
         """Put encoded blocks behind what is held."""
@@ -103,13 +148,15 @@ class CodedBlocks:
         last = self.blocks if last is None else last
         n_tokens = (last - first) * self.quantizer.block_tokens
         arrays = tuple(array[:, :, first:last] for array in self.arrays)
-        return self.quantizer.decode(Codes(arrays, self.head_dim, n_tokens, self.static or ()), dtype)
+        return self.quantizer.decode(Codes(arrays, self.head_dim, n_tokens, self._static(first, last)), dtype)
 
     def truncate(self, blocks: int) -> None:
         """Forget all but the first ``blocks`` blocks; with the last one goes the calibration."""
         self.blocks = blocks
         if not blocks:
-            self.static = None
+            self.static = self.starts = None
+        elif self.starts is not None:
+            self._keep_slots(0, 1 + int(np.sum(np.array(self.starts) < blocks)), 0)
 
     def drop_front(self, blocks: int) -> None:
         """Forget the first ``blocks`` blocks and free their room; the calibration stays."""
@@ -117,14 +164,29 @@ class CodedBlocks:
         keep = grown_slots(left, 0, self.step)
         self.arrays = tuple(mx.contiguous(array[:, :, blocks : blocks + keep]) for array in self.arrays if left)
         self.blocks = left
+        if self.starts is not None:
+            self._keep_slots(int(np.sum(np.array(self.starts) <= blocks)), len(self.starts) + 1, blocks)
 
     def held_arrays(self, name: str, skip: int = 0) -> list[HeldArray]:
         """The buffers; the first ``skip`` blocks do not count as used."""
         layout = self.quantizer.layout(self.head_dim) if self.arrays else ()
-        return [
+        held = [
             HeldArray(f"{name}.{spec.name}", array, self.blocks - skip, array.shape[2])
             for spec, array in zip(layout, self.arrays, strict=True)
         ]
+        if self.starts is not None and self.static is not None:
+            held.append(HeldArray(f"{name}.starts", self.starts, len(self.starts), len(self.starts)))
+            for i in self.quantizer.slotted(len(self.static)):  # the first slot is the calibration's, not a token's
+                held.append(HeldArray(f"{name}.slots", self.static[i], len(self.starts), len(self.starts) + 1))
+        return held
+
+    def stretch_bytes(self) -> int:
+        """Bytes of the calibration's second and further slots."""
+        if self.starts is None or self.static is None:
+            return 0
+        slots = (self.static[i] for i in self.quantizer.slotted(len(self.static)))
+        per_start = 4 + sum(slot.shape[0] * slot.shape[1] * slot.shape[3] * 2 for slot in slots)
+        return len(self.starts) * per_start
 
     def formula_bits(self, skip: int = 0) -> Fraction:
         """Bits per head in use by the quantizer's own formula, without its first ``skip`` blocks."""
@@ -135,18 +197,45 @@ class CodedBlocks:
         """The quantizer's tables and this cache's calibration."""
         if self.static is None:
             return []
-        return [*self.quantizer.static_arrays(self.head_dim), *self.static]
+        slotted = self.quantizer.slotted(len(self.static))
+        own = [array[:, :, :1] if i in slotted and self.starts is not None else array for i, array in enumerate(self.static)]
+        return [*self.quantizer.static_arrays(self.head_dim), *own]
 
     def state(self) -> State:
-        """Buffers first, then calibration and counts."""
+        """Buffers first, then calibration, with its slots' beginnings where it has several, and counts."""
         calibrated = self.static is not None
-        return [*self.arrays, *(self.static or ()), len(self.arrays), calibrated, self.head_dim, self.blocks]
+        static = [*(self.static or ()), *([] if self.starts is None else [self.starts])]
+        return [*self.arrays, *static, len(self.arrays), calibrated, self.head_dim, self.blocks]
 
     def load_state(self, state: State) -> None:
         """Take what :meth:`state` gave."""
         *arrays, n_arrays, calibrated, self.head_dim, self.blocks = state
-        self.arrays = tuple(arrays[:n_arrays])
-        self.static = tuple(arrays[n_arrays:]) if calibrated else None
+        self.arrays, static = tuple(arrays[:n_arrays]), arrays[n_arrays:]
+        self.starts = static.pop() if static and static[-1].ndim == 1 else None
+        self.static = tuple(static) if calibrated else None
+
+    def check(self, name: str, n_batch: int, n_heads: int, head_dim: int) -> None:
+        """Raise ValueError unless the arrays are those of ``blocks`` blocks of ``[n_batch, n_heads, *, head_dim]``."""
+        check_count(f"{name}.blocks", self.blocks)
+        if not self.blocks:
+            return
+        if self.head_dim != head_dim or self.static is None:
+            raise ValueError(f"{name} are of head_dim {self.head_dim}, calibrated {self.static is not None}")
+        like = self.quantizer.encode(mx.zeros((n_batch, n_heads, 0, head_dim), dtype=mx.float16))
+        if len(self.arrays) != len(like.arrays):
+            raise ValueError(f"{name} are {len(self.arrays)} arrays, not {len(like.arrays)}")
+        for array, wanted in zip(self.arrays, like.arrays, strict=True):
+            check_array(name, array, (*wanted.shape[:2], None, wanted.shape[3]), wanted.dtype, self.blocks)
+        slotted, slots = self.quantizer.slotted(len(self.static)), 1
+        if self.starts is not None:
+            check_array(f"{name}.starts", self.starts, (None,), mx.int32)
+            slots += len(self.starts)
+            edges = np.array(self.starts)
+            if not slotted or edges[0] <= 0 or edges[-1] >= self.blocks or np.any(np.diff(edges) <= 0):
+                raise ValueError(f"{name}.starts must ascend within the {self.blocks} blocks")
+        for i, (array, wanted) in enumerate(zip(self.static, like.static, strict=len(self.static) > len(like.static))):
+            shape = *wanted.shape[:2], slots if i in slotted else wanted.shape[2], wanted.shape[3]
+            check_array(f"{name}.calibration", array, shape, wanted.dtype)
 
     def rows(self, index: slice) -> None:
         """Keep only some sequences of the batch."""
@@ -262,6 +351,18 @@ class MixedBlocks:
             stream.load_state(state[start : start + length])
             start += length
 
+    def check(self, name: str, n_batch: int, n_heads: int, head_dim: int) -> None:
+        """Raise ValueError unless the streams hold the blocks that the choices give them."""
+        check_count(f"{name}.blocks", self.blocks)
+        if self.blocks:
+            check_array(f"{name}.choices", self.choices, (1, 1, None, 1), mx.uint8, self.blocks)
+            if np.max(self._chosen()) >= len(self.streams):
+                raise ValueError(f"{name}.choices must be below {len(self.streams)}")
+        for i, (stream, count) in enumerate(zip(self.streams, self._counts(self.blocks), strict=True)):
+            if stream.blocks != count * self.quantizer.block_tokens:
+                raise ValueError(f"{name} of width {i} hold {stream.blocks} tokens where the choices give it {count}")
+            stream.check(f"{name} of width {i}", n_batch, n_heads, head_dim)
+
     def rows(self, index: slice) -> None:
         """Keep only some sequences of the batch; their blocks keep the choices they were coded with."""
         for stream in self.streams:
@@ -311,14 +412,14 @@ class Side:
         """Store ``[B, H, T, D]`` fp16 behind what is held."""
         self.shape = (x.shape[0], x.shape[1], x.shape[3])
         room = self.sinks - _tokens(self.sink)
-        if room > 0 and not self.coded.blocks and self.tail is None:
+        if room > 0 and x.shape[2] and not self.coded.blocks and self.tail is None:
             self.sink = mx.contiguous(_joined([self.sink, x[:, :, :room]]))  # a view would keep all of x alive
             x = x[:, :, room:]
         if x.shape[2] == 0:
             return
         x = _joined([self.tail, x])
         block = self.quantizer.block_tokens
-        n_coded = max(0, x.shape[2] - self.window) // block * block
+        n_coded = max(0, x.shape[2] - self.window) // block * block if x.shape[3] else 0  # no values, nothing to code
         if n_coded < self.quantizer.calibration_tokens and not self.coded.blocks:
             n_coded = 0
         if n_coded:
@@ -401,8 +502,8 @@ class Side:
         n_batch, n_heads, head_dim = self.shape
         dense = _tokens(self.sink) + _tokens(self.tail) - max(0, skip - self.coded.tokens)
         dead = self._dead_blocks(skip)
-        choices = self.coded.blocks - dead if isinstance(self.coded, MixedBlocks) else 0
-        return n_batch * n_heads * (dense * head_dim * 2 + self.coded.formula_bits(dead) / 8) + choices
+        shared = self.coded.blocks - dead if isinstance(self.coded, MixedBlocks) else self.coded.stretch_bytes()
+        return n_batch * n_heads * (dense * head_dim * 2 + self.coded.formula_bits(dead) / 8) + shared
 
     def state(self) -> State:
         """The coded blocks' state, then sinks, tail, counts."""
@@ -414,6 +515,18 @@ class Side:
         *coded, self.sink, self.tail, n_batch, n_heads, head_dim, n_coded = state
         self.shape = (n_batch, n_heads, head_dim) if n_batch else None
         self.coded.load_state(coded[:n_coded])
+
+    def check(self, name: str) -> None:
+        """Raise ValueError unless a loaded state's counts and shapes agree with its arrays."""
+        n_batch, n_heads, head_dim = self.shape or (0, 0, 0)
+        for field in (n_batch, n_heads, head_dim):
+            check_count(f"{name}: shape", field)
+        self.coded.check(f"{name}: codes", n_batch, n_heads, head_dim)
+        for array, part in ((self.sink, "sinks"), (self.tail, "window")):
+            if array is not None:
+                check_array(f"{name}: {part}", array, (n_batch, n_heads, None, head_dim), mx.float16)
+        if _tokens(self.sink) > self.sinks:
+            raise ValueError(f"{name}: {_tokens(self.sink)} sinks are held where the spec has {self.sinks}")
 
     def rows(self, index: slice) -> None:
         """Keep only some sequences of the batch."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -31,6 +31,22 @@ class ArraySpec(NamedTuple):
 
 
 Arrays = tuple[mx.array, ...]
+
+LARGEST_HALF: Final = 65504.0
+"""The largest finite fp16."""
+
+
+def saturated(x: mx.array) -> mx.array:
+    """``x`` with finite values beyond fp16's range at its ends, in fp32; fp16 as it is, and NaN and infinity as well."""
+    if x.dtype == mx.float16:
+        return x
+    x = x.astype(mx.float32)
+    return mx.where(mx.isfinite(x), mx.clip(x, -LARGEST_HALF, LARGEST_HALF), x)
+
+
+def half(x: mx.array) -> mx.array:
+    """``x`` in fp16, finite where it was finite: bf16 and fp32 reach further, and their large values saturate."""
+    return saturated(x).astype(mx.float16)
 
 
 class Codes(NamedTuple):
@@ -83,16 +99,34 @@ class Quantizer(ABC):
         """Tokens that a cache waits for (in fp16) to calibrate on, 0 for most."""
         return 0
 
+    def slotted(self, n_static: int) -> tuple[int, ...]:
+        """Which of a calibration's ``n_static`` arrays have a slot on axis 2 for every stretch of tokens."""
+        return ()
+
     def calibrate(self, x: mx.array) -> Arrays:
         """What :attr:`Codes.static` holds, from the vectors ``[B, H, T, D]``."""
         return ()
+
+    def follow(self, x: mx.array, static: Arrays) -> tuple[Arrays, list[int]]:
+        """The calibration, with another slot for every stretch of ``x`` that its last slot does not fit.
+
+        Args:
+            x: vectors ``[B, H, T, D]`` that come after those of ``static``.
+            static: a calibration.
+
+        Returns:
+            The calibration, and for each added slot the token of ``x`` from which it holds.
+        """
+        return static, []
 
     def encode(self, x: mx.array, static: Arrays | None = None) -> Codes:
         """Encode vectors.
 
         Args:
-            x: ``[B, H, T, D]`` of any float dtype, T a multiple of :attr:`block_tokens`.
-            static: an earlier calibration; absent: :meth:`calibrate` on ``x``.
+            x: ``[B, H, T, D]`` of any float dtype, T a multiple of :attr:`block_tokens` (or none). Finite values beyond
+                fp16's range are coded as its ends.
+            static: an earlier calibration, its slotted arrays with one slot or one per token; absent: :meth:`calibrate`
+                on ``x``.
 
         Returns:
             Packed arrays.
@@ -101,12 +135,24 @@ class Quantizer(ABC):
             ValueError: another shape.
         """
         self.check_tokens(x)
+        if not x.shape[2]:
+            one = self.encode(mx.zeros((*x.shape[:2], self.block_tokens, x.shape[3])), static)
+            return Codes(tuple(array[:, :, :0] for array in one.arrays), x.shape[-1], 0, one.static)
+        x = saturated(x)
         static = self.calibrate(x) if static is None else static
         return Codes(self._encode(x, static), x.shape[-1], x.shape[2], static)
 
     def decode(self, codes: Codes, dtype: mx.Dtype = mx.float16) -> mx.array:
-        """Decode to ``[B, H, T, D]`` of ``dtype``."""
-        return self._decode(codes).astype(dtype)
+        """Decode to ``[B, H, T, D]`` of ``dtype``; what a code of finite values decodes to is finite in fp16 too."""
+        if not codes.n_tokens:
+            return mx.zeros((*self._lead(codes), 0, codes.head_dim), dtype=dtype)
+        decoded = self._decode(codes)
+        return half(decoded) if dtype == mx.float16 else decoded.astype(dtype)
+
+    def _lead(self, codes: Codes) -> tuple[int, int]:
+        """Sequences and heads."""
+        n_batch, n_heads = (*codes.arrays, *codes.static)[-1].shape[:2]
+        return n_batch, n_heads
 
     @abstractmethod
     def _encode(self, x: mx.array, static: Arrays) -> Arrays:

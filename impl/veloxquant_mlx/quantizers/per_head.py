@@ -51,9 +51,29 @@ class PerHead(Quantizer):
         if x.shape[1] != len(self.quantizers):
             raise ValueError(f"{self.name}: {len(self.quantizers)} quantizers for {x.shape[1]} KV heads")
 
+    def slotted(self, n_static: int) -> tuple[int, ...]:
+        """Those of every group."""
+        per_group = n_static // len(self._groups)  # one method per layer, so all groups calibrate alike
+        own = self.quantizers[0].slotted(per_group)
+        return tuple(group * per_group + array for group in range(len(self._groups)) for array in own)
+
     def calibrate(self, x: mx.array) -> Arrays:
         """The groups' calibrations, one after the other."""
         return tuple(a for quantizer, heads in self._groups for a in quantizer.calibrate(_heads(x, heads)))
+
+    def follow(self, x: mx.array, static: Arrays) -> tuple[Arrays, list[int]]:
+        """A slot in all groups wherever one of them needs one."""
+        followed = [q.follow(_heads(x, heads), own) for q, heads, own in self._with_static(static)]
+        starts = sorted({start for _, own_starts in followed for start in own_starts})
+        arrays: list[mx.array] = []
+        for own, own_starts in followed:
+            for i, array in enumerate(own):
+                if i in self.quantizers[0].slotted(len(own)) and own_starts != starts:
+                    last = array.shape[2] - 1 - len(own_starts)  # the slot that held before x
+                    later = [last + sum(own_start <= start for own_start in own_starts) for start in starts]
+                    array = mx.take(array, mx.array([*range(last + 1), *later]), axis=2)
+                arrays.append(array)
+        return tuple(arrays), starts
 
     def layout(self, head_dim: int) -> tuple[ArraySpec, ...]:
         """The groups' layouts, one after the other; each array holds its group's heads."""

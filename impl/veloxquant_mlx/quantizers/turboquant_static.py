@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from veloxquant_kernels.codebook import codebook_arrays, decode_words, nearest_codes
 from veloxquant_kernels.packing import MAX_CODE_BITS, check_code_bits, pack_codes, packed_words
 from veloxquant_kernels.turboquant import TINY_RMS
 from veloxquant_mlx.methods import METHODS, Role, WidthOptions
-from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
+from veloxquant_mlx.quantizers.base import (
+    LARGEST_HALF,
+    QUANTIZERS,
+    Arrays,
+    ArraySpec,
+    Codes,
+    Quantizer,
+    half,
+    saturated,
+)
 from veloxquant_mlx.quantizers.lloyd_max import Codebook, gaussian_codebook
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.transforms.rotation import rotation
+
+
+Floats = NDArray[np.float32]
+
+MISFIT: Final = 4.0
+"""Factor between a token's RMS and the scale beyond which the scale does not fit: keys and values of real text stay
+within it, but for single small values."""
+
+QUIET: Final = 16
+"""Small tokens in a row that make the scale too large: single ones (values of attention sinks) are ordinary."""
+
+
+def finite_tokens(x: mx.array) -> mx.array:
+    """Which vectors of ``[..., D]`` are finite throughout, ``[..., 1]``."""
+    finite: mx.array = mx.all(mx.isfinite(x), axis=-1, keepdims=True)
+    return finite
+
+
+def _rms(x: mx.array) -> mx.array:
+    return mx.sqrt(mx.mean(mx.square(x), axis=-1))
+
+
+@functools.cache
+def reserved_words(head_dim: int, code_bits: int, seed: int) -> tuple[mx.array, mx.array]:
+    """The packed codes of a token that is not finite, drawn by ``seed``, and what stands for them in one that is."""
+    codes = np.random.default_rng([seed, head_dim, 2]).integers(0, 1 << code_bits, (2, head_dim), dtype=np.uint8)
+    codes[1, 1:] = codes[0, 1:]
+    codes[1, 0] = codes[0, 0] ^ 1
+    reserved, beside = mx.split(pack_codes(mx.array(codes), code_bits, backend="reference"), 2)
+    mx.eval(reserved, beside)
+    return reserved[0], beside[0]
 
 
 @QUANTIZERS.register("turboquant_static")
@@ -23,9 +66,16 @@ class TurboQuantStatic(Quantizer):
     """Subtract the head's mean vector, rotate, divide by the head's scale, code with the Gaussian codebook.
 
     Mean and scale come from the head's first ``calibration`` tokens (which a cache keeps in fp16 until they are
-    complete) and stay: nothing but codes is kept per token, exactly ``code_bits`` bits per value where they fill
-    whole words. Width 0 keeps nothing and decodes to the mean. On Gaussian input the distortion is that of
-    Lloyd–Max; tokens whose norms vary pay for the missing norm.
+    complete): nothing but codes is kept per token, exactly ``code_bits`` bits per value where they fill whole words.
+    Width 0 keeps nothing and decodes to the mean. On Gaussian input the distortion is that of Lloyd–Max; tokens whose
+    norms vary pay for the missing norm.
+
+    First tokens may be unlike all that follow (one token repeated, padding). So a cache calls :meth:`follow`: from a
+    token that is more than ``MISFIT`` times the scale, or from the last of ``QUIET`` tokens that are less than its
+    ``MISFIT``-th part, another scale holds (16 bits a head, 32 a stretch), and the mean is left out where it misleads.
+    Ordinary text never needs one; what does not fit by less loses accuracy, as documented, and no more.
+
+    One pattern of codes is reserved for tokens that are not finite: they decode to NaN, and calibrate nothing.
 
     Source: TurboQuant (arXiv 2504.19874), algorithm 1; offline scales as in KVQuant (arXiv 2401.18079).
 
@@ -55,13 +105,77 @@ class TurboQuantStatic(Quantizer):
         """Tokens that decide mean and scale."""
         return self.calibration
 
+    def slotted(self, n_static: int) -> tuple[int, ...]:
+        """The scale."""
+        return (1,)
+
     def calibrate(self, x: mx.array) -> Arrays:
-        """Mean ``[B, H, 1, D]`` fp16 and scale ``[B, H, 1, 1]`` fp16 of vectors ``[B, H, T, D]``."""
-        x = x.astype(mx.float32)
-        mean = mx.mean(x, axis=2, keepdims=True).astype(mx.float16)
-        spread = mx.sqrt(mx.mean(mx.square(x - mean.astype(mx.float32)), axis=(2, 3), keepdims=True))
-        # T - 1: the mean was fitted to the same tokens
-        return mean, (spread * (x.shape[2] / max(1, x.shape[2] - 1)) ** 0.5).astype(mx.float16)
+        """Mean ``[B, H, 1, D]``, scale and quiet tokens ``[B, H, 1, 1]`` of vectors ``[B, H, T, D]``, all fp16.
+
+        A negative scale is one beside which the mean is left out. Tokens that are not finite do not count.
+        """
+        x = saturated(x).astype(mx.float32)
+        kept = finite_tokens(x)
+        x = mx.where(kept, x, 0)
+        count = mx.maximum(mx.sum(kept.astype(mx.float32), axis=2, keepdims=True), 1)
+        mean = half(mx.sum(x, axis=2, keepdims=True) / count)
+        squares = mx.where(kept, mx.square(x - mean.astype(mx.float32)), 0)
+        variance = mx.sum(squares, axis=(2, 3), keepdims=True) / (x.shape[3] * mx.maximum(count - 1, 1))
+        # count - 1: the mean was fitted to the same tokens
+        scale = half(mx.sqrt(variance))
+        return mean, scale, mx.zeros_like(scale)
+
+    def follow(self, x: mx.array, static: Arrays) -> tuple[Arrays, list[int]]:
+        """The calibration with another scale from every token on that the one before does not fit.
+
+        Whatever the chunks in which tokens arrive, the same tokens open the same slots. Evaluates ``x``.
+        """
+        mean, scales, *rest = static
+        x = saturated(x).astype(mx.float32)
+        x = mx.where(finite_tokens(x), x, mx.nan)
+        whole, centred = np.array(mx.stack([_rms(x), _rms(x - mean.astype(mx.float32))]))
+        slots = np.moveaxis(np.array(scales[..., 0], dtype=np.float32), 2, 0)
+        scale = before = slots[0]
+        for slot in slots[1:]:
+            before, scale = np.where(slot != scale, scale, before), slot
+        quiet = np.array(rest[0][..., 0, 0], dtype=np.int64) if rest else np.zeros(scale.shape, dtype=np.int64)
+        starts: list[int] = []
+        added: list[mx.array] = []
+        at = 0
+        while at < x.shape[2]:
+            sizes = whole[..., at:], centred[..., at:]
+            event, run, back = self._misfits(*sizes, scale[..., None], before[..., None], quiet)
+            tokens = np.flatnonzero(event.any(axis=(0, 1)))
+            if not len(tokens):
+                quiet = run[..., -1]
+                break
+            first = int(tokens[0])
+            size, distance = (values[..., first] for values in sizes)
+            fitted = np.where(distance <= size, distance, -size)  # NaN where the token is
+            fitted = np.clip(fitted, -LARGEST_HALF, LARGEST_HALF).astype(np.float16).astype(np.float32)
+            hit = event[..., first]
+            quiet = np.where(hit, 0, run[..., first])
+            before, scale = np.where(hit, scale, before), np.where(hit, np.where(back[..., first], before, fitted), scale)
+            starts.append(at + first)
+            added.append(mx.array(scale[..., None, None]).astype(mx.float16))
+            at += first + 1
+        return (mean, mx.concatenate([scales, *added], axis=2), mx.array(quiet[..., None, None]).astype(mx.float16)), starts
+
+    def _misfits(
+        self, whole: Floats, centred: Floats, scale: Floats, before: Floats, quiet: NDArray[np.int64]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.bool_]]:
+        """Per token and head: whether another scale is needed, small tokens in a row, whether the scale before fits."""
+        if self.code_bits == 0:  # decodes to the mean whatever the token, so only NaN needs a slot
+            lost, held = np.isnan(whole), np.isnan(scale)
+            return lost != held, np.zeros(whole.shape, dtype=np.int64), held & ~lost
+        small = whole * MISFIT < np.abs(scale)
+        back = small & (np.where(before < 0, whole, centred) <= MISFIT * np.abs(before))
+        back &= whole * MISFIT >= np.abs(before)
+        index = np.arange(whole.shape[-1])
+        last = np.maximum.accumulate(np.where(small, -1, index), axis=-1)
+        run = index - last + np.where(last < 0, quiet[..., None], 0)
+        loud = np.where(scale < 0, whole, centred) > MISFIT * np.abs(scale)
+        return loud | back | (run >= QUIET), run, back
 
     def layout(self, head_dim: int) -> tuple[ArraySpec, ...]:
         """Packed codes alone; nothing at width 0."""
@@ -72,25 +186,34 @@ class TurboQuantStatic(Quantizer):
     def _encode(self, x: mx.array, static: Arrays) -> Arrays:
         if self.code_bits == 0:
             return ()
-        mean, scale = (array.astype(mx.float32) for array in static)
-        unit = (x.astype(mx.float32) - mean) * (1 / mx.maximum(scale, TINY_RMS))
+        mean, scale = (array.astype(mx.float32) for array in static[:2])
+        kept = finite_tokens(x)
+        centred = mx.where(kept, x.astype(mx.float32), 0) - mx.where(scale < 0, 0, mean)
+        unit = centred * (1 / mx.maximum(mx.abs(scale), TINY_RMS))
         codes = nearest_codes(rotation(x.shape[-1], self.seed).apply(unit), self._codebook)
-        return (pack_codes(codes, self.code_bits),)
+        words = pack_codes(codes, self.code_bits)
+        reserved, beside = reserved_words(x.shape[-1], self.code_bits, self.seed)
+        words = mx.where(mx.all(words == reserved, axis=-1, keepdims=True), beside, words)
+        return (mx.where(kept, words, reserved),)
 
     def _decode(self, codes: Codes) -> mx.array:
-        mean, scale = (array.astype(mx.float32) for array in codes.static)
+        mean, scale = (array.astype(mx.float32) for array in codes.static[:2])
         if self.code_bits == 0:
             n_batch, n_heads, _, head_dim = mean.shape
-            return mx.broadcast_to(mean, (n_batch, n_heads, codes.n_tokens, head_dim))
-        rotated = decode_words(codes.arrays[0], self._codebook, self.code_bits, codes.head_dim)
-        return rotation(codes.head_dim, self.seed).undo(rotated) * scale + mean
+            return mx.broadcast_to(mx.where(mx.isnan(scale), scale, mean), (n_batch, n_heads, codes.n_tokens, head_dim))
+        words = codes.arrays[0]
+        rotated = decode_words(words, self._codebook, self.code_bits, codes.head_dim)
+        x = rotation(codes.head_dim, self.seed).undo(rotated) * mx.abs(scale) + mx.where(scale < 0, 0, mean)
+        lost = mx.all(words == reserved_words(codes.head_dim, self.code_bits, self.seed)[0], axis=-1, keepdims=True)
+        return mx.where(lost, mx.nan, x)
 
     def static_arrays(self, head_dim: int) -> Arrays:
         """The codebook's tables and the rotation."""
         if self.code_bits == 0:
             return ()
         tables = codebook_arrays(self._codebook, self.code_bits, head_dim)
-        return *tables, *rotation(head_dim, self.seed).arrays
+        reserved = reserved_words(head_dim, self.code_bits, self.seed)
+        return *tables, *reserved, *rotation(head_dim, self.seed).arrays
 
     def expected_distortion(self, head_dim: int) -> float:
         """That of the Gaussian codebook, for calibration on many tokens; 1 at width 0."""
