@@ -1,8 +1,9 @@
 """Affine codes of groups of values between their minimum and maximum: along channels, or along tokens (KIVI's keys).
 
 ``scale = fp16((max - min) / (2**code_bits - 1))``, ``zero = fp16(min)``, ``code = round((x - zero) / scale)``: codes
-are computed against the rounded scale and zero point, the ones that decoding uses. Kernels and plain MLX agree in every
-bit.
+are computed against the rounded scale and zero point, the ones that decoding uses. At one bit, a group that spans more
+than fp16's largest value has that as its scale and its levels in the middle. A group with a value that is not finite
+has scale NaN, so all of it decodes to NaN. Kernels and plain MLX agree in every bit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from veloxquant_kernels.turboquant import check_result_dtype
 
 SMALLEST_SCALE: Final = 2.0**-24
 """The least positive fp16: a group of equal values has scale 0, and its code is 0 divided by this."""
+LARGEST_SCALE: Final = 65504.0
+"""The largest fp16."""
 MAX_BLOCK_VALUES: Final = 32 * 1024
 """A block's codes, a byte each, fill threadgroup memory."""
 MAX_CHANNELS: Final = 1024
@@ -42,11 +45,13 @@ def _uniform_codes(x: mx.array, code_bits: int, axis: int) -> Packed:
     x = x.astype(mx.float32)
     top = (1 << code_bits) - 1
     low, high = mx.min(x, axis=axis, keepdims=True), mx.max(x, axis=axis, keepdims=True)
-    zeros = low.astype(mx.float16)
-    scales = ((high - low) * (1 / top)).astype(mx.float16)
+    finite = mx.all(mx.isfinite(x), axis=axis, keepdims=True)
+    excess = mx.maximum((high - low) - top * LARGEST_SCALE, 0)
+    zeros = mx.where(finite, low + excess * 0.5, 0).astype(mx.float16)
+    scales = mx.where(finite, mx.minimum((high - low) * (1 / top), LARGEST_SCALE), mx.nan).astype(mx.float16)
     steps = mx.maximum(scales.astype(mx.float32), SMALLEST_SCALE)
     codes = mx.clip(mx.round((x - zeros.astype(mx.float32)) / steps), 0, top)
-    return codes.astype(mx.uint8), scales.squeeze(axis), zeros.squeeze(axis)
+    return mx.where(finite, codes, 0).astype(mx.uint8), scales.squeeze(axis), zeros.squeeze(axis)
 
 
 def affine_quantize_pack(x: mx.array, code_bits: int, group_size: int, *, backend: Backend | None = None) -> Packed:

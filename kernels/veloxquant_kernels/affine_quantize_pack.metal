@@ -24,13 +24,15 @@ simdgroup_barrier(mem_flags::mem_threadgroup);
 for (uint group = lane; group < n_groups; group += 32) {
   const uint begin = simdgroup * HEAD_DIM + group * GROUP_SIZE;
   float low = values[begin], high = values[begin];
+  bool finite = affine_finite(low);
   const uint end = min(begin + GROUP_SIZE, (simdgroup + 1) * HEAD_DIM);
   for (uint i = begin + 1; i < end; ++i) {
     low = min(low, values[i]);
     high = max(high, values[i]);
+    finite = finite && affine_finite(values[i]);
   }
-  const half scale = affine_scale(low, high, levels);
-  const half zero = half(low);
+  const half scale = affine_scale(low, high, levels, finite);
+  const half zero = affine_zero(low, high, levels, finite);
   group_scales[simdgroup * n_groups + group] = scale;
   group_zeros[simdgroup * n_groups + group] = zero;
   scales[row * n_groups + group] = scale;

@@ -13,13 +13,15 @@ const uint channel = thread_position_in_threadgroup.x;
 const uint block = threadgroup_position_in_grid.x;
 const uint begin = block * GROUP_SIZE * HEAD_DIM + channel;
 float low = float(x[begin]), high = low;
+bool finite = affine_finite(low);
 for (uint token = 1; token < GROUP_SIZE; ++token) {
   const float value = float(x[begin + token * HEAD_DIM]);
   low = min(low, value);
   high = max(high, value);
+  finite = finite && affine_finite(value);
 }
-const half scale = affine_scale(low, high, levels);
-const half zero = half(low);
+const half scale = affine_scale(low, high, levels, finite);
+const half zero = affine_zero(low, high, levels, finite);
 scales[block * HEAD_DIM + channel] = scale;
 zeros[block * HEAD_DIM + channel] = zero;
 for (uint token = 0; token < GROUP_SIZE; ++token) {

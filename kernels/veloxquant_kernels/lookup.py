@@ -14,9 +14,14 @@ def expand_table(entries: np.ndarray, group: int) -> np.ndarray:
 
 
 def lookup_table(rows: np.ndarray) -> mx.array:
-    """A table for :func:`lookup` from ``[N, G]`` entries; fp32 entries travel in pairs, as complex64."""
+    """A table for :func:`lookup` from ``[N, G]`` entries; fp32 entries travel in pairs, as complex64.
+
+    Evaluated here: a lazy array belongs to the thread that made it, and tables are shared.
+    """
     table = mx.array(np.ascontiguousarray(rows))
-    return table.view(mx.complex64) if rows.dtype == np.float32 and rows.shape[1] % 2 == 0 else table
+    table = table.view(mx.complex64) if rows.dtype == np.float32 and rows.shape[1] % 2 == 0 else table
+    mx.eval(table)
+    return table
 
 
 def lookup(table: mx.array, index: mx.array) -> mx.array:

@@ -94,8 +94,10 @@ class Rotation:
 
     @functools.cached_property
     def matrix(self) -> mx.array:
-        """The transpose of :attr:`inverse`, a view: both directions share one buffer."""
-        return self.inverse.T
+        """The transpose of :attr:`inverse`, a view: both directions share one buffer; evaluated, for all threads."""
+        matrix = self.inverse.T
+        mx.eval(matrix)
+        return matrix
 
     @functools.cached_property
     def unserved(self) -> str | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from veloxquant_mlx.files import reading
 from veloxquant_mlx.quantizers.base import Coding
 
 Floats = NDArray[np.float64]
@@ -354,8 +355,14 @@ class BitAllocation(Mapping[str, int]):
 
     @classmethod
     def load(cls, path: str | Path) -> BitAllocation:
-        """Read what :meth:`save` wrote."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: the file is damaged, or no allocation.
+        """
+        with reading(path, "bit allocation"):
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 
 def shuffled(allocation: BitAllocation, seed: int) -> BitAllocation:

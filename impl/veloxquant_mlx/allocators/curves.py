@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from veloxquant_mlx.allocators.sensitivity import KINDS, HeadSensitivities, Provenance, Sensitivities
+from veloxquant_mlx.files import reading
 from veloxquant_mlx.quantizers.base import Coding, Quantizer, pair_name
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 
@@ -173,8 +174,18 @@ class DistortionCurves:
 
     @classmethod
     def load(cls, path: str | Path) -> DistortionCurves:
-        """Read what :meth:`save` wrote."""
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: the file is damaged, or holds no curves.
+        """
+        with reading(path, "distortion curves"):
+            return cls._from_json(Path(path).read_text(encoding="utf-8"))
+
+    @classmethod
+    def _from_json(cls, text: str) -> DistortionCurves:
+        fields = json.loads(text)
         curves = tuple(
             DistortionCurve(
                 **curve

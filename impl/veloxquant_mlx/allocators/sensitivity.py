@@ -165,23 +165,30 @@ class Sensitivities:
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivities:
-        """Read what :meth:`save` wrote."""
-        loaded: Any = mx.load(str(path), return_metadata=True)
-        arrays, metadata = loaded
-        names = {tuple(name.split(".")[:2]) for name in arrays}
-        max_sizes = json.loads(metadata["max_sizes"])
-        heads = tuple(
-            HeadSensitivities(
-                layer=int(layer),
-                kind=kind,
-                squared_gradients=np.array(arrays[f"{layer}.{kind}.squared_gradients"], dtype=np.float64),
-                vectors=arrays[f"{layer}.{kind}.vectors"],
-                gradients=arrays[f"{layer}.{kind}.gradients"],
-                max_size=max_sizes[layer],
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: the file is damaged, or holds no sensitivities.
+        """
+        with reading(path, "sensitivities"):
+            loaded: Any = mx.load(str(path), return_metadata=True)
+            arrays, metadata = loaded
+            mx.eval(arrays)  # whatever happens to the file
+            names = {tuple(name.split(".")[:2]) for name in arrays}
+            max_sizes = json.loads(metadata["max_sizes"])
+            heads = tuple(
+                HeadSensitivities(
+                    layer=int(layer),
+                    kind=kind,
+                    squared_gradients=np.array(arrays[f"{layer}.{kind}.squared_gradients"], dtype=np.float64),
+                    vectors=arrays[f"{layer}.{kind}.vectors"],
+                    gradients=arrays[f"{layer}.{kind}.gradients"],
+                    max_size=max_sizes[layer],
+                )
+                for layer, kind in sorted(names, key=lambda name: (int(name[0]), name[1]))
             )
-            for layer, kind in sorted(names, key=lambda name: (int(name[0]), name[1]))
-        )
-        return cls(heads, Provenance(**json.loads(metadata["provenance"])))
+            return cls(heads, Provenance(**json.loads(metadata["provenance"])))
 
 
 def model_sha256(model: Module) -> str:

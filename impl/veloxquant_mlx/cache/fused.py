@@ -12,12 +12,13 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args
 
 import mlx.core as mx
 from mlx_lm.models import base as mlx_lm_base
-from mlx_lm.models.cache import CacheList, make_prompt_cache
+from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 from veloxquant_kernels.codebook import centroids_array
 from veloxquant_kernels.fused_attention import PackedSide, fused_attention, unsupported
@@ -32,6 +33,7 @@ FusedMode = Literal["auto", "on", "off"]
 
 _FUNCTION: Final = "quantized_scaled_dot_product_attention"
 _original: Callable[..., mx.array] | None = None
+_making: ContextVar[bool] = ContextVar("making_a_models_own_caches", default=False)
 
 
 def _route(queries: mx.array, q_keys: Any, q_values: Any, *, scale: float, mask: Any, **rest: Any) -> mx.array:
@@ -232,6 +234,26 @@ def fuse(
     return _explained(fused, [reason or "fused" for reason in reasons])
 
 
+def own_caches(model: Any) -> list[Any]:
+    """The caches that the model's class makes, whatever ``make_cache`` this object was given.
+
+    Raises:
+        ValueError: the class itself was given a ``make_cache`` that builds these caches.
+    """
+    if _making.get():
+        raise ValueError(
+            f"make_cache of {type(model).__name__} builds these caches and hides the model's own; give it to the object"
+        )
+    token = _making.set(True)
+    try:
+        if "make_cache" not in vars(model):
+            return list(make_prompt_cache(model))
+        made = getattr(type(model), "make_cache", None)
+        return list(made(model)) if made is not None else [KVCache() for _ in model.layers]
+    finally:
+        _making.reset(token)
+
+
 def leaves(caches: Sequence[Any]) -> Iterator[Any]:
     """The caches themselves, for a ``CacheList`` those that it holds."""
     for cache in caches:
@@ -271,7 +293,7 @@ def _probe(model: Any, caches: Sequence[Any], reasons: Sequence[str | None]) -> 
     The caches are new ones, not copies, which would hold tokens of other sequences and report to observers: ours from
     the layers' specs, all others as the model makes them.
     """
-    own = make_prompt_cache(model)
+    own = own_caches(model)
     if len(own) != len(caches):
         raise ValueError(f"caches has {len(caches)} entries for a model of {len(own)} layers")
     trial = [_fresh(cache, made) for cache, made in zip(caches, own, strict=True)]

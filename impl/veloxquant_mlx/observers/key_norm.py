@@ -191,6 +191,8 @@ class KeyNormObserver:
         """Judge one token and enter it into its window and the layer's totals."""
         totals = self._totals.setdefault(layer, _Totals())
         totals.tokens += 1
+        if not math.isfinite(norm):  # no measure for the tokens to come
+            return False
         totals.norms += norm
         flagged = False
         entry = norm

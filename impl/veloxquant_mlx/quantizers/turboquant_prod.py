@@ -34,7 +34,9 @@ def sketch_matrix(head_dim: int, seed: int) -> mx.array:
 def _unsketch_matrix(head_dim: int, seed: int) -> mx.array:
     """sqrt(π/2)/d · S · R⁻¹: from signs to the residual in the input's basis."""
     product = sketch_matrix(head_dim, seed).T @ rotation(head_dim, seed).inverse
-    return mx.contiguous(product * (UNBIASED / head_dim))
+    matrix = mx.contiguous(product * (UNBIASED / head_dim))
+    mx.eval(matrix)  # all threads share it
+    return matrix
 
 
 @functools.cache
