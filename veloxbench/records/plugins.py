@@ -6,11 +6,14 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
+import sys
 
 
 @functools.cache
 def load_plugins(group: str, room: str | None = None) -> None:
     """Import every module of a room, then load the entry points of a group; once.
+
+    An entry point that cannot be loaded is named on standard error, with what installed it, and left out.
 
     Args:
         group: of entry points, as ``veloxbench.methods``.
@@ -20,4 +23,13 @@ def load_plugins(group: str, room: str | None = None) -> None:
         for module in pkgutil.iter_modules(importlib.import_module(room).__path__):
             importlib.import_module(f"{room}.{module.name}")
     for entry_point in importlib.metadata.entry_points(group=group):
-        entry_point.load()
+        try:
+            entry_point.load()
+        except (Exception, SystemExit) as error:
+            whose = f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "an installed package"
+            reason = str(error).splitlines()[0] if str(error) else ""
+            print(
+                f"veloxbench: {whose} brings {entry_point.name!r} to {group}, which cannot be loaded and is left out "
+                f"({type(error).__name__}: {reason}); mend {entry_point.value!r} or uninstall the package",
+                file=sys.stderr,
+            )
