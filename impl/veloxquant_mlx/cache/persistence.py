@@ -118,7 +118,7 @@ def _check_theirs(cache: Any) -> None:
     first = [side[0] if isinstance(side, (list, tuple)) else side for side in (cache.keys, cache.values)]
     place = getattr(cache, "_idx", None) if hasattr(cache, "_idx") else cache.offset
     check_count(f"{name}: tokens", place)
-    if first == [None, None] and not place:
+    if all(array is None for array in first) and not place:
         return
     for array in first:
         if not isinstance(array, mx.array) or array.ndim != 4:
@@ -196,7 +196,7 @@ def load_prompt_cache(
         elif "1.0" in header and "2.0" in header:
             cache, metadata = _of_mlx_lm(str(file_name), header)
         else:
-            raise ValueError(f"it is of another format than {FORMAT} and than mlx-lm's")
+            raise ValueError(f"it is no prompt cache of this format ({FORMAT}), nor of mlx-lm's")
         for leaf in leaves(cache):
             if not isinstance(leaf, OURS):
                 _check_theirs(leaf)

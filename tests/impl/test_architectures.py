@@ -1,0 +1,73 @@
+"""Every architecture of mlx-lm that builds in tiny size runs on our caches, or there is a reason why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from architectures import VOCABULARY, architectures, tiny
+from mlx_lm.models.cache import make_prompt_cache
+
+from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
+from veloxquant_mlx.cache.fused import leaves
+
+HALF_PRECISION = 4e-3
+"""Relative error of logits when K and V are fp16 in an fp32 model: eight roundings of 2**-11."""
+
+PROMPT = (0, 20, 29, 30, 31)
+"""Chunks of a prompt longer than the sliding windows of 8, then single tokens."""
+
+NOT_BUILT = {
+    "bitnet": "its layers are a Metal kernel",
+    "deepseek_v41": "its configuration has no tiny form here",
+    "gear": "its configuration has no tiny form here",
+    "olmo": "needs the package ai2-olmo",
+    "prism_hadamard_qwen35": "its weights exist packed only",
+    "qwen2_vl": "its configuration has no tiny form here",
+}
+NOTHING_TO_PACK = "no layer keeps keys and values that can be packed"
+
+
+def logits(model: Any, ids: mx.array, cache: list[Any]) -> list[mx.array]:
+    """Those of each chunk."""
+    made = [model(ids[:, start:stop], cache=cache) for start, stop in zip(PROMPT, PROMPT[1:], strict=False)]
+    mx.eval(made)
+    return made
+
+
+def swept(name: str) -> str:
+    """``agrees``, or why the model cannot be served."""
+    if name in NOT_BUILT:
+        return f"not built: {NOT_BUILT[name]}"
+    model = tiny(name)
+    ids = mx.array(np.random.default_rng(0).integers(0, VOCABULARY, (2, PROMPT[-1])))
+    expected = logits(model, ids, make_prompt_cache(model))
+    exact = KVCacheBuilder.build(model, KVCacheConfig(method="turboquant_mse", window=1000))
+    if not any(isinstance(cache, PackedKVCache) for cache in leaves(exact)):
+        kinds = sorted({type(cache).__name__ for cache in leaves(exact)})
+        return f"not supported: {NOTHING_TO_PACK} ({', '.join(kinds)})"
+    for got, wanted in zip(logits(model, ids, exact), expected, strict=True):
+        assert (mx.linalg.norm(got - wanted) / mx.linalg.norm(wanted)).item() < HALF_PRECISION
+    coded = KVCacheBuilder.build(model, KVCacheConfig(method="turboquant_mse", code_bits=8))
+    assert all(bool(mx.all(mx.isfinite(got))) for got in logits(model, ids[:1], coded))
+    return "agrees"
+
+
+@pytest.mark.parametrize("name", architectures())
+def test_each_architecture_agrees_or_says_why_not(name: str) -> None:
+    """With everything in fp16 windows, logits of chunks, single tokens and two sequences are those of mlx-lm's caches
+    to half precision; with 8-bit codes they are finite; the page says the same.
+    """
+    assert f"| `{name}` | {swept(name)} |" in PAGE.read_text(encoding="utf-8").splitlines()
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+
+
+def test_the_page_names_every_architecture() -> None:
+    """docs/architectures.md has one row for each module of mlx_lm.models that holds a model."""
+    rows = [line.split("`")[1] for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert rows == architectures()
