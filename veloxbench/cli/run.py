@@ -107,8 +107,7 @@ def run(
             if isinstance(progress, BarProgress):
                 progress.stop()
             write_pages(out, store)
-        keys = set(outcome.keys)
-        records = [record for record in store.records() if record.key in keys]
+        records = [record for key in outcome.keys if (record := store.get(key)) is not None]
     if as_json:
         print(
             json.dumps(

@@ -56,6 +56,57 @@ def parsed_lines(path: Path, content: bytes, parse: Callable[[bytes], Line], wha
             raise IntegrityError(f"{path}:{number} is not {what}: {validation_reason(error)}") from error
 
 
+BLOCK = 1 << 22
+"""Bytes of a journal that are read at once from its end."""
+
+
+def whole_size(path: Path) -> int:
+    """Bytes of a journal's whole lines."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - BLOCK, 0)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def lines_backward(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a journal from its last to its first, each with the offset at which it starts."""
+    size = whole_size(path)
+    if not size:
+        return
+    end = place = size - 1  # without the last newline
+    rest = b""
+    with path.open("rb") as file:
+        while True:
+            start = max(end - BLOCK, 0)
+            file.seek(start)
+            lines = (file.read(end - start) + rest).split(b"\n")
+            rest = lines.pop(0) if start else b""
+            for line in reversed(lines):
+                place -= len(line)
+                yield place, line
+                place -= 1
+            if not start:
+                return
+            end = start
+
+
+def line_number(path: Path, offset: int) -> int:
+    """The number, from 1, of the line that starts at an offset."""
+    number = 1
+    with path.open("rb") as file:
+        while offset > 0:
+            content = file.read(min(offset, BLOCK))
+            number += content.count(b"\n")
+            offset -= len(content)
+    return number
+
+
 @contextmanager
 def sole_writer(lock: Path, busy: str) -> Iterator[None]:
     """Hold a lock file, whose folder is made where it is missing, against other processes.
@@ -88,13 +139,15 @@ def cut_torn_tail(path: Path) -> bytes:
             raise UnfitEnvironmentError(
                 f"{path} is {kind_of(path.stat().st_mode)}, not a file that lines can be added to"
             )
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
+        whole = whole_size(path)
+        with path.open("rb") as file:
+            file.seek(whole)
+            torn = file.read()
+        if torn:
             os.truncate(path, whole)
     except OSError as error:
         raise UnfitEnvironmentError(f"cannot open {path} for appending: {error.strerror or error}") from error
-    return content[whole:]
+    return torn
 
 
 def append_line(path: Path, line: str) -> None:

@@ -24,14 +24,15 @@ class Plot:
     caption: str
 
 
-def render_html(records: Sequence[Record], failures: Sequence[FailedMeasurement] = ()) -> str:
+def render_html(records: Sequence[Record], failures: Sequence[FailedMeasurement] = (), others: int = 0) -> str:
     """The whole page.
 
     Args:
         records: as for :func:`veloxbench.report.page.render`, which writes every figure that stands here.
         failures: likewise.
+        others: likewise.
     """
-    text = re.sub(r"<!--.*?-->\n*", "", render(records, failures), flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\n*", "", render(records, failures, others), flags=re.DOTALL)
     # raw HTML stays off: names of models and files are the user's text
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     headings = [heading.removeprefix("## ") for heading in text.splitlines() if heading.startswith("## ")]

@@ -14,19 +14,20 @@ from veloxbench.report.cells import method, pipe_table
 from veloxbench.report.tables import CHOOSING_A_TARGET, bit_allocation, choosing_a_target, sections
 
 
-def render(records: Sequence[Record], failures: Sequence[FailedMeasurement] = ()) -> str:
+def render(records: Sequence[Record], failures: Sequence[FailedMeasurement] = (), others: int = 0) -> str:
     """The whole page.
 
     Args:
         records: any order; of several records of one row the newest stands, and the others are counted.
         failures: what crashed; a row that was recorded later is left out.
+        others: how many older records of these rows were left out already.
     """
     rows = newest_per_row(records)
     failed = _failed(failures, rows)
     if not records:
         return "# Benchmark results\n\nNo records yet: `veloxbench run` makes them.\n" + (failed and f"\n{failed}\n")
     models = by_model(rows)
-    parts = [_preamble(rows, len(records) - len(rows)), failed, CHOOSING_A_TARGET]
+    parts = [_preamble(rows, others + len(records) - len(rows)), failed, CHOOSING_A_TARGET]
     for model, of_model in models.items():
         parts += choosing_a_target(model, without_controls(of_model))
     for model, of_model in models.items():
