@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from veloxbench.errors import IntegrityError, UsageError
-from veloxbench.records.journal import append_line, cut_torn_tail, parsed_lines, sole_writer, write_text
+from veloxbench.records.journal import append_line, cut_torn_tail, parsed_lines, read_content, sole_writer, write_text
 from veloxbench.records.record import FailedMeasurement, Record
 
 JOURNAL = "records.jsonl"
@@ -32,7 +32,7 @@ def read_records(path: Path) -> list[Record]:
     records: dict[str, Record] = {}
     for file in files:
         own: dict[str, Record] = {}
-        for number, record in parsed_lines(file, file.read_bytes(), Record.model_validate_json, "a valid record"):
+        for number, record in parsed_lines(file, read_content(file), Record.model_validate_json, "a valid record"):
             if record.key in records:
                 raise IntegrityError(f"{file}:{number} measures key {record.key[:12]}, which another file has")
             if record.key in own and own[record.key].id == record.id:
@@ -54,7 +54,7 @@ def read_failures(path: Path) -> list[FailedMeasurement]:
     if not file.exists():
         return []
     parse = FailedMeasurement.model_validate_json
-    return [failure for _, failure in parsed_lines(file, file.read_bytes(), parse, "a valid failure")]
+    return [failure for _, failure in parsed_lines(file, read_content(file), parse, "a valid failure")]
 
 
 class Store:
