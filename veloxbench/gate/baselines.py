@@ -25,9 +25,10 @@ from typing import Literal, get_args
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from veloxbench.errors import BaselineError, validation_reason
+from veloxbench.errors import BaselineError, IntegrityError, validation_reason
 from veloxbench.records.arm import REFERENCE, from_earlier_label
 from veloxbench.records.frozen import Frozen
+from veloxbench.records.journal import read_content
 from veloxbench.records.record import Finite, Record, content_hash
 from veloxbench.records.selection import of_newest_code
 from veloxbench.records.suites import suite_row
@@ -314,8 +315,8 @@ def read_baselines(folder: Path) -> Baselines:
 
 def _read_file(path: Path) -> BaselineFile:
     try:
-        file = BaselineFile.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        file = BaselineFile.model_validate_json(read_content(path))
+    except (ValidationError, IntegrityError, RecursionError) as error:
         reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
         raise BaselineError(f"{path} cannot be used as a baseline: {reason}") from error
     if f"{path.parent.name}/{path.name}" != file.place:

@@ -38,6 +38,19 @@ _KINDS = {
 }
 
 
+def read_content(path: Path) -> bytes:
+    """A user's file.
+
+    Raises:
+        IntegrityError: it cannot be read; says why.
+    """
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise IntegrityError(f"{path} cannot be read: {reason or error}") from error
+
+
 def whole_lines(content: bytes) -> list[bytes]:
     """The lines of a journal; a last one without its newline was being written when the process died."""
     return content[: content.rfind(b"\n") + 1].splitlines()
@@ -50,10 +63,16 @@ def parsed_lines(path: Path, content: bytes, parse: Callable[[bytes], Line], wha
         IntegrityError: a line that is not ``what`` it should be; names file and line.
     """
     for number, line in enumerate(whole_lines(content), start=1):
-        try:
-            yield number, parse(line)
-        except ValidationError as error:
-            raise IntegrityError(f"{path}:{number} is not {what}: {validation_reason(error)}") from error
+        yield number, parsed(line, parse, f"{path}:{number}", what)
+
+
+def parsed(line: bytes, parse: Callable[[bytes], Line], place: str, what: str) -> Line:
+    """One line of a journal; an IntegrityError where it is not ``what`` should stand at its place."""
+    try:
+        return parse(line)
+    except (ValidationError, RecursionError) as error:
+        reason = validation_reason(error) if isinstance(error, ValidationError) else "it is nested too deeply"
+        raise IntegrityError(f"{place} is not {what}: {reason}") from error
 
 
 BLOCK = 1 << 22

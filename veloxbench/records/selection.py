@@ -13,6 +13,7 @@ from typing import Any
 
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.records.arm import REFERENCE
+from veloxbench.records.journal import read_content
 from veloxbench.records.record import FailedMeasurement, Record, Subject, content_hash
 from veloxbench.records.store import (
     JOURNAL,
@@ -71,10 +72,10 @@ def read_last_run(path: Path) -> list[Record]:
     if not (path.is_dir() or path.name == JOURNAL) or not plan.exists():
         return read_records(path)
     try:
-        noted = json.loads(plan.read_text(encoding="utf-8"))
-        keys = set(noted["keys"])
+        noted = json.loads(read_content(plan))
+        keys = set(map(str, noted["keys"]))
         planned = bool(noted.get("planned", True))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
     if not planned:
         raise UsageError(

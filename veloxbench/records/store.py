@@ -16,6 +16,7 @@ from veloxbench.records.journal import (
     line_number,
     lines_backward,
     parsed_lines,
+    read_content,
     sole_writer,
     write_text,
 )
@@ -41,7 +42,7 @@ def read_records(path: Path) -> list[Record]:
     records: dict[str, Record] = {}
     for file in journals(path):
         own: dict[str, Record] = {}
-        for number, record in parsed_lines(file, file.read_bytes(), Record.model_validate_json, "a valid record"):
+        for number, record in parsed_lines(file, read_content(file), Record.model_validate_json, "a valid record"):
             if record.key in records:
                 raise IntegrityError(f"{file}:{number} measures key {record.key[:12]}, which another file has")
             if record.key in own and own[record.key].id == record.id:
@@ -85,22 +86,25 @@ def read_chosen(file: Path, chosen: Callable[[bytes, bytes], bool]) -> Iterator[
     Raises:
         IntegrityError: a line that is chosen, or that does not look like a record's, is not valid.
     """
-    for offset, line in lines_backward(file):
-        known, record = _glance(line), None
-        try:
-            if known is None:
-                record = Record.model_validate_json(line)
-                known = _glance(record.to_line().rstrip().encode()) or (record.key.encode(), line)
-            if chosen(*known):
-                yield record or Record.model_validate_json(line)
-        except ValidationError as error:
-            reason = validation_reason(error)
-            raise IntegrityError(f"{file}:{line_number(file, offset)} is not a valid record: {reason}") from error
+    try:
+        for offset, line in lines_backward(file):
+            known, record = _glance(line), None
+            try:
+                if known is None:
+                    record = Record.model_validate_json(line)
+                    known = _glance(record.to_line().rstrip().encode()) or (record.key.encode(), line)
+                if chosen(*known):
+                    yield record or Record.model_validate_json(line)
+            except ValidationError as error:
+                reason = validation_reason(error)
+                raise IntegrityError(f"{file}:{line_number(file, offset)} is not a valid record: {reason}") from error
+    except OSError as error:
+        raise IntegrityError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def find_records(file: Path, keys: Iterable[str]) -> list[Record]:
     """The last record of each key in a journal, in its order; it is read backward only as far as it must be."""
-    missing = {key.encode() for key in keys}
+    missing = {key.encode(errors="replace") for key in keys}
     records: list[Record] = []
     if missing and file.exists():
         for record in read_chosen(file, lambda key, _: key in missing):
@@ -139,7 +143,7 @@ def read_failures(path: Path) -> list[FailedMeasurement]:
     if not file.exists():
         return []
     parse = FailedMeasurement.model_validate_json
-    return [failure for _, failure in parsed_lines(file, file.read_bytes(), parse, "a valid failure")]
+    return [failure for _, failure in parsed_lines(file, read_content(file), parse, "a valid failure")]
 
 
 class Store:
