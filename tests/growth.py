@@ -1,7 +1,8 @@
 """Growth: a folder of a million records of a hundred runs, and what the last run's page, gate and resume cost there.
 
-``python tests/growth.py --records 1000000 --runs 100 --folder DIR`` makes the folder and measures it; each step runs in
-a process of its own, whose processor seconds (starting Python included) and peak of resident memory are printed as one JSON line.
+``python tests/growth.py --records 1000000 --runs 100 --folder DIR`` makes the folder and measures it. Each step runs in
+a process of its own; its processor seconds (starting Python included) and its peak of resident memory are printed as one
+JSON line.
 """
 
 from __future__ import annotations

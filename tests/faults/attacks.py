@@ -1,4 +1,4 @@
-"""Attacks that are no damaged files: records made to deceive the gate, killed writers, odd command lines, odd numbers."""
+"""Attacks that are no damaged files: records made to deceive the gate, killed writers, odd command lines."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def prompt_cache(work: Path) -> list[Path]:
     from veloxquant_mlx.cache.persistence import save_prompt_cache
 
     layer = KVCache()
-    keys = mx.array(range(2 * 8 * 16), dtype=mx.float16).reshape(1, 2, 8, 16) / 256
+    keys = mx.arange(2 * 8 * 16).reshape(1, 2, 8, 16).astype(mx.float16) / 256
     layer.update_and_fetch(keys, keys)
     path = work / "prompt.safetensors"
     save_prompt_cache(path, [layer])

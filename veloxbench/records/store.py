@@ -163,7 +163,7 @@ class Store:
                 aside.write(torn + b"\n")
 
     def look_up(self, keys: Iterable[str]) -> None:
-        """Read the records of these keys, as far as there are any: of all of them at once, for a journal may be long."""
+        """Read the records of these keys, as far as there are any; of many keys in one pass."""
         asked = [key for key in keys if key not in self._known]
         self._known |= dict.fromkeys(asked) | {record.key: record for record in find_records(self.path, asked)}
 
