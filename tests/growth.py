@@ -1,8 +1,7 @@
 """Growth: a folder of a million records of a hundred runs, and what the last run's page, gate and resume cost there.
 
 ``python tests/growth.py --records 1000000 --runs 100 --folder DIR`` makes the folder and measures it. Each step runs in
-a process of its own; its processor seconds (starting Python included) and its peak of resident memory are printed as one
-JSON line.
+a process of its own; its processor seconds (starting Python included) and its peak of resident memory are printed.
 """
 
 from __future__ import annotations

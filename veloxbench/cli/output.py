@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,13 +75,18 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     _console().print(table)
 
 
+MOST_ROWS = 500
+"""Metrics that passed, up to which each has its row."""
+
+
 def print_findings(findings: Sequence[Finding]) -> None:
-    """A table: every quality metric, and of the exact tier what is not equal."""
+    """A table: every quality metric (of many, those that did not pass), and of the exact tier what is not equal."""
     header = ("tier", "subject", "metric", "baseline", "now", "change", "limit", "detects", "verdict")
     rows = []
-    equal = [finding for finding in findings if finding.tier == "exact" and finding.passed]
+    passed = Counter(finding.tier for finding in findings if finding.passed)
+    counted = [tier for tier, count in passed.items() if tier == "exact" or count > MOST_ROWS]
     for finding in findings:
-        if finding in equal:
+        if finding.passed and finding.tier in counted:
             continue
         change = _figure(finding.change)
         if finding.low is not None and finding.high is not None:
@@ -97,8 +103,9 @@ def print_findings(findings: Sequence[Finding]) -> None:
             str(finding.verdict),
         )
         rows.append(row)
-    if equal:
-        rows.append(("exact", f"{len(equal)} subjects", "all", "", "", "none", "0", "", "pass"))
+    for tier in counted:
+        what, change, limit = ("subjects", "none", "0") if tier == "exact" else ("metrics", "", "")
+        rows.append((tier, f"{passed[tier]} {what}", "all", "", "", change, limit, "", "pass"))
     print_table(header, rows)
     for finding in findings:
         if not finding.passed:
