@@ -42,9 +42,12 @@ def read_content(path: Path) -> bytes:
     """A user's file.
 
     Raises:
-        IntegrityError: it cannot be read; says why.
+        IntegrityError: it cannot be read, or it is a device, which may never end; says why.
     """
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise IntegrityError(f"{path} is {kind_of(mode)}, not a file to be read")
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

@@ -6,6 +6,7 @@ away.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ Column = tuple[str, Cell]
 _MARKUP = re.compile(r"[&<|`*\[\]\\~$]|(?<!\w)_|_(?!\w)")
 
 
+@functools.lru_cache(1 << 16)
 def markdown_text(text: str) -> str:
     """A text of somebody's as Markdown that shows it: it makes no cell, heading, link, image or tag, and no formula.
 
