@@ -15,6 +15,7 @@ A file is written whole by :func:`approve` alone, and carries the hash of its co
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -286,12 +287,19 @@ class Baselines:
 
     def own(self, group: Group) -> BaselineFile | None:
         """The file of exactly this fingerprint: the one that an approval rewrites."""
-        return next((file for file in self.files if file.fingerprint == dict(group.fingerprint)), None)
+        return self._by_fingerprint.get(group.id)
 
     def find(self, group: Group) -> BaselineFile | None:
         """The file that a group is compared with: its own, or else one of another rounding."""
-        travelled = (file for file in self.files if travel_id(file.fingerprint) == travel_id(group.fingerprint))
-        return self.own(group) or next(travelled, None)
+        return self.own(group) or self._by_travel.get(travel_id(group.fingerprint))
+
+    @functools.cached_property
+    def _by_fingerprint(self) -> dict[str, BaselineFile]:
+        return {fingerprint_id(file.fingerprint): file for file in reversed(self.files)}
+
+    @functools.cached_property
+    def _by_travel(self) -> dict[str, BaselineFile]:
+        return {travel_id(file.fingerprint): file for file in reversed(self.files)}
 
     def of_profile(self, profile: str | None) -> tuple[BaselineFile, ...]:
         """Files whose entries a run of this profile must produce; all of them for None."""
