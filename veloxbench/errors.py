@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from enum import IntEnum
 
 from pydantic import ValidationError
+
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""What steers a terminal or the direction of text, or that XML and UTF-8 do not have."""
+
+
+def printable(text: str) -> str:
+    """A text of somebody's (a name, a reason) on one line; what steers a terminal or breaks XML becomes U+FFFD."""
+    return _STEERING.sub("\ufffd", " ".join(text.split()))
 
 
 class ExitCode(IntEnum):

@@ -38,6 +38,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+import attacks
+import written
+
 HANG_S = 120.0
 OUTCOMES = ("refused", "healed", "followed", "failed")
 
@@ -143,6 +147,19 @@ class Format:
 
     files: Callable[[Path], list[Path]]
     read: Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What is tried beside damaged files.
+
+    Attributes:
+        prepare: makes what is attacked, once.
+        attack: one attempt; its outcome as of a mutant.
+    """
+
+    prepare: Callable[[Path], object]
+    attack: Callable[[Path, random.Random], str]
 
 
 def expect(same: bool, what: str) -> None:
@@ -442,7 +459,32 @@ def read_source(work: Path) -> str:
     return "healed"
 
 
+ATTACKS: dict[str, Attack] = {
+    "gate: well-formed records in the place of others": Attack(written.run_folder, attacks.attack_gate),
+    "kills of a process that writes records": Attack(written.pristine_files, attacks.attack_store),
+    "options of the command line": Attack(written.run_folder, attacks.attack_options),
+}
+
 FORMATS: dict[str, Format] = {
+    "records (records.jsonl), through the gate": Format(
+        lambda work: [written.run_folder(work) / "records.jsonl"], lambda work: written.judged(work / "results")
+    ),
+    "keys of the last run (last-run.json), through the gate": Format(
+        lambda work: [written.run_folder(work) / "last-run.json"], lambda work: written.judged(work / "results")
+    ),
+    "crashed measurements (failures.ndjson), on the page": Format(written.failures, written.read_page),
+    "baselines": Format(written.baseline_files, written.read_baselines),
+    "grids": Format(written.grid_file, written.read_grid),
+    "timing series (.jsonl)": Format(
+        lambda work: written.series(work, "aa.jsonl"), lambda work: written.read_series(work, "aa.jsonl")
+    ),
+    "timing series (.jsonl.xz)": Format(
+        lambda work: written.series(work, "aa.jsonl.xz"), lambda work: written.read_series(work, "aa.jsonl.xz")
+    ),
+    "error rates": Format(
+        lambda work: written.committed(work, "timing-gate/error-rates.json"), written.read_error_rates
+    ),
+    "prompt caches": Format(written.prompt_cache, written.read_prompt_cache),
     "conversion's note (veloxbench.json)": Format(note, read_converted),
     "converted weights, config, tokenizer": Format(conversion, read_converted),
     "note of hashes (hashes.json)": Format(user_hash_note, read_user_hash),
@@ -471,25 +513,19 @@ def try_mutants(name: str, count: int, seed: int, start: int, report: Callable[[
     """Read mutants ``start .. count`` of one format in this process; each is announced, then reported."""
     from veloxbench.errors import ExitCode, VeloxError
 
-    form = FORMATS[name]
+    form = FORMATS.get(name) or ATTACKS[name]
     with tempfile.TemporaryDirectory(prefix="veloxbench-mutants-") as folder:
         work = Path(folder)
         os.environ["VELOXBENCH_CACHE"] = str(work / "cache")
         (work / "cache").mkdir()
-        files = form.files(work)
-        pristine = {file: file.read_bytes() for file in files}
-        expect(form.read(work) in OUTCOMES, "the pristine file is refused")
+        attempt = _attempts(form, work)
         for index in range(start, count):
             chance = random.Random(f"{name} {seed} {index}")
             report({"format": name, "begins": index})
-            file = chance.choice(files)
-            for each, content in pristine.items():
-                each.parent.mkdir(parents=True, exist_ok=True)
-                each.write_bytes(content)
-            file.write_bytes(mutant(pristine[file], chance))
-            why = ""
+            why, damaged = "", ""
             try:
-                outcome = form.read(work)
+                damaged, go = attempt(chance)
+                outcome = go()
             except VeloxError as error:
                 sentence = str(error)
                 outcome = "refused"
@@ -500,7 +536,29 @@ def try_mutants(name: str, count: int, seed: int, start: int, report: Callable[[
             except BaseException as error:
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 outcome, why = "failed", f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
-            report({"format": name, "index": index, "outcome": outcome, "why": why[:300], "file": file.name})
+            report({"format": name, "index": index, "outcome": outcome, "why": why[:300], "file": damaged})
+
+
+Attempt = Callable[[random.Random], tuple[str, Callable[[], str]]]
+
+
+def _attempts(form: Format | Attack, work: Path) -> Attempt:
+    """What makes one attempt: the damaged file's name, and the reading of it."""
+    if isinstance(form, Attack):
+        form.prepare(work)
+        return lambda chance: ("", functools.partial(form.attack, work, chance))
+    pristine = {file: file.read_bytes() for file in form.files(work)}
+    expect(form.read(work) in OUTCOMES, "the pristine file is refused")
+
+    def attempt(chance: random.Random) -> tuple[str, Callable[[], str]]:
+        file = chance.choice(list(pristine))
+        for each, content in pristine.items():
+            each.parent.mkdir(parents=True, exist_ok=True)
+            each.write_bytes(content)
+        file.write_bytes(mutant(pristine[file], chance))
+        return file.name, lambda: form.read(work)
+
+    return attempt
 
 
 @dataclass
@@ -573,13 +631,114 @@ def _pass_on(child: subprocess.Popen[str], lines: queue.SimpleQueue[str | None])
     lines.put(None)
 
 
+RECORD = Path(__file__).parents[2] / "records" / "faults.json"
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+SHOWN_FAILURES = 20
+
+
+def kept(record: Path) -> dict[str, Tally]:
+    """The tallies of a campaign's record."""
+    stored = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    return {name: Tally(Counter(said["outcomes"]), said["failures"]) for name, said in stored.items()}
+
+
+def keep(record: Path, tallies: dict[str, Tally]) -> None:
+    """Write them, in the order in which this file tries them."""
+    order = [name for name in (*FORMATS, *ATTACKS) if name in tallies]
+    stored = {
+        name: {"outcomes": {o: tallies[name].outcomes[o] for o in OUTCOMES}, "failures": tallies[name].failures}
+        for name in order
+    }
+    record.write_text(json.dumps(stored, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def table(tallies: dict[str, Tally]) -> str:
     """The campaign's result in Markdown."""
-    rows = ["| format | tried | " + " | ".join(OUTCOMES) + " |", "|---|" + "---:|" * (1 + len(OUTCOMES))]
+    rows = ["| what is attacked | tried | " + " | ".join(OUTCOMES) + " |", "|---|" + "---:|" * (1 + len(OUTCOMES))]
     for name, tally in tallies.items():
         counts = " | ".join(str(tally.outcomes[outcome]) for outcome in OUTCOMES)
         rows.append(f"| {name} | {tally.outcomes.total()} | {counts} |")
     return "\n".join(rows)
+
+
+def page(tallies: dict[str, Tally]) -> str:
+    """docs/reliability.md, from the campaign's record alone."""
+    tried = sum(tally.outcomes.total() for tally in tallies.values())
+    failed = sum(tally.outcomes["failed"] for tally in tallies.values())
+    files = {name: tally for name, tally in tallies.items() if name in FORMATS}
+    others = {name: tally for name, tally in tallies.items() if name in ATTACKS}
+    failures = [
+        f"- {failure} {REASONS.get(name, 'No reason is known: a defect.')}"
+        for name, tally in tallies.items()
+        for failure in tally.failures[:SHOWN_FAILURES]
+    ]
+    grown = json.loads((RECORD.parent / "growth.json").read_text(encoding="utf-8"))
+    return PAGE_TEXT.format(
+        growth="\n".join(
+            f"| {one['records']:,} | {one['journal_gb']} | "
+            + " | ".join(f"{one[step]['cpu_seconds']:.1f}" for step in ("page", "gate", "resume"))
+            + f" | {max(one[step]['peak_gib'] for step in ('page', 'gate', 'resume')):.2f} |"
+            for one in grown
+        ),
+        tried=f"{tried:,}",
+        failed=failed or "None",
+        files=table(files),
+        others=table(others),
+        failures="\n".join(failures) or "Nothing failed.",
+    )
+
+
+REASONS: dict[str, str] = {}
+"""Why a format's failures stand, for those that do."""
+
+PAGE_TEXT = """# What happens to damaged files, and to attacks
+
+<!-- generated by tests/faults/mutants.py from records/faults.json; a change by hand is found by a test -->
+
+A figure is worth little if a damaged file can change it unseen. So files of every format that is read were damaged at
+random, one to three changes each: bits flipped, bytes cut, doubled or moved, values of a JSON file replaced by others.
+Each was then read as a user's command reads it. {tried} attempts are counted here. {failed} of them failed.
+
+- *refused*: one sentence with a documented exit code, or a gate that does not pass;
+- *healed*: what was read is what was there before the damage: a cache was made anew, or the change did not matter;
+- *followed*: a file of the user's own, which may say what it likes: the record carries the hash of the changed bytes;
+- *failed*: another exception, a crash, a hang, a file outside the cache, or a wrong figure under the right name.
+
+`make faults` repeats the campaign (hours); `.ci/run` tries a few of each in `make test`.
+
+## Damaged files
+
+{files}
+
+GGUF and llama2.c files are read only where their pinned sha256 matches, which is the row of verified sources.
+
+## Other attacks
+
+The gate is given well-formed records, with hashes that fit, in the place of those that a run made: worse, better,
+shorter, of other code, of other weights, from the future, or none. A process that writes records is killed at a random
+moment. Commands are given odd values. (A command that goes on to its real work counts as followed.)
+
+{others}
+
+## What failed
+
+{failures}
+
+## Growth
+
+A folder of results only grows. A page, a gate and a resumed run read its journal backward, a few megabytes at a time,
+and parse only the lines that count: of a page the last one of each row, of a gate and a resumed run those whose keys
+the last run named. Here a folder holds 100 runs of the same rows by different states of the code, and the last run is
+shown and judged. Processor seconds, starting Python included, on two cores that other work kept busy; `tests/growth.py`
+makes the folder and measures it.
+
+| records | journal, GB | page, s | gate, s | resume, s | most memory, GiB |
+|---:|---:|---:|---:|---:|---:|
+{growth}
+
+A page of the last million has 10,000 rows, and its gate 17,500 quality metrics: most of their time goes there, not into
+the 990,000 records that are passed over.
+"""
 
 
 def main() -> int:
@@ -588,6 +747,8 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=3000, help="mutants of every format")
     parser.add_argument("--seed", type=int, default=0, help="of the changes")
     parser.add_argument("--format", action="append", help="only formats whose name contains this; may be repeated")
+    parser.add_argument("--record", type=Path, help="keep each format's result here as soon as it is known")
+    parser.add_argument("--page", action="store_true", help="only write docs/reliability.md from its record")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -600,11 +761,18 @@ def main() -> int:
 
         try_mutants(asked.child, asked.count, asked.seed, asked.start, report)
         return 0
-    names = [name for name in FORMATS if not asked.format or any(part in name for part in asked.format)]
-    tallies = campaign(names, asked.count, asked.seed)
+    if asked.page:
+        PAGE.write_text(page(kept(RECORD)), encoding="utf-8")
+        return 0
+    names = [n for n in (*FORMATS, *ATTACKS) if not asked.format or any(part in n for part in asked.format)]
+    tallies = {}
+    for name in names:
+        tallies |= campaign([name], asked.count, asked.seed)
+        if asked.record:
+            keep(asked.record, kept(asked.record) | tallies)
     print(table(tallies))
     for tally in tallies.values():
-        print("".join(f"{failure}\n" for failure in tally.failures[:20]), end="")
+        print("".join(f"{failure}\n" for failure in tally.failures[:SHOWN_FAILURES]), end="")
     return int(any(tally.failures for tally in tallies.values()))
 
 

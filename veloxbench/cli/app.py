@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import itertools
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+import veloxbench
 from veloxbench import __version__
 from veloxbench.cli.compare import compare
 from veloxbench.cli.gate import baseline_app, gate
@@ -91,11 +96,48 @@ def _run(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if os.environ.get("VELOXBENCH_TRACEBACK"):
             raise
-        first = (str(error).splitlines() or [""])[0]
-        defect = f"{type(error).__name__}: {first}"
-        to_stderr(f"veloxbench: {defect} (a defect of veloxbench; VELOXBENCH_TRACEBACK=1 shows where)")
+        to_stderr(f"veloxbench: {blamed(error)}")
         return int(ExitCode.ENVIRONMENT)
     return result if isinstance(result, int) else int(ExitCode.PASS)
+
+
+def blamed(error: Exception) -> str:
+    """What an error that nobody expected says, and of what it is: a file, another distribution, or this program."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this; a smaller model or shorter texts need less"
+    first = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    shown = "VELOXBENCH_TRACEBACK=1 shows where"
+    frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    for file in reversed(frames):
+        if file.is_relative_to(_OWN) or file.name.startswith("<"):
+            break
+        distribution = _plugins().get(_top(file))
+        if distribution is not None:
+            return f"{first} (a defect of {distribution}, in {file}; {shown})"
+    return f"{first} (a defect of veloxbench; {shown})"
+
+
+_OWN = Path(veloxbench.__file__).parent
+
+
+def _top(file: Path) -> str:
+    """The top-level module that a file belongs to: the highest folder that is a package, or the file itself."""
+    place = file.with_suffix("")
+    while (place.parent / "__init__.py").exists():
+        place = place.parent
+    return place.name
+
+
+def _plugins() -> dict[str, str]:
+    """Top-level modules of the distributions that bring methods, suites or tables, each with its distribution."""
+    points = itertools.chain.from_iterable(dist.entry_points for dist in importlib.metadata.distributions())
+    return {
+        point.module.partition(".")[0]: f"{point.dist.name} {point.dist.version}"
+        for point in points
+        if point.group.startswith("veloxbench.") and point.dist is not None and point.dist.name != "veloxbench"
+    }
 
 
 if __name__ == "__main__":

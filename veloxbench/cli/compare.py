@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veloxbench.cli.output import print_findings, to_stderr
+from veloxbench.cli.output import above_zero, listed, print_findings, to_stderr
 from veloxbench.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def compare(
     ] = "turboquant_mse@4",
     model: Annotated[str, typer.Option(help="The model of the timings.")] = "smollm2-135m",
     tiers: Annotated[str, typer.Option(help="**all**, **records** (exact and quality) or **timing**.")] = "all",
-    minutes: Annotated[float, typer.Option(help="Budget of the timings.")] = 30.0,
+    minutes: Annotated[float, typer.Option(callback=above_zero, help="Budget of the timings.")] = 30.0,
     threads: Annotated[
         int,
         typer.Option(
@@ -36,7 +36,7 @@ def compare(
             "rates are those of one thread on one core (`--core`).",
         ),
     ] = 1,
-    core: Annotated[int | None, typer.Option(help="Keep both sides on this core (Linux).")] = None,
+    core: Annotated[int | None, typer.Option(min=0, help="Keep both sides on this core (Linux).")] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Order of the timed blocks; drawn anew, and printed, unless given.")
     ] = None,
@@ -104,5 +104,5 @@ def _timed(text: str, model: str) -> dict[str, DecodeSpec]:
     from veloxbench.methods.registry import checked
     from veloxbench.records.arm import Arm
 
-    arms = [checked(Arm.parse(part)) for part in text.split(",")]
+    arms = [checked(Arm.parse(part)) for part in listed(text, "--timed")]
     return {f"decode of {arm}": DecodeSpec(model=model, arm=arm) for arm in arms}

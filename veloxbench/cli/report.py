@@ -34,13 +34,13 @@ def report(
     """
     from veloxbench.records.selection import read_folders
 
-    measured, failures = read_folders(records or [Path("results")])
+    measured, others, failures = read_folders(records or [Path("results")])
     target = out if check is None else check
     if target is not None and target.suffix == ".html":
         from veloxbench.report.html import render_html as render
     else:
         from veloxbench.report.page import render
-    deliver(render(measured, failures), out, check, "veloxbench report", "these records")
+    deliver(render(measured, failures, others), out, check, "veloxbench report", "these records")
 
 
 def schema() -> None:

@@ -8,19 +8,8 @@ from typing import Annotated
 
 import typer
 
-from veloxbench.errors import UsageError
+from veloxbench.cli.output import above_zero, listed, numbers
 from veloxbench.records.suites import all_suites
-
-
-def _listed(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _numbers(text: str | None, option: str) -> list[float]:
-    try:
-        return [float(part) for part in _listed(text)]
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} must be numbers separated by commas, for example 4,2") from error
 
 
 def run(
@@ -50,7 +39,8 @@ def run(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the records and BENCHMARK_RESULTS.md.")] = Path("results"),
     memory_budget: Annotated[
-        float | None, typer.Option(help="GiB that weights and cache may fill, for *tokens in budget*.")
+        float | None,
+        typer.Option(callback=above_zero, help="GiB that weights and cache may fill, for *tokens in budget*."),
     ] = None,
     accept_licence: Annotated[
         bool, typer.Option("--accept-licence", help="Consent to the licence of a model that asks for it.")
@@ -85,15 +75,16 @@ def run(
     from veloxbench.run.progress import BarProgress, default_progress
     from veloxbench.run.runner import Run
 
+    listed(corpus, "--corpus")
     if (out / JOURNAL).exists():  # until this run knows what it is to measure, nothing in the folder is judged
         with open_store(out) as store:
             store.begin()
     grid = customise(
         load_grid(profile),
-        models=_listed(models),
-        methods=_listed(methods),
-        targets=_numbers(targets, "--targets"),
-        suites=_listed(suites),
+        models=listed(models, "--models"),
+        methods=listed(methods, "--methods"),
+        targets=numbers(targets, "--targets"),
+        suites=listed(suites, "--suites"),
         corpus=corpus,
         budget_gib=memory_budget,
     )
@@ -107,8 +98,7 @@ def run(
             if isinstance(progress, BarProgress):
                 progress.stop()
             write_pages(out, store)
-        keys = set(outcome.keys)
-        records = [record for record in store.records() if record.key in keys]
+        records = [record for key in outcome.keys if (record := store.get(key)) is not None]
     if as_json:
         print(
             json.dumps(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from veloxbench.cli.output import deliver, to_stderr
+from veloxbench.cli.output import above_zero, deliver, numbers, to_stderr
 from veloxbench.errors import UsageError
 from veloxbench.records.journal import write_text
 
@@ -29,19 +29,21 @@ timing = typer.Typer(
 trial.add_typer(timing)
 
 Core = Annotated[
-    int | None, typer.Option(help="Keep both sides on this core (Linux), beside other work on the others.")
+    int | None, typer.Option(min=0, help="Keep both sides on this core (Linux), beside other work on the others.")
 ]
-Threads = Annotated[int, typer.Option(help="BLAS threads of each side; kept in the file.")]
+Threads = Annotated[int, typer.Option(min=1, help="BLAS threads of each side; kept in the file.")]
 Model = Annotated[str, typer.Option(help="A name from `veloxbench models`, or a directory.")]
-Depth = Annotated[int, typer.Option(help="Tokens in the cache before the timed steps.")]
-Steps = Annotated[int, typer.Option(help="Timed decode steps of a sample.")]
+Depth = Annotated[int, typer.Option(min=2, help="Tokens in the cache before the timed steps.")]
+Steps = Annotated[int, typer.Option(min=1, help="Timed decode steps of a sample.")]
 ArmText = Annotated[str, typer.Option(help="The cache whose decode is timed, as `turboquant_mse@4`.")]
 
 
 @timing.command()
 def record(
     out: Annotated[Path, typer.Option(help="The series' journal (JSON lines); recording goes on where it ended.")],
-    hours: Annotated[float, typer.Option(help="Recorded time that the file shall hold in the end.")] = 2.0,
+    hours: Annotated[
+        float, typer.Option(callback=above_zero, help="Recorded time that the file shall hold in the end.")
+    ] = 2.0,
     core: Core = None,
     threads: Threads = 1,
     model: Model = "smollm2-135m",
@@ -67,7 +69,9 @@ def record(
 @timing.command()
 def live(
     out: Annotated[Path, typer.Option(help="Journal of the gates; running goes on where it ended.")],
-    gates: Annotated[int, typer.Option(help="Gates of each slowdown that the journal shall hold in the end.")] = 20,
+    gates: Annotated[
+        int, typer.Option(min=1, help="Gates of each slowdown that the journal shall hold in the end.")
+    ] = 20,
     slowdown: Annotated[str, typer.Option(help="Percent of extra work in head, separated by commas; 0 is A/A.")] = (
         "0,5"
     ),
@@ -96,13 +100,15 @@ def live(
 def resample(
     series: Annotated[Path, typer.Argument(help="A recorded series (.jsonl, or .jsonl.xz).")],
     out: Annotated[Path, typer.Option(help="The record of error rates to write.")] = Path("error-rates.json"),
-    gates: Annotated[int, typer.Option(help="Gates to draw for each slowdown.")] = 1000,
+    gates: Annotated[int, typer.Option(min=1, help="Gates to draw for each slowdown.")] = 1000,
     live_gates: Annotated[
         list[Path] | None, typer.Option("--live", help="Journal of live gates to count as well; may be repeated.")
     ] = None,
     clock: Annotated[Literal["wall", "cpu"] | None, typer.Option(help="Default: as the gate on this device.")] = None,
-    canary_drift: Annotated[float | None, typer.Option(help="Drift of the canary that voids a block.")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the gates.")] = 0,
+    canary_drift: Annotated[
+        float | None, typer.Option(callback=above_zero, help="Drift of the canary that voids a block.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the gates.")] = 0,
 ) -> None:
     """Draw gates from a recorded series and count how they end, for every slowdown in it.
 
@@ -160,10 +166,10 @@ def _setup(core: int | None, threads: int, model: str, depth: int, steps: int, a
 
 
 def _shares(text: str) -> list[float]:
-    try:
-        return [float(part) / 100 for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--slowdown {text!r} must be percents separated by commas, for example 0,5") from error
+    shares = [percent / 100 for percent in numbers(text, "--slowdown")]
+    if min(shares) < 0:
+        raise UsageError(f"--slowdown {text!r}: extra work is at least 0 percent")
+    return shares
 
 
 @trial.command()
@@ -192,7 +198,7 @@ def damages(
     from veloxbench.measure.protocol import Chunked
     from veloxbench.measure.suite import get_suite
     from veloxbench.run.grid import load_grid
-    from veloxbench.trials.damages import Study, journal_of, reaches, trials
+    from veloxbench.trials.damages import journal_of, reaches, read_study, trials
     from veloxbench.trials.damages import measure as measure_study
     from veloxbench.trials.damages_page import PLOT, plot, render
 
@@ -205,7 +211,7 @@ def damages(
         handle = resolve_model(grid.models[0], reporter=reporter)
         journal = study.with_suffix(".part")
         if add and study.exists() and not journal.exists():
-            write_text(journal, journal_of(Study.model_validate_json(study.read_text(encoding="utf-8"))))
+            write_text(journal, journal_of(read_study(study)))
         measured = measure_study(handle, grid.corpus, protocol, journal, reporter)
         write_text(study, measured.model_dump_json(indent=1) + "\n")
         journal.unlink()
@@ -213,7 +219,7 @@ def damages(
         raise UsageError(
             f"there is no study at {study}; `veloxbench trial damages --measure --study {study}` makes one"
         )
-    taken = Study.model_validate_json(study.read_text(encoding="utf-8"))
+    taken = read_study(study)
     n_arms = len(grid.arm_list())
     judged = trials(taken, n_arms)
     detectable = reaches(taken, judged, n_arms)

@@ -21,9 +21,10 @@ from veloxbench.errors import UsageError
 from veloxbench.gate.baselines import from_records
 from veloxbench.gate.gate import judge
 from veloxbench.gate.verdicts import Finding, Tier, Verdict
+from veloxbench.records.journal import line_number
 from veloxbench.records.record import Record
 from veloxbench.records.selection import read_last_run
-from veloxbench.records.store import LAST_RUN, read_records
+from veloxbench.records.store import JOURNAL, LAST_RUN, find_records, journals
 from veloxbench.records.suites import all_suites
 
 
@@ -37,7 +38,7 @@ def compare_records(base: Path, head: Path, message: Callable[[str], None]) -> l
     for path, records in sides.items():
         if not records:
             raise UsageError(f"there are no records at {path}: nothing can be compared")
-        every = len(read_records(path))
+        every = sum(line_number(file, file.stat().st_size) - 1 for file in journals(path))
         if len(records) < every:
             message(
                 f"warning: {every - len(records)} of the {every} records at {path} are of other runs than the last "
@@ -141,8 +142,7 @@ def _records(worker: Worker, revision: Revision, profile: str) -> tuple[list[Rec
     failures = [
         (label, f"{worker.name}: {reason} (log: {folder / 'errors.log'})") for label, reason in outcome["failures"]
     ]
-    keys = set(outcome["keys"])
-    return [record for record in read_records(folder) if record.key in keys], failures
+    return find_records(folder / JOURNAL, outcome["keys"]), failures
 
 
 def _crash(side: str, subject: str, reason: str, tier: Tier | None = None, metric: str = "all") -> Finding:

@@ -62,7 +62,8 @@ class TimingSpec:
             error rates whatever this is; it ends a gate on a machine that is not itself (throttled, taken by another
             job). On an idle shared virtual machine the canary moved by 3% in the median, 6% in the 90% quantile; on a
             machine of one's own, 2% is the figure to choose.
-        max_voids: void starts, those of which most blocks are void, after which the machine is too restless to decide.
+        max_voids: void starts, those of which most blocks are void, that are borne in any case; a gate in which more of
+            them than of the others have ended is on a machine that is too restless to decide.
         max_seconds: budget of time; the start in which it ends is the last.
     """
 
@@ -88,8 +89,8 @@ class TimingSpec:
         if self.blocks_per_start < 1:
             raise UsageError(f"timing gate: blocks_per_start {self.blocks_per_start} must be at least 1")
         for name in ("spending", "canary_drift", "max_seconds"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"timing gate: {name} {getattr(self, name)} must be above zero")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"timing gate: {name} {getattr(self, name)} must be a finite number above zero")
 
     @property
     def shares(self) -> NDArray[np.float64]:
@@ -356,7 +357,7 @@ def run_gate(starts: Iterable[Start], spec: TimingSpec) -> GateResult:
         if used >= spec.looks[-1]:
             stopped = f"undecided after the budget of {used} starts"
             break
-        if voids > spec.max_voids:
+        if voids > max(spec.max_voids, used):
             stopped = (
                 f"the machine is too restless: in {voids} starts most blocks were void, their canary moved by "
                 + (f"more than {spec.canary_drift:.0%}")

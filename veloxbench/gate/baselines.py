@@ -15,6 +15,7 @@ A file is written whole by :func:`approve` alone, and carries the hash of its co
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,9 +26,10 @@ from typing import Literal, get_args
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from veloxbench.errors import BaselineError, validation_reason
+from veloxbench.errors import BaselineError, IntegrityError, validation_reason
 from veloxbench.records.arm import REFERENCE, from_earlier_label
 from veloxbench.records.frozen import Frozen
+from veloxbench.records.journal import read_content
 from veloxbench.records.record import Finite, Record, content_hash
 from veloxbench.records.selection import of_newest_code
 from veloxbench.records.suites import suite_row
@@ -285,12 +287,19 @@ class Baselines:
 
     def own(self, group: Group) -> BaselineFile | None:
         """The file of exactly this fingerprint: the one that an approval rewrites."""
-        return next((file for file in self.files if file.fingerprint == dict(group.fingerprint)), None)
+        return self._by_fingerprint.get(group.id)
 
     def find(self, group: Group) -> BaselineFile | None:
         """The file that a group is compared with: its own, or else one of another rounding."""
-        travelled = (file for file in self.files if travel_id(file.fingerprint) == travel_id(group.fingerprint))
-        return self.own(group) or next(travelled, None)
+        return self.own(group) or self._by_travel.get(travel_id(group.fingerprint))
+
+    @functools.cached_property
+    def _by_fingerprint(self) -> dict[str, BaselineFile]:
+        return {fingerprint_id(file.fingerprint): file for file in reversed(self.files)}
+
+    @functools.cached_property
+    def _by_travel(self) -> dict[str, BaselineFile]:
+        return {travel_id(file.fingerprint): file for file in reversed(self.files)}
 
     def of_profile(self, profile: str | None) -> tuple[BaselineFile, ...]:
         """Files whose entries a run of this profile must produce; all of them for None."""
@@ -314,8 +323,8 @@ def read_baselines(folder: Path) -> Baselines:
 
 def _read_file(path: Path) -> BaselineFile:
     try:
-        file = BaselineFile.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        file = BaselineFile.model_validate_json(read_content(path))
+    except (ValidationError, IntegrityError, RecursionError) as error:
         reason = validation_reason(error) if isinstance(error, ValidationError) else str(error)
         raise BaselineError(f"{path} cannot be used as a baseline: {reason}") from error
     if f"{path.parent.name}/{path.name}" != file.place:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import optimize, special
 
 ALPHA = 0.01
 """Family-wise rate of false regressions over a tier."""
@@ -48,7 +48,7 @@ class Paired:
         """One-sided Student-t bound of the mean at ``1 - level``: lower for sign -1, upper for +1."""
         if self.standard_error == 0:
             return self.mean
-        return self.mean + sign * float(stats.t.isf(level, self.n - 1)) * self.standard_error
+        return self.mean + sign * _above(level, self.n) * self.standard_error
 
 
 def paired_test(differences: Sequence[float] | NDArray[np.float64], margin: float) -> Paired:
@@ -67,10 +67,15 @@ def paired_test(differences: Sequence[float] | NDArray[np.float64], margin: floa
     if spread == 0:
         above = mean > margin
         return Paired(mean, 0.0, values.size, margin, 0.0 if above else 1.0, 1.0 if above else 0.0)
-    error = float(stats.sem(values))
+    error = float(values.std(ddof=1) / math.sqrt(values.size))
     return Paired(
         mean, error, values.size, margin, _p_value(values, margin, "greater"), _p_value(values, margin, "less")
     )
+
+
+def _above(level: float, n: int) -> float:
+    """What Student's t of ``n`` values exceeds with a probability of ``level``."""
+    return -float(special.stdtrit(n - 1, level))
 
 
 Alternative = Literal["less", "greater"]
@@ -78,7 +83,8 @@ Alternative = Literal["less", "greater"]
 
 def _p_value(values: NDArray[np.float64], margin: float, alternative: Alternative) -> float:
     """The larger of the two tests' p-values; the costly test is left out where the other rejects nothing anyway."""
-    student = float(stats.ttest_1samp(values, margin, alternative=alternative).pvalue)
+    away = float((margin - values.mean()) / (values.std(ddof=1) / math.sqrt(values.size)))
+    student = float(special.stdtr(values.size - 1, away if alternative == "greater" else -away))
     return student if student > FALSE_PASS else max(student, _sign_flip(values, margin, alternative))
 
 
@@ -121,13 +127,13 @@ def smallest_detectable(baseline: Sequence[float], margin: float, n_tests: int, 
     if mean == 0:
         return None
     variation = float(values.std(ddof=1)) / abs(mean)
-    critical = float(stats.t.isf(ALPHA / max(n_tests, 1), n - 1))
+    critical = _above(ALPHA / max(n_tests, 1), n)
 
     def missing_power(change: float) -> float:
         error = math.hypot(spread, variation * change) / math.sqrt(n)
         if error == 0:
             return POWER - 1.0
-        return POWER - float(stats.nct.sf(critical, n - 1, (change - margin) / error))
+        return POWER - 1.0 + float(special.nctdtr(n - 1, (change - margin) / error, critical))
 
     high = max(margin, 1e-12) * 1e4
     if missing_power(high) > 0:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from fractions import Fraction
 from typing import Any
 
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from veloxbench.methods.registry import BuildContext, Geometry, register
+from veloxbench.records.provenance import versions
 
 
 def _formula(cache: Any, tokens: int, geometry: Geometry) -> Fraction:
@@ -23,7 +23,7 @@ def _formula(cache: Any, tokens: int, geometry: Geometry) -> Fraction:
     targets=None,
     target_means=None,
     formula=_formula,
-    implementation=lambda: f"mlx-lm {importlib.metadata.version('mlx-lm')}",
+    implementation=lambda: f"mlx-lm {versions()['mlx-lm']}",
 )
 def fp16(context: BuildContext, target: None) -> list[Any]:
     """``model.make_cache()`` as mlx-lm makes it."""

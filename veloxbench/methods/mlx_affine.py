@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from fractions import Fraction
 from typing import Any
 
 from mlx_lm.models.cache import QuantizedKVCache
 
 from veloxbench.methods.registry import BuildContext, Geometry, plain_caches, register
+from veloxbench.records.provenance import versions
 
 
 def _formula(cache: QuantizedKVCache, tokens: int, geometry: Geometry) -> Fraction:
@@ -24,7 +24,7 @@ def _formula(cache: QuantizedKVCache, tokens: int, geometry: Geometry) -> Fracti
     targets=(8, 6, 4, 3, 2),
     target_means="code_bits",
     formula=_formula,
-    implementation=lambda: f"mlx-lm {importlib.metadata.version('mlx-lm')}",
+    implementation=lambda: f"mlx-lm {versions()['mlx-lm']}",
     foreign="mlx-lm",
 )
 def mlx_affine(context: BuildContext, target: float, *, group_size: int = 64) -> list[Any]:

@@ -38,6 +38,22 @@ _KINDS = {
 }
 
 
+def read_content(path: Path) -> bytes:
+    """A user's file.
+
+    Raises:
+        IntegrityError: it cannot be read, or it is a device, which may never end; says why.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise IntegrityError(f"{path} is {kind_of(mode)}, not a file to be read")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise IntegrityError(f"{path} cannot be read: {reason or error}") from error
+
+
 def whole_lines(content: bytes) -> list[bytes]:
     """The lines of a journal; a last one without its newline was being written when the process died."""
     return content[: content.rfind(b"\n") + 1].splitlines()
@@ -50,10 +66,67 @@ def parsed_lines(path: Path, content: bytes, parse: Callable[[bytes], Line], wha
         IntegrityError: a line that is not ``what`` it should be; names file and line.
     """
     for number, line in enumerate(whole_lines(content), start=1):
-        try:
-            yield number, parse(line)
-        except ValidationError as error:
-            raise IntegrityError(f"{path}:{number} is not {what}: {validation_reason(error)}") from error
+        yield number, parsed(line, parse, f"{path}:{number}", what)
+
+
+def parsed(line: bytes, parse: Callable[[bytes], Line], place: str, what: str) -> Line:
+    """One line of a journal; an IntegrityError where it is not ``what`` should stand at its place."""
+    try:
+        return parse(line)
+    except (ValidationError, RecursionError) as error:
+        reason = validation_reason(error) if isinstance(error, ValidationError) else "it is nested too deeply"
+        raise IntegrityError(f"{place} is not {what}: {reason}") from error
+
+
+BLOCK = 1 << 22
+"""Bytes of a journal that are read at once from its end."""
+
+
+def whole_size(path: Path) -> int:
+    """Bytes of a journal's whole lines."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - BLOCK, 0)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def lines_backward(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a journal from its last to its first, each with the offset at which it starts."""
+    size = whole_size(path)
+    if not size:
+        return
+    end = place = size - 1  # without the last newline
+    rest = b""
+    with path.open("rb") as file:
+        while True:
+            start = max(end - BLOCK, 0)
+            file.seek(start)
+            lines = (file.read(end - start) + rest).split(b"\n")
+            rest = lines.pop(0) if start else b""
+            for line in reversed(lines):
+                place -= len(line)
+                yield place, line
+                place -= 1
+            if not start:
+                return
+            end = start
+
+
+def line_number(path: Path, offset: int) -> int:
+    """The number, from 1, of the line that starts at an offset."""
+    number = 1
+    with path.open("rb") as file:
+        while offset > 0:
+            content = file.read(min(offset, BLOCK))
+            number += content.count(b"\n")
+            offset -= len(content)
+    return number
 
 
 @contextmanager
@@ -88,13 +161,15 @@ def cut_torn_tail(path: Path) -> bytes:
             raise UnfitEnvironmentError(
                 f"{path} is {kind_of(path.stat().st_mode)}, not a file that lines can be added to"
             )
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
+        whole = whole_size(path)
+        with path.open("rb") as file:
+            file.seek(whole)
+            torn = file.read()
+        if torn:
             os.truncate(path, whole)
     except OSError as error:
         raise UnfitEnvironmentError(f"cannot open {path} for appending: {error.strerror or error}") from error
-    return content[whole:]
+    return torn
 
 
 def append_line(path: Path, line: str) -> None:

@@ -13,8 +13,17 @@ from typing import Any
 
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.records.arm import REFERENCE
+from veloxbench.records.journal import read_content
 from veloxbench.records.record import FailedMeasurement, Record, Subject, content_hash
-from veloxbench.records.store import JOURNAL, LAST_RUN, read_failures, read_records
+from veloxbench.records.store import (
+    JOURNAL,
+    LAST_RUN,
+    find_records,
+    journals,
+    read_failures,
+    read_newest,
+    read_records,
+)
 
 CONTROL = "shuffle"
 """The parameter that makes an arm a control: its allocation is dealt to other units at random, with this seed."""
@@ -30,20 +39,26 @@ def without_controls(records: Iterable[Record]) -> list[Record]:
     return [record for record in records if not is_control(record)]
 
 
-def read_folders(paths: Iterable[Path]) -> tuple[list[Record], list[FailedMeasurement]]:
-    """All records and failures of several folders or journal files; what stands in two of them counts once.
+def read_folders(paths: Iterable[Path]) -> tuple[list[Record], int, list[FailedMeasurement]]:
+    """Of several folders or journal files the newest record of each row of each file, how many others there are, and
+    all failures; what stands in two of them counts once.
 
     Raises:
         UsageError: one of the paths does not exist.
-        IntegrityError: a line is not valid; the message names file and line.
+        IntegrityError: a line that counts is not valid; the message names file and line.
     """
-    records, failures = {}, {}
+    records: dict[str, Record] = {}
+    failures = {}
+    others = 0
     for path in paths:
         if not path.exists():
             raise UsageError(f"there are no records at {path}; `veloxbench run --out {path}` makes them")
-        records.update({record.key: record for record in read_records(path)})
+        for file in journals(path):
+            newest, more = read_newest(file)
+            records.update({record.key: record for record in newest})
+            others += more
         failures.update({(failure.subject.key, failure.when): failure for failure in read_failures(path)})
-    return list(records.values()), list(failures.values())
+    return list(records.values()), others, list(failures.values())
 
 
 def read_last_run(path: Path) -> list[Record]:
@@ -53,22 +68,24 @@ def read_last_run(path: Path) -> list[Record]:
         IntegrityError: the journal, or the list of keys, is damaged.
         UsageError: the last run ended before it knew its keys.
     """
-    records = read_records(path)
     plan = (path if path.is_dir() else path.parent) / LAST_RUN
     if not (path.is_dir() or path.name == JOURNAL) or not plan.exists():
-        return records
+        return read_records(path)
     try:
-        noted = json.loads(plan.read_text(encoding="utf-8"))
-        keys = set(noted["keys"])
+        noted = json.loads(read_content(plan))
+        keys = set(map(str, noted["keys"]))
         planned = bool(noted.get("planned", True))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
     if not planned:
         raise UsageError(
             f"the last run into {plan.parent} ended before it knew what to measure: nothing there is its result; "
             "run it again"
         )
-    return [record for record in records if record.key in keys]
+    records = [record for file in journals(path) for record in find_records(file, keys)]
+    if len({record.key for record in records}) < len(records):
+        raise IntegrityError(f"two journals of {path} measure one key: which of them is the later one, nobody can tell")
+    return records
 
 
 def of_newest_code(records: Iterable[Record]) -> list[Record]:

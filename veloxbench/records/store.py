@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from veloxbench.errors import IntegrityError, UsageError
-from veloxbench.records.journal import append_line, cut_torn_tail, parsed_lines, sole_writer, write_text
+from pydantic import ValidationError
+
+from veloxbench.errors import IntegrityError, UsageError, validation_reason
+from veloxbench.records.journal import (
+    append_line,
+    cut_torn_tail,
+    line_number,
+    lines_backward,
+    parsed_lines,
+    read_content,
+    sole_writer,
+    write_text,
+)
 from veloxbench.records.record import FailedMeasurement, Record
 
 JOURNAL = "records.jsonl"
@@ -28,11 +39,10 @@ def read_records(path: Path) -> list[Record]:
         IntegrityError: any other line that is not a valid record, the same record twice, or one key in two files;
             names file and line. A damaged journal is never read around.
     """
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
     records: dict[str, Record] = {}
-    for file in files:
+    for file in journals(path):
         own: dict[str, Record] = {}
-        for number, record in parsed_lines(file, file.read_bytes(), Record.model_validate_json, "a valid record"):
+        for number, record in parsed_lines(file, read_content(file), Record.model_validate_json, "a valid record"):
             if record.key in records:
                 raise IntegrityError(f"{file}:{number} measures key {record.key[:12]}, which another file has")
             if record.key in own and own[record.key].id == record.id:
@@ -40,6 +50,85 @@ def read_records(path: Path) -> list[Record]:
             own[record.key] = record
         records |= own
     return list(records.values())
+
+
+def journals(path: Path) -> list[Path]:
+    """A journal file itself, or all of a folder."""
+    return sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
+
+
+_SUBJECT = b'"subject":{"harness":"'
+_KEY = b',"key":"'
+
+
+def _glance(line: bytes) -> tuple[bytes, bytes] | None:
+    """Key and row of a record's line, unparsed; None where it does not look as :meth:`Record.to_line` writes it.
+
+    The row is the end of the line: a subject's fields are sorted, and what differs between two states of the code
+    (harness, machine class, implementation) stands before the method's name.
+    """
+    subject, key = line.find(_SUBJECT), line.find(_KEY) + len(_KEY)
+    row = line.find(b',"name":', subject)
+    if min(subject, row) < 0 or line[key + 64 : key + 65] != b'"' or line.rfind(_SUBJECT) != subject:
+        return None
+    return line[key : key + 64], line[row:]
+
+
+def read_chosen(file: Path, chosen: Callable[[bytes, bytes], bool]) -> Iterator[Record]:
+    """Records of a journal from its last line to its first; only the lines that are chosen are parsed.
+
+    A journal of a million records is looked through in seconds, since few of its lines matter to a page or a gate.
+
+    Args:
+        file: the journal.
+        chosen: told a line's key and its row (which are those of :func:`_glance`), says whether the record is wanted.
+
+    Raises:
+        IntegrityError: a line that is chosen, or that does not look like a record's, is not valid.
+    """
+    try:
+        for offset, line in lines_backward(file):
+            known, record = _glance(line), None
+            try:
+                if known is None:
+                    record = Record.model_validate_json(line)
+                    known = _glance(record.to_line().rstrip().encode()) or (record.key.encode(), line)
+                if chosen(*known):
+                    yield record or Record.model_validate_json(line)
+            except ValidationError as error:
+                reason = validation_reason(error)
+                raise IntegrityError(f"{file}:{line_number(file, offset)} is not a valid record: {reason}") from error
+    except OSError as error:
+        raise IntegrityError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def find_records(file: Path, keys: Iterable[str]) -> list[Record]:
+    """The last record of each key in a journal, in its order; it is read backward only as far as it must be."""
+    missing = {key.encode(errors="replace") for key in keys}
+    records: list[Record] = []
+    if missing and file.exists():
+        for record in read_chosen(file, lambda key, _: key in missing):
+            records.append(record)
+            missing.remove(record.key.encode())
+            if not missing:
+                break
+    return records[::-1]
+
+
+def read_newest(file: Path) -> tuple[list[Record], int]:
+    """The last record of each row of a journal, in the order of the rows' first ones, and how many others there are."""
+    places: dict[bytes, int] = {}
+    others = 0
+
+    def is_new(_: bytes, row: bytes) -> bool:
+        nonlocal others
+        known = row in places
+        others += known
+        places[row] = places.pop(row, len(places))
+        return not known
+
+    records = list(read_chosen(file, is_new))
+    return [records[place] for place in reversed(places.values())], others
 
 
 def read_failures(path: Path) -> list[FailedMeasurement]:
@@ -54,7 +143,7 @@ def read_failures(path: Path) -> list[FailedMeasurement]:
     if not file.exists():
         return []
     parse = FailedMeasurement.model_validate_json
-    return [failure for _, failure in parsed_lines(file, file.read_bytes(), parse, "a valid failure")]
+    return [failure for _, failure in parsed_lines(file, read_content(file), parse, "a valid failure")]
 
 
 class Store:
@@ -63,7 +152,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.path = folder / JOURNAL
         self._set_torn_tail_aside()
-        self._records = {record.key: record for record in read_records(self.path)}
+        self._known: dict[str, Record | None] = {}
 
     def _set_torn_tail_aside(self) -> None:
         if not self.path.exists():
@@ -73,13 +162,19 @@ class Store:
             with self.path.with_suffix(".torn").open("ab") as aside:
                 aside.write(torn + b"\n")
 
+    def look_up(self, keys: Iterable[str]) -> None:
+        """Read the records of these keys, as far as there are any; of many keys in one pass."""
+        asked = [key for key in keys if key not in self._known]
+        self._known |= dict.fromkeys(asked) | {record.key: record for record in find_records(self.path, asked)}
+
     def get(self, key: str) -> Record | None:
         """The record measured for this key, if any."""
-        return self._records.get(key)
+        self.look_up([key])
+        return self._known[key]
 
-    def records(self) -> list[Record]:
-        """All records, in the order in which they were measured."""
-        return list(self._records.values())
+    def newest(self) -> tuple[list[Record], int]:
+        """The newest record of each row, and how many others there are: see :func:`read_newest`."""
+        return read_newest(self.path) if self.path.exists() else ([], 0)
 
     def begin(self, keys: Sequence[str] | None = None) -> None:
         """Note beside the records what a run is to make: these, and no others of the folder, are judged.
@@ -87,6 +182,7 @@ class Store:
         Args:
             keys: of its records; None where the run does not know them yet: until it does, nothing is judged.
         """
+        self.look_up(keys or ())
         plan = {"keys": list(keys or ()), "planned": keys is not None}
         write_text(self.path.with_name(LAST_RUN), json.dumps(plan, indent=1) + "\n")
 
@@ -97,12 +193,12 @@ class Store:
             UsageError: the very same record is there already.
             UnfitEnvironmentError: the line could not be written.
         """
-        kept = self._records.get(record.key)
+        kept = self.get(record.key)
         if kept is not None and kept.id == record.id:
             raise UsageError(f"record {record.id[:12]} ({record.subject.method.label}) is in {self.path} already")
         written = Record.from_line(record.to_line())  # as every later reader will see it
         append_line(self.path, written.to_line())
-        self._records[record.key] = written
+        self._known[record.key] = written
 
     def append_failure(self, failure: FailedMeasurement) -> None:
         """Add a measurement that crashed, durably: the page names it."""

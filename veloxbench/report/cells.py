@@ -6,15 +6,46 @@ away.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tabulate import tabulate
 
+from veloxbench.errors import printable
+from veloxbench.records.frozen import Frozen
 from veloxbench.records.intervals import MIN_RATIO_PAIRS
 from veloxbench.records.record import Estimate, Record
 
 Cell = Callable[[Record], str]
 Column = tuple[str, Cell]
+
+
+_MARKUP = re.compile(r"[&<|`*\[\]\\~$]|(?<!\w)_|_(?!\w)")
+
+
+@functools.lru_cache(1 << 16)
+def markdown_text(text: str) -> str:
+    """A text of somebody's as Markdown that shows it: it makes no cell, heading, link, image or tag, and no formula.
+
+    Its special characters become entities, which no table takes for the end of a cell.
+    """
+    return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", printable(text))
+
+
+def in_markdown(value: Any) -> Any:
+    """A record (or a part of one) with every text in it as :func:`markdown_text`, for pages."""
+    match value:
+        case str():
+            return markdown_text(value)
+        case Frozen():
+            return value.model_copy(update={name: in_markdown(part) for name, part in value})
+        case dict():
+            return {in_markdown(name): in_markdown(part) for name, part in value.items()}
+        case list() if value and not isinstance(value[0], float):
+            return [in_markdown(part) for part in value]
+    return value
 
 
 def pipe_table(header: Sequence[str], body: Sequence[Sequence[str]], aligned: Sequence[str] | None = None) -> str:

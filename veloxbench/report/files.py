@@ -15,7 +15,7 @@ HTML_PAGE = "BENCHMARK_RESULTS.html"
 
 def write_pages(folder: Path, store: Store) -> None:
     """Write both pages of a run, as far as there is anything to show."""
-    records, failures = store.records(), store.failures()
+    (records, others), failures = store.newest(), store.failures()
     if records or failures:
-        write_text(folder / PAGE, render(records, failures))
-        write_text(folder / HTML_PAGE, render_html(records, failures))
+        write_text(folder / PAGE, render(records, failures, others))
+        write_text(folder / HTML_PAGE, render_html(records, failures, others))

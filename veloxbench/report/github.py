@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, TextIO
 
+from veloxbench.errors import printable
 from veloxbench.gate.verdicts import WORST_FIRST, Finding, Verdict, overall
+from veloxbench.report.cells import markdown_text
 
 SUMMARY_BYTES: Final = 1 << 20
 """Most that one step may write to its summary."""
@@ -54,7 +56,7 @@ def _command(kind: str, title: str, message: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return printable(text).replace("%", "%25")
 
 
 def summary(findings: Sequence[Finding], title: str, room: int = SUMMARY_BYTES) -> str:
@@ -101,13 +103,7 @@ def _row(finding: Finding) -> str:
     if finding.change is not None and finding.low is not None and finding.high is not None:
         shown[2] += f" ({finding.low:.3g} to {finding.high:.3g})"
     cells = [finding.verdict.value, finding.tier, finding.subject, finding.metric, *shown, finding.reason]
-    return f"| {' | '.join(_cell(cell) for cell in cells)} |\n"
-
-
-def _cell(text: str) -> str:
-    for character, harmless in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "'")):
-        text = text.replace(character, harmless)
-    return " ".join(text.split())
+    return f"| {' | '.join(map(markdown_text, cells))} |\n"
 
 
 def _worst_first(findings: Sequence[Finding]) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
+from veloxbench.errors import printable
 from veloxbench.records.record import FailedMeasurement, Record
 from veloxbench.records.selection import table_rows
 from veloxbench.report.page import by_model, render
@@ -24,17 +26,20 @@ class Plot:
     caption: str
 
 
-def render_html(records: Sequence[Record], failures: Sequence[FailedMeasurement] = ()) -> str:
+def render_html(records: Sequence[Record], failures: Sequence[FailedMeasurement] = (), others: int = 0) -> str:
     """The whole page.
 
     Args:
         records: as for :func:`veloxbench.report.page.render`, which writes every figure that stands here.
         failures: likewise.
+        others: likewise.
     """
-    text = re.sub(r"<!--.*?-->\n*", "", render(records, failures), flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\n*", "", render(records, failures, others), flags=re.DOTALL)
     # raw HTML stays off: names of models and files are the user's text
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    headings = [heading.removeprefix("## ") for heading in text.splitlines() if heading.startswith("## ")]
+    headings = [
+        html.unescape(heading.removeprefix("## ")) for heading in text.splitlines() if heading.startswith("## ")
+    ]
     environment = Environment(
         loader=PackageLoader("veloxbench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -58,10 +63,10 @@ def plots(records: Sequence[Record]) -> Iterator[Plot]:
                     f"{model}, {subject.protocol} protocol on {subject.settings['sequences']} sequences of "
                     f"{subject.text.name}: quality lost over bits held. Lower left is better."
                 )
-                yield Plot(svg, caption)
+                yield Plot(svg, printable(caption))
         svg = speed_plot(of_model)
         if svg:
-            yield Plot(svg, f"{model}: decode speed beside fp16 in the same run. Above 1 is faster.")
+            yield Plot(svg, printable(f"{model}: decode speed beside fp16 in the same run. Above 1 is faster."))
 
 
 def slug(heading: str) -> str:
@@ -71,7 +76,7 @@ def slug(heading: str) -> str:
 
 def _anchored(body: str) -> str:
     def anchor(match: re.Match[str]) -> str:
-        return f'<h2 id="{slug(match[1])}">{match[1]}</h2>'
+        return f'<h2 id="{slug(html.unescape(match[1]))}">{match[1]}</h2>'
 
     tables = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     return re.sub(r"<h2>(.*?)</h2>", anchor, tables)

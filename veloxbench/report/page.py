@@ -10,23 +10,25 @@ from collections.abc import Iterable, Sequence
 
 from veloxbench.records.record import NO_MODEL, FailedMeasurement, Record, content_hash
 from veloxbench.records.selection import CONTROL, is_control, newest_per_row, row_key, without_controls
-from veloxbench.report.cells import method, pipe_table
+from veloxbench.report.cells import in_markdown, markdown_text, method, pipe_table
 from veloxbench.report.tables import CHOOSING_A_TARGET, bit_allocation, choosing_a_target, sections
 
 
-def render(records: Sequence[Record], failures: Sequence[FailedMeasurement] = ()) -> str:
+def render(records: Sequence[Record], failures: Sequence[FailedMeasurement] = (), others: int = 0) -> str:
     """The whole page.
 
     Args:
         records: any order; of several records of one row the newest stands, and the others are counted.
         failures: what crashed; a row that was recorded later is left out.
+        others: how many older records of these rows were left out already.
     """
-    rows = newest_per_row(records)
-    failed = _failed(failures, rows)
+    newest = newest_per_row(records)
+    failed = _failed(failures, newest)
+    rows = [in_markdown(record) for record in newest]
     if not records:
         return "# Benchmark results\n\nNo records yet: `veloxbench run` makes them.\n" + (failed and f"\n{failed}\n")
     models = by_model(rows)
-    parts = [_preamble(rows, len(records) - len(rows)), failed, CHOOSING_A_TARGET]
+    parts = [_preamble(rows, others + len(records) - len(rows)), failed, CHOOSING_A_TARGET]
     for model, of_model in models.items():
         parts += choosing_a_target(model, without_controls(of_model))
     for model, of_model in models.items():
@@ -58,8 +60,11 @@ def _failed(failures: Sequence[FailedMeasurement], rows: Sequence[Record]) -> st
     recorded = {row_key(record.subject): record.provenance.started for record in rows}
     last = {row_key(failure.subject): failure for failure in sorted(failures, key=lambda failure: failure.when)}
     lines = [
-        f"- {failure.subject.model.name} {failure.subject.suite}/{failure.subject.protocol} "
-        f"{failure.subject.method.label}, {failure.when:%Y-%m-%d %H:%M}: {' '.join(failure.reason.split())}"
+        "- "
+        + markdown_text(
+            f"{failure.subject.model.name} {failure.subject.suite}/{failure.subject.protocol} "
+            f"{failure.subject.method.label}, {failure.when:%Y-%m-%d %H:%M}: {failure.reason}"
+        )
         for row, failure in last.items()
         if row not in recorded or failure.when > recorded[row]
     ]

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from veloxbench.errors import printable
 from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import Estimate, Record
 from veloxbench.report.cells import method_alone, paired_ratio
@@ -37,7 +38,7 @@ def quality_plot(records: Sequence[Record]) -> str | None:
             for arm in arms
             if arm.metrics.keys() >= {"bits_per_value", "kld_mean"} and arm.metrics["kld_mean"].value > 0
         )
-        _line(axes, label, [x for x, _ in points], [y for _, y in points])
+        _line(axes, _shown(label), [x for x, _ in points], [y for _, y in points])
     if not axes.lines:
         return None
     axes.set_yscale("log")
@@ -67,11 +68,16 @@ def speed_plot(records: Sequence[Record]) -> str | None:
         places = [arms.index(row.subject.method.label) + 0.15 * index for row in rows]
         _points(axes, label, [paired_ratio(row, "decode_speed_ratio")[0] for row in rows], places)
     axes.axvline(1.0, color="0.6", linewidth=1, zorder=0)
-    axes.set_yticks(range(len(arms)), arms)
+    axes.set_yticks(range(len(arms)), map(_shown, arms))
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel("decode speed / fp16's")
     return svg(figure)
+
+
+def _shown(label: str) -> str:
+    """A name as Matplotlib shows it: a dollar sign begins no formula."""
+    return printable(label).replace("$", r"\$")
 
 
 def _by_method(records: Sequence[Record]) -> Mapping[str, list[Record]]:

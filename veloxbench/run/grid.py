@@ -12,9 +12,9 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 
 from veloxbench.errors import UsageError, unknown_name, validation_reason
 from veloxbench.inputs.corpora import Role
@@ -22,6 +22,7 @@ from veloxbench.measure.suite import Suite, get_suite, known_suites
 from veloxbench.methods.registry import checked, get_method
 from veloxbench.records.arm import Arm
 from veloxbench.records.frozen import Frozen
+from veloxbench.records.suites import suite_row
 
 ERRORS_SHOWN = 20
 
@@ -44,44 +45,59 @@ class ArmSpec(Frozen):
             raise ValueError(f"{value!r} needs a target, as in {arm.name}@4")
         return {"method": arm.name, "targets": (arm.target,), "parameters": arm.parameters}
 
-    def arms(self) -> Iterator[Arm]:
-        """Every target with every combination of parameters.
+    @model_validator(mode="after")
+    def _exist(self) -> ArmSpec:
+        problems: dict[str, None] = {}
+        for arm in self._written():
+            try:
+                checked(arm)
+            except UsageError as error:
+                problems[str(error)] = None
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
-        Raises:
-            UsageError: a method, parameter or target that does not exist.
-        """
+    def arms(self) -> Iterator[Arm]:
+        """Every target with every combination of parameters."""
+        return map(checked, self._written())
+
+    def _written(self) -> Iterator[Arm]:
         values = [value if isinstance(value, list) else [value] for value in self.parameters.values()]
         for target, chosen in itertools.product(self.targets, itertools.product(*values)):
             parameters = dict(zip(self.parameters, chosen, strict=True))
-            yield checked(Arm(name=self.method, target=target, parameters=parameters))
+            yield Arm(name=self.method, target=target, parameters=parameters)
 
 
 class Grid(Frozen):
     """A profile: models x arms x suites. The suites' sections are fields of the class that :func:`grid_class` makes."""
 
     summary: str
-    models: tuple[str, ...] = ()
-    n_layers: int | None = Field(default=None, ge=1)
-    corpus: str = "wikitext-2"
-    part: Role = "evaluation"
     suites: tuple[str, ...] = Field(min_length=1)
+    models: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), validate_default=True)
+    n_layers: int | None = Field(default=None, ge=1)
+    corpus: str = Field(default="wikitext-2", min_length=1)
+    part: Role = "evaluation"
     arms: tuple[ArmSpec, ...] = ()
 
     @field_validator("suites")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        problems = []
         for name in names:
-            get_suite(name)
+            try:
+                get_suite(name)
+            except UsageError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
         return names
 
-    @model_validator(mode="after")
-    def _complete(self) -> Grid:
-        for suite in self.chosen_suites():
-            if self.tasks(suite) is None:
-                raise ValueError(f"the suite {suite.name} is in suites, and its section {suite.section!r} is missing")
-        if not self.models and self.needs_model:
-            raise ValueError("models is empty: name at least one model")
-        return self
+    @field_validator("models")
+    @classmethod
+    def _named(cls, models: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not models and any(suite_row(name).needs_model for name in info.data.get("suites", ())):
+            raise ValueError("it is empty: name at least one model")
+        return models
 
     @property
     def needs_model(self) -> bool:
@@ -104,8 +120,20 @@ class Grid(Frozen):
 @functools.cache
 def grid_class() -> type[Grid]:
     """:class:`Grid` with a field for every known suite's section."""
-    sections: dict[str, Any] = {suite.section: (suite.tasks | None, suite.default) for suite in known_suites().values()}
-    return create_model("Grid", __base__=Grid, **sections)
+    suites = {suite.section: suite for suite in known_suites().values()}
+
+    def present(section: Any, info: ValidationInfo) -> Any:
+        suite = suites[str(info.field_name)]
+        if section is None and suite.name in info.data.get("suites", ()):
+            raise ValueError(f"the suite {suite.name} is in suites, and this section of it is missing")
+        return section
+
+    fields: dict[str, Any] = {
+        section: (suite.tasks | None, Field(default=suite.default, validate_default=True))
+        for section, suite in suites.items()
+    }
+    validators: dict[str, Any] = {"_present": field_validator(*suites)(present)}
+    return create_model("Grid", __base__=Grid, __validators__=validators, **fields)
 
 
 def load_grid(profile: str) -> Grid:

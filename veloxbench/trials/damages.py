@@ -23,6 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue
 
+from veloxbench.errors import IntegrityError
 from veloxbench.gate.baselines import from_records
 from veloxbench.gate.gate import judge
 from veloxbench.gate.paired_test import smallest_detectable
@@ -41,7 +42,7 @@ from veloxbench.methods.veloxquant import implementation
 from veloxbench.records import provenance
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.intervals import mean_interval
-from veloxbench.records.journal import append_line, cut_torn_tail, write_text
+from veloxbench.records.journal import append_line, cut_torn_tail, parsed, read_content, write_text
 from veloxbench.records.record import Estimate, Finite, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
 from veloxbench.records.suites import suite_row
 from veloxbench.trials.damaged import (
@@ -134,6 +135,15 @@ def measure(handle: ModelHandle, corpus: str, protocol: Chunked, journal: Path, 
     return Study.model_validate({**head, "measured": datetime.now(UTC), "samples": samples})
 
 
+def read_study(path: Path) -> Study:
+    """A study that was measured.
+
+    Raises:
+        IntegrityError: the file is no study, or cannot be read.
+    """
+    return parsed(read_content(path), Study.model_validate_json, str(path), "a study of damages")
+
+
 def journal_of(study: Study) -> str:
     """The journal that would end in this study: to measure only what it lacks."""
     head = study.model_dump(mode="json", include={"model", "text", "protocol", "versions", "hardware"})
@@ -149,11 +159,15 @@ def journal_of(study: Study) -> str:
 def _read_journal(journal: Path, head: dict[str, Any]) -> dict[tuple[str, int], Samples]:
     if journal.exists():
         cut_torn_tail(journal)
-    parts = [json.loads(line) for line in journal.read_bytes().splitlines()] if journal.exists() else []
-    if not parts or parts[0] != head:  # of something else: nothing of it can be used
-        write_text(journal, json.dumps(head) + "\n")
-        return {}
-    return {(part["arm"], part["gate"]): Samples.model_validate(part["samples"]) for part in parts[1:]}
+    content = read_content(journal) if journal.exists() else b""
+    try:
+        parts = [json.loads(line) for line in content.splitlines()]
+        if not parts or parts[0] != head:  # of something else: nothing of it can be used
+            write_text(journal, json.dumps(head) + "\n")
+            return {}
+        return {(part["arm"], part["gate"]): Samples.model_validate(part["samples"]) for part in parts[1:]}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise IntegrityError(f"{journal} is damaged ({error}); delete it, and it is measured anew") from error
 
 
 def _reference(

@@ -18,7 +18,7 @@ from veloxbench.compare.timing_test import GateResult, MetricResult, TimingSpec,
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.gate.verdicts import Verdict
 from veloxbench.records.frozen import Frozen
-from veloxbench.records.journal import parsed_lines
+from veloxbench.records.journal import parsed_lines, read_content
 from veloxbench.trials.timing_record import BENCHMARK, Setup, check_same, launcher, settled_header, slots
 from veloxbench.trials.timing_series import BASE, SeriesHeader, append_line, appending, slot_name
 
@@ -78,7 +78,7 @@ def read_live(path: Path) -> LiveJournal:
     if not path.is_file():
         raise UsageError(f"there are no live gates at {path}; `veloxbench trial timing live --out {path}` runs them")
     header, gates = None, []
-    for number, line in parsed_lines(path, path.read_bytes(), _LINE.validate_json, "of live gates"):
+    for number, line in parsed_lines(path, read_content(path), _LINE.validate_json, "of live gates"):
         if isinstance(line, SeriesHeader) != (number == 1):
             raise IntegrityError(f"{path}:{number}: one header comes first, then the gates")
         if isinstance(line, SeriesHeader):

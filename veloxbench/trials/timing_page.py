@@ -71,7 +71,8 @@ def render(rates: ErrorRates) -> str:
         "",
         f"**Gate.** Slower by more than {gate['margin']:.0%} at alpha {gate['alpha']:.0%}, passes below "
         f"{gate['detect']:.0%} at beta {gate['beta']:.0%}; {gate['blocks_per_start']} blocks in each start; looks "
-        f"after {_joined(gate['looks'])} starts; budget {gate['max_seconds']:g} s or {gate['max_voids']} void starts. "
+        f"after {_joined(gate['looks'])} starts; budget {gate['max_seconds']:g} s, or "
+        f"more than {gate['max_voids']} void starts and fewer others. "
         "A slowdown is real extra work in every step of one side; what it really cost is measured over the series "
         "(second column). Intervals are 95% (Clopper-Pearson for rates); starts and seconds are the median and the "
         "95% quantile to the end of a gate.",

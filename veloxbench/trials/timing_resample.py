@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 from scipy import stats
 
 from veloxbench.compare.timed_decode import Clock
 from veloxbench.compare.timing_test import GateResult, Start, TimingSpec, run_gate, slowdown_bounds
-from veloxbench.errors import IntegrityError, UsageError, validation_reason
+from veloxbench.errors import UsageError
 from veloxbench.gate.verdicts import Verdict
 from veloxbench.records.frozen import Frozen
+from veloxbench.records.journal import parsed, read_content
 from veloxbench.trials.timing_live import LiveGate, LiveJournal
 from veloxbench.trials.timing_record import BENCHMARK
 from veloxbench.trials.timing_series import BASE, Series, SeriesHeader, read_series, series_bytes, slot_name
@@ -347,7 +348,4 @@ def read_error_rates(path: Path) -> ErrorRates:
     """
     if not path.is_file():
         raise UsageError(f"there are no error rates at {path}; `veloxbench trial timing resample` makes them")
-    try:
-        return ErrorRates.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise IntegrityError(f"{path} is not a record of error rates: {validation_reason(error)}") from error
+    return parsed(read_content(path), ErrorRates.model_validate_json, str(path), "a record of error rates")

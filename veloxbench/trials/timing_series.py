@@ -22,7 +22,7 @@ from veloxbench.compare.timing_blocks import TimedBlock
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.records import journal as durable
 from veloxbench.records.frozen import Frozen
-from veloxbench.records.journal import cut_torn_tail, parsed_lines, sole_writer
+from veloxbench.records.journal import cut_torn_tail, parsed_lines, read_content, sole_writer
 
 BASE = "base"
 """The slot of the base side; every other slot is the head side's, named by :func:`slot_name`."""
@@ -111,7 +111,10 @@ class Series:
 
 def series_bytes(path: Path) -> bytes:
     """The journal's bytes, decompressed."""
-    return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    try:
+        return lzma.decompress(read_content(path)) if path.suffix == ".xz" else read_content(path)
+    except lzma.LZMAError as error:
+        raise IntegrityError(f"{path} cannot be decompressed: {error}") from error
 
 
 def read_series(path: Path) -> Series:

@@ -65,10 +65,11 @@ def test_what_stands_in_two_folders_counts_once(tmp_path):
     shared = quality_record()
     failure = FailedMeasurement(subject=shared.subject, when=NOW, reason="boom")
     for name, own in (("a", before(1)), ("b", before(2, 2.0))):
-        write(tmp_path / name, [shared, own])
+        write(tmp_path / name, [own, shared] if own.subject.method.target == 4.0 else [shared, own])
         (tmp_path / name / FAILURES).write_text(failure.model_dump_json() + "\n")
-    records, failures = read_folders([tmp_path / "a", tmp_path / "b"])
-    assert records == [shared, before(1), before(2, 2.0)]
+    records, others, failures = read_folders([tmp_path / "a", tmp_path / "b"])
+    assert records == [shared, before(2, 2.0)]
+    assert others == 1  # an older record of a row of a's
     assert failures == [failure]
 
 
