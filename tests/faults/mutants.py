@@ -512,17 +512,17 @@ class Tally:
 
 
 def campaign(names: list[str], count: int, seed: int) -> dict[str, Tally]:
-    """Try ``count`` mutants of every format in children: one that dies or hangs is a failure, and the next goes on."""
+    """Try ``count`` mutants of every format in a child: if it dies or hangs that is a failure, and the next goes on."""
     tallies = {name: Tally(Counter(), []) for name in names}
-    for name in names:
-        start = 0
-        while start < count:
-            start = _child(name, count, seed, start, tallies[name])
+    left, start = names, 0
+    while left:
+        left, start = _child(left, count, seed, start, tallies)
     return tallies
 
 
-def _child(name: str, count: int, seed: int, start: int, tally: Tally) -> int:
-    command = [sys.executable, __file__, "--child", name, "--count", str(count), "--seed", str(seed)]
+def _child(names: list[str], count: int, seed: int, start: int, tallies: dict[str, Tally]) -> tuple[list[str], int]:
+    """Formats one after the other, the first from mutant ``start`` on; what the next child must go on with."""
+    command = [sys.executable, __file__, "--child", json.dumps(names), "--count", str(count), "--seed", str(seed)]
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             [*command, "--start", str(start)],
@@ -533,7 +533,7 @@ def _child(name: str, count: int, seed: int, start: int, tally: Tally) -> int:
         )
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=lambda: _pass_on(child, lines), daemon=True).start()
-        begun, reported = start - 1, start - 1
+        begun = reported = (names[0], start - 1)
         why = ""
         while True:
             try:
@@ -546,23 +546,25 @@ def _child(name: str, count: int, seed: int, start: int, tally: Tally) -> int:
                 break
             said = json.loads(line)
             if "begins" in said:
-                begun = said["begins"]
+                begun = (said["format"], said["begins"])
                 continue
-            reported = said["index"]
+            reported = (said["format"], said["index"])
+            tally = tallies[said["format"]]
             tally.outcomes[said["outcome"]] += 1
             if said["outcome"] == "failed":
-                tally.failures.append(f"{name} #{reported} ({said['file']}): {said['why']}")
+                tally.failures.append(f"{said['format']} #{said['index']} ({said['file']}): {said['why']}")
         status = child.wait()
         if begun == reported and status == 0:
-            return count
+            return [], 0
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1]
+        name, index = begun
         if begun == reported:  # it died before or between mutants: nothing can go on
-            raise RuntimeError(f"{name}: the campaign itself failed: {last}")
-        tally.outcomes["failed"] += 1
+            raise RuntimeError(f"after {name} #{index}: the campaign itself failed: {last}")
+        tallies[name].outcomes["failed"] += 1
         died = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
-        tally.failures.append(f"{name} #{begun}: {why or died}: {last}")
-        return begun + 1
+        tallies[name].failures.append(f"{name} #{index}: {why or died}: {last}")
+        return names[names.index(name) :], index + 1
 
 
 def _pass_on(child: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
@@ -598,7 +600,8 @@ def main() -> int:
         def report(line: dict[str, Any]) -> None:
             print(json.dumps(line), file=answers, flush=True)
 
-        try_mutants(asked.child, asked.count, asked.seed, asked.start, report)
+        for place, name in enumerate(json.loads(asked.child)):
+            try_mutants(name, asked.count, asked.seed, asked.start if place == 0 else 0, report)
         return 0
     names = [name for name in FORMATS if not asked.format or any(part in name for part in asked.format)]
     tallies = campaign(names, asked.count, asked.seed)
