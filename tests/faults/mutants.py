@@ -350,19 +350,25 @@ def archive(work: Path, kind: str) -> list[Path]:
 
 def read_archive(work: Path, kind: str) -> str:
     """What is fetched is the pinned file."""
+    with _served(work, kind):
+        return _fetched(work, kind)
+
+
+@contextmanager
+def _served(work: Path, kind: str) -> Iterator[None]:
     sources = _module("veloxbench.inputs.sources")
     address = sources._Archive((work / f"weights.{kind}").as_uri(), None, None)
-    sources.resolve_archives = lambda mirrors: [address]
-    return _fetched(work, kind)
+    with _replaced(sources, "resolve_archives", lambda mirrors: [address]):
+        yield
 
 
 def _fetched(work: Path, kind: str) -> str:
     sources = _module("veloxbench.inputs.sources")
-    sources._fetch_from_hub = _no_hub
     shutil.rmtree(sources.cache_dir(), ignore_errors=True)
     before = _listing(work)
     try:
-        path = sources.fetch(_pinned(kind))
+        with _replaced(sources, "_fetch_from_hub", _no_hub):
+            path = sources.fetch(_pinned(kind))
         expect(path.read_bytes() == CONTENT, "the file is not the pinned one")
     finally:
         expect(_listing(work) == before, "a file outside the cache")
@@ -398,23 +404,16 @@ def answer(work: Path, tool: str) -> list[Path]:
     return [path]
 
 
-_resolve_archives: list[Any] = []
-
-
 def read_answer(work: Path, tool: str) -> str:
     """Whatever the tool prints, the pinned file or a sentence comes of it, and nothing outside the cache."""
     sources = _module("veloxbench.inputs.sources")
-    if not _resolve_archives:
-        _resolve_archives.append(sources.resolve_archives)
-    sources.resolve_archives = _resolve_archives[0]
-    sources.shutil.which = lambda name: name
     printed = (work / f"{tool}.json").read_bytes()
 
     def run(command: Any, **options: Any) -> Any:
         said = printed.decode(options["encoding"], options["errors"])
         return subprocess.CompletedProcess(command, 0, said, "")
 
-    with _replaced(sources.subprocess, "run", run):
+    with _replaced(sources.subprocess, "run", run), _replaced(sources.shutil, "which", lambda name: name):
         return _fetched(work, "whl" if tool == "pip" else "tgz")
 
 
@@ -438,7 +437,8 @@ def pinned_source(work: Path) -> list[Path]:
 def read_source(work: Path) -> str:
     """It is fetched again, or it is refused; what is returned is the pinned file."""
     sources = _module("veloxbench.inputs.sources")
-    expect(sources.fetch(_pinned("whl")).read_bytes() == CONTENT, "the file is not the pinned one")
+    with _served(work, "whl"), _replaced(sources, "_fetch_from_hub", _no_hub):
+        expect(sources.fetch(_pinned("whl")).read_bytes() == CONTENT, "the file is not the pinned one")
     return "healed"
 
 
