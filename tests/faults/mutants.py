@@ -367,19 +367,25 @@ def archive(work: Path, kind: str) -> list[Path]:
 
 def read_archive(work: Path, kind: str) -> str:
     """What is fetched is the pinned file."""
+    with _served(work, kind):
+        return _fetched(work, kind)
+
+
+@contextmanager
+def _served(work: Path, kind: str) -> Iterator[None]:
     sources = _module("veloxbench.inputs.sources")
     address = sources._Archive((work / f"weights.{kind}").as_uri(), None, None)
-    sources.resolve_archives = lambda mirrors: [address]
-    return _fetched(work, kind)
+    with _replaced(sources, "resolve_archives", lambda mirrors: [address]):
+        yield
 
 
 def _fetched(work: Path, kind: str) -> str:
     sources = _module("veloxbench.inputs.sources")
-    sources._fetch_from_hub = _no_hub
     shutil.rmtree(sources.cache_dir(), ignore_errors=True)
     before = _listing(work)
     try:
-        path = sources.fetch(_pinned(kind))
+        with _replaced(sources, "_fetch_from_hub", _no_hub):
+            path = sources.fetch(_pinned(kind))
         expect(path.read_bytes() == CONTENT, "the file is not the pinned one")
     finally:
         expect(_listing(work) == before, "a file outside the cache")
@@ -415,23 +421,16 @@ def answer(work: Path, tool: str) -> list[Path]:
     return [path]
 
 
-_resolve_archives: list[Any] = []
-
-
 def read_answer(work: Path, tool: str) -> str:
     """Whatever the tool prints, the pinned file or a sentence comes of it, and nothing outside the cache."""
     sources = _module("veloxbench.inputs.sources")
-    if not _resolve_archives:
-        _resolve_archives.append(sources.resolve_archives)
-    sources.resolve_archives = _resolve_archives[0]
-    sources.shutil.which = lambda name: name
     printed = (work / f"{tool}.json").read_bytes()
 
     def run(command: Any, **options: Any) -> Any:
         said = printed.decode(options["encoding"], options["errors"])
         return subprocess.CompletedProcess(command, 0, said, "")
 
-    with _replaced(sources.subprocess, "run", run):
+    with _replaced(sources.subprocess, "run", run), _replaced(sources.shutil, "which", lambda name: name):
         return _fetched(work, "whl" if tool == "pip" else "tgz")
 
 
@@ -455,7 +454,8 @@ def pinned_source(work: Path) -> list[Path]:
 def read_source(work: Path) -> str:
     """It is fetched again, or it is refused; what is returned is the pinned file."""
     sources = _module("veloxbench.inputs.sources")
-    expect(sources.fetch(_pinned("whl")).read_bytes() == CONTENT, "the file is not the pinned one")
+    with _served(work, "whl"), _replaced(sources, "_fetch_from_hub", _no_hub):
+        expect(sources.fetch(_pinned("whl")).read_bytes() == CONTENT, "the file is not the pinned one")
     return "healed"
 
 
@@ -570,17 +570,17 @@ class Tally:
 
 
 def campaign(names: list[str], count: int, seed: int) -> dict[str, Tally]:
-    """Try ``count`` mutants of every format in children: one that dies or hangs is a failure, and the next goes on."""
+    """Try ``count`` mutants of every format in a child: if it dies or hangs that is a failure, and the next goes on."""
     tallies = {name: Tally(Counter(), []) for name in names}
-    for name in names:
-        start = 0
-        while start < count:
-            start = _child(name, count, seed, start, tallies[name])
+    left, start = names, 0
+    while left:
+        left, start = _child(left, count, seed, start, tallies)
     return tallies
 
 
-def _child(name: str, count: int, seed: int, start: int, tally: Tally) -> int:
-    command = [sys.executable, __file__, "--child", name, "--count", str(count), "--seed", str(seed)]
+def _child(names: list[str], count: int, seed: int, start: int, tallies: dict[str, Tally]) -> tuple[list[str], int]:
+    """Formats one after the other, the first from mutant ``start`` on; what the next child must go on with."""
+    command = [sys.executable, __file__, "--child", json.dumps(names), "--count", str(count), "--seed", str(seed)]
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             [*command, "--start", str(start)],
@@ -591,7 +591,7 @@ def _child(name: str, count: int, seed: int, start: int, tally: Tally) -> int:
         )
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=lambda: _pass_on(child, lines), daemon=True).start()
-        begun, reported = start - 1, start - 1
+        begun = reported = (names[0], start - 1)
         why = ""
         while True:
             try:
@@ -604,23 +604,25 @@ def _child(name: str, count: int, seed: int, start: int, tally: Tally) -> int:
                 break
             said = json.loads(line)
             if "begins" in said:
-                begun = said["begins"]
+                begun = (said["format"], said["begins"])
                 continue
-            reported = said["index"]
+            reported = (said["format"], said["index"])
+            tally = tallies[said["format"]]
             tally.outcomes[said["outcome"]] += 1
             if said["outcome"] == "failed":
-                tally.failures.append(f"{name} #{reported} ({said['file']}): {said['why']}")
+                tally.failures.append(f"{said['format']} #{said['index']} ({said['file']}): {said['why']}")
         status = child.wait()
         if begun == reported and status == 0:
-            return count
+            return [], 0
         errors.seek(0)
         last = (errors.read().strip().splitlines() or [""])[-1]
+        name, index = begun
         if begun == reported:  # it died before or between mutants: nothing can go on
-            raise RuntimeError(f"{name}: the campaign itself failed: {last}")
-        tally.outcomes["failed"] += 1
+            raise RuntimeError(f"after {name} #{index}: the campaign itself failed: {last}")
+        tallies[name].outcomes["failed"] += 1
         died = f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
-        tally.failures.append(f"{name} #{begun}: {why or died}: {last}")
-        return begun + 1
+        tallies[name].failures.append(f"{name} #{index}: {why or died}: {last}")
+        return names[names.index(name) :], index + 1
 
 
 def _pass_on(child: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
@@ -759,7 +761,8 @@ def main() -> int:
         def report(line: dict[str, Any]) -> None:
             print(json.dumps(line), file=answers, flush=True)
 
-        try_mutants(asked.child, asked.count, asked.seed, asked.start, report)
+        for place, name in enumerate(json.loads(asked.child)):
+            try_mutants(name, asked.count, asked.seed, asked.start if place == 0 else 0, report)
         return 0
     if asked.page:
         PAGE.write_text(page(kept(RECORD)), encoding="utf-8")

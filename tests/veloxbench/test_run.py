@@ -15,8 +15,6 @@ import pytest
 from veloxbench.cli.app import _run as veloxbench
 from veloxbench.records.store import JOURNAL, read_records
 
-N_KILLS = 20
-
 
 @pytest.fixture
 def own_text(tmp_path: Path) -> Path:
@@ -103,7 +101,8 @@ def test_a_crash_is_kept_for_the_page_until_it_is_measured(cut_model, grid_file,
     assert "ZeroDivisionError" not in page.read_text()
 
 
-def test_killed_twenty_times_it_loses_nothing_and_measures_nothing_twice(cut_model, grid_file, tmp_path):
+@pytest.mark.parametrize("n_kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again_it_loses_nothing_and_measures_nothing_twice(n_kills, cut_model, grid_file, tmp_path):
     """kill -9 at seeded moments: every restart goes on, finished records stay, keys and ids are unique."""
     rng = random.Random(0)
     command = [
@@ -117,7 +116,7 @@ def test_killed_twenty_times_it_loses_nothing_and_measures_nothing_twice(cut_mod
         str(cut_model),
     ]
     kills, folder_number, finished_runs = 0, 0, 0
-    while kills < N_KILLS or finished_runs == 0:
+    while kills < n_kills or finished_runs == 0:
         out = tmp_path / f"out{folder_number}"
         known = {record.key: record.id for record in read_records(out)}
         process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.PIPE, text=True)
@@ -125,7 +124,7 @@ def test_killed_twenty_times_it_loses_nothing_and_measures_nothing_twice(cut_mod
         for line in process.stderr:
             if "measurements" in line:
                 break
-        if kills < N_KILLS:
+        if kills < n_kills:
             time.sleep(rng.uniform(0, 2.0))
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)

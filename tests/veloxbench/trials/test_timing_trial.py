@@ -397,7 +397,7 @@ def test_live_gates_go_on_only_as_they_were_begun(tmp_path, capsys):
 
 
 def record_command(model, out, hours):
-    command = ["trial", "timing", "record", "--model", str(model), "--method", "fp16", "--depth", "8", "--steps", "1"]
+    command = ["trial", "timing", "record", "--model", str(model), "--arm", "fp16", "--depth", "8", "--steps", "1"]
     return [sys.executable, "-m", "veloxbench.cli", *command, "--hours", str(hours), "--out", str(out)]
 
 
