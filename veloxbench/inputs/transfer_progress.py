@@ -51,18 +51,12 @@ class SilentReporter:
         pass
 
 
-class LineReporter:
+class LineReporter(SilentReporter):
     """One plain line on stderr per step, for logs and pipes."""
 
     def start(self, label: str, total_bytes: int | None) -> None:  # noqa: D102
         size = "" if total_bytes is None else f" ({total_bytes / 1e6:.1f} MB)"
-        print(f"{label}{size}", file=sys.stderr, flush=True)
-
-    def advance(self, n: int) -> None:  # noqa: D102
-        pass
-
-    def done(self) -> None:  # noqa: D102
-        pass
+        self.message(f"{label}{size}")
 
     def message(self, text: str) -> None:  # noqa: D102
         print(text, file=sys.stderr, flush=True)

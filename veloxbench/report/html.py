@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
 from veloxbench.errors import printable
@@ -16,6 +15,7 @@ from veloxbench.records.selection import table_rows
 from veloxbench.report.page import by_model, render
 from veloxbench.report.plots import quality_plot, speed_plot
 from veloxbench.report.tables import quality_groups
+from veloxbench.report.templates import filled
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,10 @@ def render_html(records: Sequence[Record], failures: Sequence[FailedMeasurement]
     headings = [
         html.unescape(heading.removeprefix("## ")) for heading in text.splitlines() if heading.startswith("## ")
     ]
-    environment = Environment(
-        loader=PackageLoader("veloxbench.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     start, rest = _anchored(body).split("<h2", 1) if headings else (body, "")
-    return environment.get_template("page.html.j2").render(
+    return filled(
+        "veloxbench.report",
+        "page.html.j2",
         start=start,
         rest="<h2" + rest if headings else "",
         headings=[(slug(heading), heading) for heading in headings],

@@ -9,17 +9,17 @@ closed form, :func:`greedy_choices` along the lower convex hulls, :func:`optimal
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import TypeAdapter
 
 from veloxquant_mlx.files import reading
 from veloxquant_mlx.quantizers.base import Coding
@@ -321,33 +321,12 @@ class BitAllocation(Mapping[str, int]):
 
     def to_json(self) -> str:
         """The allocation as JSON; fractions as ``"5/4"``."""
-        return json.dumps(
-            {
-                "unit": self.unit,
-                "quantizer": self.quantizer,
-                "target_bits": self.target_bits,
-                "sinks": self.sinks,
-                "window": self.window,
-                "at_tokens": self.at_tokens,
-                "forecast_nats": self.forecast_nats,
-                "codings": None if self.codings is None else [asdict(coding) for coding in self.codings],
-                "entries": [{**vars(entry), "bits_per_value": str(entry.bits_per_value)} for entry in self.entries],
-            },
-            indent=1,
-        )
+        return _ALLOCATION.dump_json(self, indent=1).decode()
 
     @classmethod
     def from_json(cls, text: str) -> BitAllocation:
         """The inverse of :meth:`to_json`."""
-        fields = json.loads(text)
-        entries = tuple(
-            AllocationEntry(**{**entry, "bits_per_value": Fraction(entry["bits_per_value"])})
-            for entry in fields.pop("entries")
-        )
-        codings = fields.pop("codings", None)
-        if codings is not None:
-            codings = tuple(Coding(**coding) for coding in codings)
-        return cls(entries=entries, codings=codings, **fields)
+        return _ALLOCATION.validate_json(text)
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`to_json` to ``path``."""
@@ -363,6 +342,9 @@ class BitAllocation(Mapping[str, int]):
         """
         with reading(path, "bit allocation"):
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+_ALLOCATION = TypeAdapter(BitAllocation)
 
 
 def shuffled(allocation: BitAllocation, seed: int) -> BitAllocation:

@@ -7,9 +7,8 @@ predict more distortion than the signal has power.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,6 +16,7 @@ from typing import Literal, get_args
 import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import TypeAdapter
 
 from veloxquant_mlx.allocators.sensitivity import KINDS, HeadSensitivities, Provenance, Sensitivities
 from veloxquant_mlx.files import reading
@@ -166,11 +166,7 @@ class DistortionCurves:
 
     def save(self, path: str | Path) -> None:
         """Write the curves as JSON, fractions as ``"5/4"``."""
-        fields = asdict(self)
-        for name in ("costs", "value_costs"):
-            if fields[name] is not None:
-                fields[name] = {str(dim): [str(cost) for cost in row] for dim, row in fields[name].items()}
-        Path(path).write_text(json.dumps(fields, indent=1), encoding="utf-8")
+        Path(path).write_bytes(_CURVES.dump_json(self, indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> DistortionCurves:
@@ -181,38 +177,10 @@ class DistortionCurves:
             ValueError: the file is damaged, or holds no curves.
         """
         with reading(path, "distortion curves"):
-            return cls._from_json(Path(path).read_text(encoding="utf-8"))
+            return _CURVES.validate_json(Path(path).read_bytes())
 
-    @classmethod
-    def _from_json(cls, text: str) -> DistortionCurves:
-        fields = json.loads(text)
-        curves = tuple(
-            DistortionCurve(
-                **curve
-                | {
-                    "distortions": tuple(curve["distortions"]),
-                    "losses": tuple(curve["losses"]),
-                    "fit": ExponentialFit(**curve["fit"]),
-                }
-            )
-            for curve in fields["curves"]
-        )
-        costs = {
-            name: {int(dim): tuple(map(Fraction, row)) for dim, row in fields[name].items()}
-            for name in ("costs", "value_costs")
-            if fields.get(name) is not None
-        }
-        codings = fields.get("codings")
-        return cls(
-            **fields
-            | costs
-            | {
-                "codings": None if codings is None else tuple(Coding(**coding) for coding in codings),
-                "curves": curves,
-                "widths": tuple(fields["widths"]),
-                "provenance": Provenance(**fields["provenance"]),
-            }
-        )
+
+_CURVES = TypeAdapter(DistortionCurves)
 
 
 def coding_errors(quantizer: Quantizer, vectors: mx.array) -> mx.array:

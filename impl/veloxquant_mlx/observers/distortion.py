@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 from tabulate import tabulate
 
 from veloxquant_mlx.quantizers.base import Quantizer
@@ -68,13 +69,11 @@ class DistortionReport:
 
 @dataclass
 class _Sums:
+    """Of the vectors observed: how many, and the sums of what :meth:`DistortionObserver.observe` stacks."""
+
     expected: float | None
     n_vectors: int = 0
-    cosine: float = 0.0
-    signal: float = 0.0
-    error: float = 0.0
-    inner: float = 0.0
-    aligned: float = 0.0
+    stats: NDArray[np.float64] = field(default_factory=lambda: np.zeros(5))
 
 
 @dataclass(eq=False)
@@ -121,14 +120,8 @@ class DistortionObserver:
         code_bits = getattr(quantizer, "code_bits", None)
         key = (layer, role, quantizer.name, code_bits)
         sums = self._sums.setdefault(key, _Sums(quantizer.expected_distortion(head_dim)))
-        measured: Any = stats.tolist()
-        cosine, energy, squared, inner, along = measured
         sums.n_vectors += signal.size
-        sums.cosine += cosine
-        sums.signal += energy
-        sums.error += squared
-        sums.inner += inner
-        sums.aligned += along
+        sums.stats += np.array(stats)
 
     def report(self) -> DistortionReport:
         """What was observed so far."""
@@ -136,16 +129,17 @@ class DistortionObserver:
         rows = []
         for key in order:
             sums = self._sums[key]
-            signal = sums.signal if sums.signal > 0 else math.nan
+            cosine, energy, error, inner, aligned = sums.stats.tolist()
+            signal = energy if energy > 0 else math.nan
             rows.append(
                 DistortionRow(
                     *key,
                     n_vectors=sums.n_vectors,
-                    cosine=sums.cosine / sums.n_vectors if sums.n_vectors else math.nan,
-                    relative_mse=sums.error / signal,
+                    cosine=cosine / sums.n_vectors if sums.n_vectors else math.nan,
+                    relative_mse=error / signal,
                     expected_mse=sums.expected,
-                    inner_product_mse=sums.inner / signal,
-                    gain=sums.aligned / signal,
+                    inner_product_mse=inner / signal,
+                    gain=aligned / signal,
                 )
             )
         return DistortionReport(tuple(rows))
