@@ -20,6 +20,7 @@ from veloxbench.cli.recommend import recommend
 from veloxbench.cli.report import report, schema
 from veloxbench.cli.run import run
 from veloxbench.cli.trials import trial
+from veloxbench.cli.use import HANDS_ON, chat, generate, serve
 from veloxbench.errors import ExitCode, UsageError, VeloxError
 
 INTERRUPTED = 130
@@ -62,11 +63,12 @@ RENAMED = {"aa": "trial timing", "damages": "trial damages"}
 
 for command in (run, recommend, report, gate, compare, models, corpora, methods, doctor, kernels, schema):
     app.command()(command)
+for command in (generate, chat, serve):
+    app.command(context_settings=HANDS_ON)(command)
 app.add_typer(baseline_app)
 app.add_typer(trial)
 for name in RENAMED:
-    anything = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(name, hidden=True, add_help_option=False, context_settings=anything)(_renamed)
+    app.command(name, hidden=True, add_help_option=False, context_settings=HANDS_ON)(_renamed)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from veloxquant_kernels.kernel import Backend
 from veloxquant_mlx.allocators.allocation import BitAllocation
@@ -16,6 +16,7 @@ from veloxquant_mlx.cache.fused import FusedMode, fuse, leaves
 from veloxquant_mlx.cache.packed import BatchPackedKVCache, LayerSpec, PackedKVCache
 from veloxquant_mlx.cache.persistence import load_prompt_cache, save_prompt_cache
 from veloxquant_mlx.cache.storage import HeldArray
+from veloxquant_mlx.hook import own_caches
 from veloxquant_mlx.methods import METHODS, MethodOptions, Role, make_options
 from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
@@ -296,7 +297,7 @@ class KVCacheBuilder:
                 layer can be.
             RuntimeError: the fused path is switched on for Metal, which is not MLX's default device.
         """
-        own = make_prompt_cache(model)
+        own = own_caches(model)
         widths = config.layer_widths([bool(_attention_caches(cache)) for cache in own])
         if any(isinstance(side, tuple) for sides in widths for side in sides):
             _check_heads(model, widths)
@@ -324,7 +325,7 @@ class KVCacheBuilder:
 
 def _check_heads(model: Any, widths: list[tuple[Widths, Widths]]) -> None:
     """Every side of a layer that names heads names as many as it has, by the shapes of one token's pass."""
-    trial = make_prompt_cache(model)
+    trial = own_caches(model)
     model(mx.array([[0]]), cache=trial)  # not evaluated
     for layer, (sides, own) in enumerate(zip(widths, trial, strict=True)):
         for role, heads in zip(get_args(Role), sides, strict=True):

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, get_args
 
 import mlx.core as mx
 from mlx_lm.models import base as mlx_lm_base
-from mlx_lm.models.cache import CacheList, make_prompt_cache
+from mlx_lm.models.cache import CacheList
 
 from veloxquant_kernels.codebook import centroids_array
 from veloxquant_kernels.fused_attention import PackedSide, fused_attention, unsupported
@@ -25,6 +25,7 @@ from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
 from veloxquant_mlx.cache.packed import PackedKVCache
 from veloxquant_mlx.cache.sequence import fetch_dtype
 from veloxquant_mlx.cache.storage import CodedBlocks, Side
+from veloxquant_mlx.hook import own_caches
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.transforms.rotation import rotation
 
@@ -271,7 +272,7 @@ def _probe(model: Any, caches: Sequence[Any], reasons: Sequence[str | None]) -> 
     The caches are new ones, not copies, which would hold tokens of other sequences and report to observers: ours from
     the layers' specs, all others as the model makes them.
     """
-    own = make_prompt_cache(model)
+    own = own_caches(model)
     if len(own) != len(caches):
         raise ValueError(f"caches has {len(caches)} entries for a model of {len(own)} layers")
     trial = [_fresh(cache, made) for cache, made in zip(caches, own, strict=True)]
