@@ -149,7 +149,11 @@ def lines_of_use(model: str, arm: Arm, bounded: bool) -> list[str]:
             f"attach(model, KVCacheConfig({', '.join(arguments)}))  # from here on mlx-lm builds these caches",
         ]
     else:
-        python = [f"# {arm.name} calibrates on the model first: the command does it, docs/guide.md says how in Python"]
+        python = [
+            "from veloxbench.run.use import load  # calibrates once, then attaches",
+            "import mlx_lm",
+            f'model, tokenizer = load("{model}", "{arm}")',
+        ]
     return [*python, "", f"$ {command}"]
 
 

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +13,7 @@ from gate_records import SOMEWHERE
 from veloxbench.cli.app import _run
 from veloxbench.cli.recommend import lines_of_use
 from veloxbench.errors import UsageError
+from veloxbench.inputs.models import resolve_model
 from veloxbench.methods.veloxquant import configuration
 from veloxbench.records.arm import Arm
 from veloxbench.records.quality_words import WORDS, quality_word, word_named
@@ -250,6 +254,32 @@ def test_the_python_line_builds_the_arm(label, expected):
     lines = lines_of_use("m", Arm.parse(label), bounded=False)
     assert lines[-1] == f"$ veloxbench generate --model m --cache {label} --prompt Hello"
     assert [line.split("(")[0] for line in lines[:4]][-1] == "attach"
+
+
+def test_a_cache_that_calibrates_is_loaded_with_its_model():
+    """RateQuant's widths are no literal: the model is loaded with the arm, which calibrates it."""
+    lines = lines_of_use("m", Arm.parse("ratequant@4"), bounded=False)
+    assert lines[2] == 'model, tokenizer = load("m", "ratequant@4")'
+    assert lines[-1] == "$ veloxbench generate --model m --cache ratequant@4 --prompt Hello"
+
+
+def test_the_lines_and_the_command_run(capsys):
+    """As they are printed: the Python makes mlx-lm build packed caches, the command answers and says what they hold."""
+    wish = ["--max-kld", "0.06", "--speed", "0.5", "--context", "2k"]
+    assert _run(["recommend", "--model", "smollm2-135m", "--json", *wish]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["choice"] == "turboquant_mse@4"
+    resolve_model("smollm2-135m")
+    *python, _, command = told["use"]
+    shown = "from mlx_lm.models.cache import make_prompt_cache; print(type(make_prompt_cache(model)[0]).__name__)"
+    words = [sys.executable, "-m", "veloxbench.cli", *shlex.split(command)[2:], "--max-tokens", "4"]
+    done = [
+        subprocess.run(each, capture_output=True, text=True, check=False)
+        for each in ([sys.executable, "-c", "\n".join([*python, shown])], words)
+    ]
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    assert done[0].stdout.strip() == "PackedKVCache"
+    assert "turboquant_mse@4: " in done[1].stderr
 
 
 def test_mlx_lms_own_caches_are_used_through_mlx_lm():
