@@ -23,7 +23,7 @@ from veloxbench.records.arm import Arm
 Say = Callable[[str], None]
 
 REFUSED = ("--kv-bits", "--kv-group-size", "--quantized-kv-start", "--max-kv-size", "--prompt-cache-file")
-"""mlx-lm's options that say which caches to use: ``--cache`` says that here, and beside it they would have no effect."""
+"""mlx-lm's options that say which caches to use: ``--cache`` does that here, and they would have no effect."""
 
 
 @dataclass(frozen=True)
