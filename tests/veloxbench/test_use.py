@@ -26,7 +26,15 @@ from veloxquant_mlx.hook import detach
 
 ARM = "turboquant_mse@4:sinks=4"
 STORY = "Once upon a time there was a small fox who lived at the edge of a large forest. Every morning the fox "
-HELD = re.compile(r"([\d,]+) tokens in ([\d.]+) MB \(fp16: ([\d.]+) MB")
+HELD = re.compile(r"([\d,]+) tokens in ([\d.,]+ \w+) \(fp16: ([\d.,]+ \w+)")
+UNITS = {"bytes": 1.0, "kB": 1e3, "MB": 1e6}
+
+
+def said(text: str) -> list[tuple[int, float, float]]:
+    """Tokens, bytes held and bytes in fp16 of every line that says what caches hold."""
+    lines = [[part.replace(",", "") for part in parts] for parts in HELD.findall(text)]
+    sizes = [[float(size.split()[0]) * UNITS[size.split()[1]] for size in parts[1:]] for parts in lines]
+    return [(int(parts[0]), held, fp16) for parts, (held, fp16) in zip(lines, sizes, strict=True)]
 
 
 def answer(client: httpx.Client, prompt: str, tokens: int = 8) -> dict[str, Any]:
@@ -79,16 +87,14 @@ def serve_and_check(model: Path | str, log: Path) -> None:
         longer = answer(client, STORY + "went" + first["text"] + " and then")  # goes on where the first answer ended
         assert longer["cached"] > first["prompt"]
         prompts = [f"The number {n} is" for n in ("one", "two", "three", "four")]
-        alone = [answer(client, prompt)["text"] for prompt in prompts]
         with ThreadPoolExecutor(len(prompts)) as pool:
-            together = list(pool.map(lambda prompt: answer(client, f"{prompt}", 8)["text"], prompts))
-        assert together == alone
-    lines = HELD.findall(log.read_text())
+            together = list(pool.map(lambda prompt: answer(client, prompt)["text"], prompts))
+        assert together == [answer(client, prompt)["text"] for prompt in prompts]
+    lines = said(log.read_text())
     assert len(lines) >= 3 + 2 * len(prompts)
     for tokens, held, fp16 in lines:
-        # 4 sinks of 16 bits, then 4.25 bits a value (4-bit codes, and an fp16 norm for 64 values)
-        n = int(tokens.replace(",", ""))
-        assert float(held) / float(fp16) == pytest.approx((4 * 16 + (n - 4) * 4.25) / (16 * n), rel=0.2)
+        # 4 sinks of 16 bits, then 4.25 bits a value (4-bit codes, and an fp16 norm for 64 values); 1 decimal is printed
+        assert held / fp16 == pytest.approx((4 * 16 + (tokens - 4) * 4.25) / (16 * tokens), rel=0.02)
 
 
 def test_the_server_over_http(cut_model, tmp_path):
@@ -108,9 +114,9 @@ def test_generate_passes_mlx_lms_options_on_and_says_what_is_held(cut_model, cap
     assert _run(["generate", "--model", str(cut_model), "--cache", "turboquant_mse@4", *options]) == 0
     out, err = capfd.readouterr()
     assert "Generation: 24 tokens" in out
-    ((tokens, held, fp16),) = HELD.findall(err)
-    assert int(tokens) > 24
-    assert float(fp16) / float(held) == pytest.approx(16 / 4.25, rel=0.15)  # two decimals of a MB
+    ((tokens, held, fp16),) = said(err)
+    assert tokens > 24
+    assert fp16 / held == pytest.approx(16 / 4.25, rel=0.02)  # one decimal of a kB
 
 
 def test_chat_says_what_is_held_after_every_turn(cut_model, capfd, monkeypatch):
@@ -125,7 +131,7 @@ def test_chat_says_what_is_held_after_every_turn(cut_model, capfd, monkeypatch):
 
     monkeypatch.setattr("mlx_lm.cli_ui.ChatUI.prompt", ask)
     assert _run(["chat", "--model", str(cut_model), "--cache", ARM, "--max-tokens", "6"]) == 0
-    first, second = (int(tokens) for tokens, *_ in HELD.findall(capfd.readouterr().err))
+    first, second = (tokens for tokens, *_ in said(capfd.readouterr().err))
     assert 0 < first < second
 
 
