@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from veloxbench.cli.output import deliver
+from veloxbench.errors import UsageError
 
 
 def report(
@@ -16,13 +17,22 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the page here instead of standard output; a name that ends in .html adds plots."),
+        typer.Option(
+            help="Write the report here instead of standard output, in the form that its suffix says: .md, .html (with "
+            "plots), .csv, .json, .parquet, .tex or .xml (JUnit)."
+        ),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="**md**, **html**, **csv**, **json**, **parquet**, **latex** or **junit**."),
     ] = None,
     check: Annotated[
         Path | None, typer.Option(help="Compare with this page; exit 1 if it is not what the records say.")
     ] = None,
 ) -> None:
-    """Write BENCHMARK_RESULTS.md from records alone.
+    """Write BENCHMARK_RESULTS.md from records alone, or their figures in a form for other programs.
+
+    CSV and Parquet have one row for each metric of each record; JSON has the records whole.
 
     **Examples**
 
@@ -30,17 +40,19 @@ def report(
 
     `veloxbench report results --out results.html`
 
+    `veloxbench report results --format csv`
+
     `veloxbench report records --check BENCHMARK_RESULTS.md`
     """
     from veloxbench.records.selection import read_folders
+    from veloxbench.report.export import FORMATS, format_of
 
-    measured, failures = read_folders(records or [Path("results")])
     target = out if check is None else check
-    if target is not None and target.suffix == ".html":
-        from veloxbench.report.html import render_html as render
-    else:
-        from veloxbench.report.page import render
-    deliver(render(measured, failures), out, check, "veloxbench report", "these records")
+    name = format_of(form, "" if target is None else target.suffix)
+    if name == "parquet" and target is None:
+        raise UsageError("--format parquet is no text: name its file with --out FILE.parquet")
+    measured, failures = read_folders(records or [Path("results")])
+    deliver(FORMATS[name](measured, failures), out, check, "veloxbench report", "these records")
 
 
 def schema() -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def attach_arm(context: BuildContext, arm: Arm) -> CacheHook:
-    """Let everything of mlx-lm that makes caches for the context's model make the arm's, calibrated where it calibrates.
+    """Let everything of mlx-lm that makes caches for the context's model make the arm's, calibrated if need be.
 
     Raises:
         UsageError: an unknown method or parameter, a target that it cannot meet, or a model that it cannot hold.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+from rich.filesize import decimal
 
 from veloxbench.errors import UnfitEnvironmentError, UsageError
 from veloxbench.inputs.models import resolve_model
@@ -23,7 +24,7 @@ from veloxbench.records.arm import Arm
 Say = Callable[[str], None]
 
 REFUSED = ("--kv-bits", "--kv-group-size", "--quantized-kv-start", "--max-kv-size", "--prompt-cache-file")
-"""mlx-lm's options that say which caches to use: ``--cache`` says that here, and beside it they would have no effect."""
+"""mlx-lm's options that say which caches to use: ``--cache`` does that here, and they would have no effect."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Resident:
 
     def __str__(self) -> str:
         smaller = f", {self.fp16 / self.held:.1f} times as much" if self.held else ""
-        return f"{self.tokens:,} tokens in {self.held / 1e6:.2f} MB (fp16: {self.fp16 / 1e6:.2f} MB{smaller})"
+        return f"{self.tokens:,} tokens in {decimal(round(self.held))} (fp16: {decimal(self.fp16)}{smaller})"
 
 
 def resident(caches: Sequence[Any], shapes: Sequence[Geometry | None]) -> Resident:
@@ -133,7 +134,7 @@ def mlx_lm_command(name: str, model: str, arm: Arm, options: Sequence[str], say:
 
     def report(caches: Sequence[Any] | None = None) -> None:
         held = resident(loader.last if caches is None else caches, loader.shapes)
-        say(f"{arm}: {held}; peak memory {mx.get_peak_memory() / 1e6:.0f} MB, weights included")
+        say(f"{arm}: {held}; peak memory {decimal(mx.get_peak_memory())}, weights included")
 
     replaced = {"load": loader, **_reporting(name, module, report)}
     with _replaced(module, replaced), _arguments(f"mlx_lm.{name}", ["--model", model, *options]):
