@@ -63,8 +63,8 @@ RENAMED = {"aa": "trial timing", "damages": "trial damages"}
 
 for command in (run, recommend, report, gate, compare, models, corpora, methods, doctor, kernels, schema):
     app.command()(command)
-for command in (generate, chat, serve):
-    app.command(context_settings=HANDS_ON)(command)
+for door in (generate, chat, serve):
+    app.command(context_settings=HANDS_ON)(door)
 app.add_typer(baseline_app)
 app.add_typer(trial)
 for name in RENAMED:

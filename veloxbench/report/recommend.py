@@ -58,7 +58,7 @@ class Footprint:
     @property
     def tokens(self) -> int:
         """Tokens at which the peak was measured."""
-        return int(self.record.subject.settings["tokens"])  # type: ignore[arg-type]
+        return int(str(self.record.subject.settings["tokens"]))
 
     @property
     def weights(self) -> float:
@@ -250,7 +250,7 @@ def _candidates(records: Sequence[Record], context: int) -> tuple[list[Candidate
     for of_arm in by_arm.values():
         arm = of_arm[0].subject.method.alone
         memory = _nearest(of_arm, "memory", "tokens", context)
-        quality = _quality(of_arm, fullest)
+        quality = best_quality(of_arm, fullest)
         if memory is None or (quality is None and arm.name != REFERENCE.name):
             without.append((arm, "no memory record" if memory is None else "no record of quality"))
             continue
@@ -262,7 +262,7 @@ def _nearest(records: Sequence[Record], suite: str, setting: str, context: int) 
     """The suite's record whose size is nearest to the context, as a ratio."""
 
     def distance(record: Record) -> float:
-        return abs(math.log(float(record.subject.settings[setting]) / context))  # type: ignore[arg-type]
+        return abs(math.log(float(str(record.subject.settings[setting])) / context))
 
     return min((r for r in records if r.subject.suite == suite), key=distance, default=None)
 
@@ -288,7 +288,8 @@ def _fullest_group(records: Sequence[Record]) -> tuple[str, str, str] | None:
     return None if best is None else _group(best)
 
 
-def _quality(records: Sequence[Record], fullest: tuple[str, str, str] | None) -> Record | None:
+def best_quality(records: Sequence[Record], fullest: tuple[str, str, str] | None = None) -> Record | None:
+    """Of one arm's records the one to quote: of the group that is asked for, or else of the best rank."""
     of_quality = [record for record in records if quality_word(record.metrics) is not None]
     return max(of_quality, key=lambda record: (_group(record) == fullest, *_rank(record)), default=None)
 

@@ -87,7 +87,7 @@ def _length(candidate: Candidate) -> int:
     assert candidate.quality is not None
     settings = candidate.quality.subject.settings
     parts = ("length",) if "length" in settings else ("prefix", "steps")
-    return sum(int(settings[part]) for part in parts)  # type: ignore[arg-type]
+    return sum(int(str(settings[part])) for part in parts)
 
 
 def _speed(candidate: Candidate) -> str:
