@@ -125,7 +125,7 @@ CHOOSING_A_TARGET = (
     "the same tokens. *Target* is what was asked of the method: a code width (scales cost extra) or, where "
     "marked ≤, an upper limit of bits_per_value. *bits/value* is read from the arrays held, everything counted; "
     "*memory* is 16 / that. ± and [ ] are 95% intervals over sequences. *verdict* is the word that KLD, its 99% and "
-    "top-1 earn at the worse ends of their intervals ([the four words](docs/recommend.md#the-four-words)). The last "
+    "top-1 earn at the worse ends of their intervals (`docs/recommend.md`). The last "
     "columns repeat what the mixed-precision guide claims for that target."
 )
 
