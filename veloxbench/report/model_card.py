@@ -31,7 +31,9 @@ def badges(records: Sequence[Record], label: str) -> str:
     if label not in labels:
         raise unknown_name("arm", label, labels)
     of_arm = [record for record in of_quality if record.subject.method.label == label]
-    return "".join(f"{badge(record)}\n" for rows in by_model(of_arm).values() if (record := best_quality(rows)))
+    return "".join(
+        f"{badge(record)}\n" for _, rows in sorted(by_model(of_arm).items()) if (record := best_quality(rows))
+    )
 
 
 def badge(record: Record) -> str:
