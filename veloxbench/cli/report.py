@@ -24,7 +24,14 @@ def report(
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option("--format", help="**md**, **html**, **csv**, **json**, **parquet**, **latex** or **junit**."),
+        typer.Option(
+            "--format",
+            help="**md**, **html**, **csv**, **json**, **parquet**, **latex**, **junit** or **llama** "
+            "(as llama-perplexity prints it, for pull requests).",
+        ),
+    ] = None,
+    badge: Annotated[
+        str | None, typer.Option(help="Print the line of a model card for this arm, `turboquant_mse@4`, and leave.")
     ] = None,
     check: Annotated[
         Path | None, typer.Option(help="Compare with this page; exit 1 if it is not what the records say.")
@@ -42,6 +49,8 @@ def report(
 
     `veloxbench report results --format csv`
 
+    `veloxbench report records --badge turboquant_mse@4`
+
     `veloxbench report records --check BENCHMARK_RESULTS.md`
     """
     from veloxbench.records.selection import read_folders
@@ -51,6 +60,11 @@ def report(
     name = format_of(form, "" if target is None else target.suffix)
     if name == "parquet" and target is None:
         raise UsageError("--format parquet is no text: name its file with --out FILE.parquet")
+    if badge is not None:
+        from veloxbench.report.model_card import badges
+
+        print(badges(read_folders(records or [Path("results")])[0], badge), end="")
+        return
     measured, failures = read_folders(records or [Path("results")])
     deliver(FORMATS[name](measured, failures), out, check, "veloxbench report", "these records")
 

@@ -14,8 +14,9 @@ from tabulate import tabulate
 from veloxbench.errors import unknown_name
 from veloxbench.records.record import FailedMeasurement, Record
 from veloxbench.records.selection import table_rows
-from veloxbench.report.cells import Column, figure, memory_ratio, method
+from veloxbench.report.cells import Column, figure, memory_ratio, method, verdict
 from veloxbench.report.html import render_html
+from veloxbench.report.model_card import perplexity_blocks
 from veloxbench.report.page import by_model, render
 from veloxbench.report.tables import quality_groups
 
@@ -112,6 +113,7 @@ LATEX_COLUMNS: tuple[Column, ...] = (
     ("ΔPPL", figure("delta_ppl")),
     ("KLD", figure("kld_mean")),
     ("top-1", figure("top1_agreement")),
+    ("verdict", verdict),
 )
 
 
@@ -167,6 +169,7 @@ FORMATS: Mapping[str, Callable[[Records, Failures], bytes]] = {
     "parquet": as_parquet,
     "latex": as_latex,
     "junit": as_junit,
+    "llama": lambda records, failures: perplexity_blocks(records).encode("utf-8", "backslashreplace"),
 }
 """What writes a report in each form."""
 
