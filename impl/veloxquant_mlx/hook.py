@@ -81,4 +81,4 @@ def own_caches(model: Any) -> list[Any]:
     made_by_class = getattr(type(model), "make_cache", None)
     if made_by_class is not None:
         return list(made_by_class(model))
-    return list(make_prompt_cache(SimpleNamespace(layers=model.layers)))  # type: ignore[arg-type]
+    return list(make_prompt_cache(SimpleNamespace(layers=model.layers)))

@@ -135,7 +135,8 @@ def as_junit(records: Records, failures: Failures = ()) -> bytes:
     skipped = sum(record.status == "unsupported" for record in records)
     counts = {"tests": len(records) + len(failures), "failures": 0, "errors": len(failures), "skipped": skipped}
     suite = ET.Element("testsuite", {"name": "veloxbench", **{name: str(count) for name, count in counts.items()}})
-    for each in (*records, *failures):
+    measured: list[Record | FailedMeasurement] = [*records, *failures]
+    for each in measured:
         subject = each.subject
         name = f"{subject.model.name} {subject.method.label}"
         case = ET.SubElement(suite, "testcase", classname=f"{subject.suite}/{subject.protocol}", name=name)
@@ -150,7 +151,8 @@ def as_junit(records: Records, failures: Failures = ()) -> bytes:
         for metric, estimate in each.metrics.items():
             ET.SubElement(properties, "property", name=metric, value=repr(estimate.value))
     ET.indent(suite)
-    return b'<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(suite, "utf-8") + b"\n"
+    text: bytes = ET.tostring(suite, "utf-8")
+    return b'<?xml version="1.0" encoding="utf-8"?>\n' + text + b"\n"
 
 
 def _as_markdown(records: Records, failures: Failures = ()) -> bytes:
