@@ -118,7 +118,7 @@ def _figure(value: float | None) -> str:
 
 
 def deliver(
-    page: str,
+    page: str | bytes,
     out: Path | None,
     check: Path | None,
     command: str,
@@ -135,15 +135,21 @@ def deliver(
     """
     target = check or out
     if target is None:
-        print(page, end="")
+        print(page if isinstance(page, str) else page.decode("utf-8"), end="")
         return
-    files = {target: page} | {target.with_name(name): text for name, text in (figures or {}).items()}
+    files: dict[Path, str | bytes] = {target: page} | {
+        target.with_name(name): text for name, text in (figures or {}).items()
+    }
     if check is None:
         for path, text in files.items():
             write_text(path, text)
         return
-    stale = [path for path, text in files.items() if not path.exists() or read_content(path) != text.encode()]
+    stale = [path for path, text in files.items() if not path.exists() or read_content(path) != _encoded(text)]
     for path in stale:
         to_stderr(f"{path} is stale: it is not what `{command}` writes from {source}")
     if stale:
         raise typer.Exit(int(ExitCode.REGRESSION))
+
+
+def _encoded(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode()

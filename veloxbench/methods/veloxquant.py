@@ -15,6 +15,7 @@ import veloxquant_kernels
 import veloxquant_mlx
 from veloxbench.errors import EngagementError
 from veloxbench.methods.registry import BuildContext, Geometry, TargetMeaning, register
+from veloxbench.records.arm import Arm
 from veloxbench.records.provenance import source_hash
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.methods import METHODS, MethodOptions
@@ -55,6 +56,21 @@ def _aim(name: str, options: type[MethodOptions]) -> tuple[str | None, tuple[flo
     return earlier.get(name, ("code_bits", tuple(map(float, range(8, 0, -1)))))
 
 
+def configuration(arm: Arm) -> list[str] | None:
+    """The arguments of ``KVCacheConfig(...)`` that build an arm, as Python text; None where they are not enough."""
+    if arm.name not in METHODS or METHODS[arm.name].needs_allocation:
+        return None
+    target_field, _ = _aim(arm.name, METHODS[arm.name])
+    given = dict(arm.parameters)
+    if target_field is not None and arm.target is not None:
+        given = {target_field: _target_value(METHODS[arm.name].target_means, arm.target), **given}
+    return [repr(arm.name), *(f"{name}={value!r}" for name, value in given.items())]
+
+
+def _target_value(means: TargetMeaning, target: float) -> float:
+    return int(target) if means == "code_bits" else target
+
+
 def _register(name: str, options: type[MethodOptions]) -> None:
     """Register a method from what its options class says of it."""
     target_field, targets = _aim(name, options)
@@ -62,7 +78,7 @@ def _register(name: str, options: type[MethodOptions]) -> None:
 
     def factory(context: BuildContext, target: float, **parameters: Any) -> list[Any]:
         if target_field is not None:
-            parameters[target_field] = int(target) if means == "code_bits" else target
+            parameters[target_field] = _target_value(means, target)
         return KVCacheBuilder.build(context.model, KVCacheConfig(name, **parameters))
 
     defaults: dict[str, Any] = {"sinks": 0, "value_bits": None, "window": options.default_window}

@@ -193,8 +193,8 @@ def append_line(path: Path, line: str) -> None:
         raise UnfitEnvironmentError(f"cannot write to {path}: {error}") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text, as UTF-8, where the user asked for it.
+def write_text(path: Path, text: str | bytes) -> None:
+    """Write a text, as UTF-8, or bytes where the user asked for them.
 
     A regular file is replaced whole or not at all, and keeps its permissions; a symbolic link is followed. What cannot
     be replaced without harm is written in place: a file with other hard links, a file in a folder that takes no new
@@ -203,7 +203,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UnfitEnvironmentError: it cannot be written; what was there is as it was.
     """
-    content = text.encode("utf-8", "backslashreplace")  # a name that is no UTF-8 may stand in a message
+    # a name that is no UTF-8 may stand in a message
+    content = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
     try:
         mode = _mode(path)
         if mode is not None and not stat.S_ISREG(mode):

@@ -61,6 +61,13 @@ def read_folders(paths: Iterable[Path]) -> tuple[list[Record], int, list[FailedM
     return list(records.values()), others, list(failures.values())
 
 
+def shipped_records() -> list[Path]:
+    """The files of records that come with the package: measurements of the models that are known by name."""
+    package = Path(__file__).parents[1]
+    folder = package / "shipped_records"  # in a wheel; a checkout has them at its root
+    return sorted((folder if folder.is_dir() else package.parent / "records").glob("*.jsonl"))
+
+
 def read_last_run(path: Path) -> list[Record]:
     """The records of the last run into a folder (or of its journal); all of them where no run left its keys there.
 

@@ -16,6 +16,7 @@ from tabulate import tabulate
 from veloxbench.errors import printable
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.intervals import MIN_RATIO_PAIRS
+from veloxbench.records.quality_words import quality_word
 from veloxbench.records.record import Estimate, Record
 
 Cell = Callable[[Record], str]
@@ -140,6 +141,12 @@ def memory_ratio(record: Record) -> str:
     """How many times fewer bits are held than in fp16."""
     bits = record.metrics.get("bits_per_value")
     return "" if bits is None else f"{16 / bits.value:.2f}x"
+
+
+def verdict(record: Record) -> str:
+    """The word that the record's loss of quality earns."""
+    word = quality_word(record.metrics)
+    return "" if word is None else word.word
 
 
 def machine(record: Record) -> str:

@@ -30,6 +30,7 @@ from veloxbench.report.cells import (
     scaled,
     significant,
     target,
+    verdict,
 )
 
 SuiteTables = Callable[[Sequence[Record]], list[str]]
@@ -123,8 +124,9 @@ CHOOSING_A_TARGET = (
     "Quality is what attention loses by reading the compressed cache, against the same weights' fp16 cache on "
     "the same tokens. *Target* is what was asked of the method: a code width (scales cost extra) or, where "
     "marked ≤, an upper limit of bits_per_value. *bits/value* is read from the arrays held, everything counted; "
-    "*memory* is 16 / that. ± and [ ] are 95% intervals over sequences. The last columns repeat what the "
-    "mixed-precision guide claims for that target."
+    "*memory* is 16 / that. ± and [ ] are 95% intervals over sequences. *verdict* is the word that KLD, its 99% and "
+    "top-1 earn at the worse ends of their intervals (`docs/recommend.md`). The last "
+    "columns repeat what the mixed-precision guide claims for that target."
 )
 
 
@@ -143,6 +145,7 @@ def choosing_a_target(model: str, records: Sequence[Record]) -> list[str]:
         ("ΔNLL", figure("delta_nll")),
         ("KLD", figure("kld_mean")),
         ("top-1", figure("top1_agreement")),
+        ("verdict", verdict),
         ("guide: memory", lambda record: _claim(record).memory),
         ("guide: ΔPPL", lambda record: _claim(record).delta_ppl),
     ]
@@ -179,6 +182,7 @@ def quality(records: Sequence[Record]) -> list[str]:
         ("99%", figure("kld_p99", plain=True)),
         ("99.9%", figure("kld_p999", plain=True)),
         ("top-1", figure("top1_agreement")),
+        ("verdict", verdict),
         ("Δp RMS", figure("delta_p_rms")),
     ]
     return [

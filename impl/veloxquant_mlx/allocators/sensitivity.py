@@ -24,9 +24,12 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.losses import cross_entropy
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, create_attention_mask, make_prompt_cache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, create_attention_mask
 from numpy.typing import NDArray
 from rich.progress import track
+
+from veloxquant_mlx.files import reading
+from veloxquant_mlx.hook import own_caches
 
 Floats = NDArray[np.float64]
 KINDS = ("keys", "values")
@@ -249,7 +252,7 @@ def _attention_part(cache: Any) -> Any:
 
 def probe_layers(model: Module) -> tuple[int, ...]:
     """Indices of the model's caches that hold keys and values (a state-space layer's does not)."""
-    return tuple(i for i, cache in enumerate(make_prompt_cache(model)) if _attention_part(cache) is not None)
+    return tuple(i for i, cache in enumerate(own_caches(model)) if _attention_part(cache) is not None)
 
 
 def probed_caches(model: Module, probes: Mapping[int, ProbeCache]) -> list[Any]:
@@ -259,7 +262,7 @@ def probed_caches(model: Module, probes: Mapping[int, ProbeCache]) -> list[Any]:
         model: an mlx-lm model.
         probes: by index of the cache.
     """
-    caches = list(make_prompt_cache(model))
+    caches = list(own_caches(model))
     for layer, probe in probes.items():
         own = caches[layer]
         parts = own.caches if isinstance(own, CacheList) else [own]
@@ -363,7 +366,7 @@ def calibrate_layer_sensitivities(
     # The kept ones first, evenly spaced over the texts.
     kept_rows = np.linspace(0, num_samples, kept_sequences, endpoint=False).astype(int)
     sequences = np.concatenate([sequences[kept_rows], np.delete(sequences, kept_rows, axis=0)])
-    own = [_attention_part(cache) for cache in make_prompt_cache(model)]
+    own = [_attention_part(cache) for cache in own_caches(model)]
     max_sizes = [getattr(own[layer], "max_size", None) for layer in layers]
     squares: list[list[mx.array]] = [[] for _ in range(2 * len(layers))]
     kept: list[list[tuple[mx.array, mx.array]]] = [[] for _ in range(2 * len(layers))]
@@ -392,6 +395,6 @@ def calibrate_layer_sensitivities(
         num_samples=num_samples,
         seq_len=seq_len,
         model_type=str(getattr(model, "model_type", type(model).__name__)),
-        n_layers=len(make_prompt_cache(model)),
+        n_layers=len(own_caches(model)),
     )
     return Sensitivities(heads, provenance)

@@ -12,10 +12,11 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from veloxquant_kernels.kernel import Backend
 from veloxquant_mlx.allocators.allocation import BitAllocation
-from veloxquant_mlx.cache.fused import FusedMode, fuse, leaves, own_caches
+from veloxquant_mlx.cache.fused import FusedMode, fuse, leaves
 from veloxquant_mlx.cache.packed import BatchPackedKVCache, LayerSpec, PackedKVCache
 from veloxquant_mlx.cache.persistence import load_prompt_cache, save_prompt_cache
 from veloxquant_mlx.cache.storage import HeldArray
+from veloxquant_mlx.hook import own_caches
 from veloxquant_mlx.methods import METHODS, MethodOptions, Role, make_options
 from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver

@@ -12,13 +12,12 @@ import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args
 
 import mlx.core as mx
 from mlx_lm.models import base as mlx_lm_base
-from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList
 
 from veloxquant_kernels.codebook import centroids_array
 from veloxquant_kernels.fused_attention import PackedSide, fused_attention, unsupported
@@ -26,6 +25,7 @@ from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
 from veloxquant_mlx.cache.packed import PackedKVCache
 from veloxquant_mlx.cache.sequence import fetch_dtype
 from veloxquant_mlx.cache.storage import CodedBlocks, Side
+from veloxquant_mlx.hook import own_caches
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.transforms.rotation import rotation
 
@@ -33,7 +33,6 @@ FusedMode = Literal["auto", "on", "off"]
 
 _FUNCTION: Final = "quantized_scaled_dot_product_attention"
 _original: Callable[..., mx.array] | None = None
-_making: ContextVar[bool] = ContextVar("making_a_models_own_caches", default=False)
 
 
 def _route(queries: mx.array, q_keys: Any, q_values: Any, *, scale: float, mask: Any, **rest: Any) -> mx.array:
@@ -232,26 +231,6 @@ def fuse(
         for cache, reason in zip(caches, reasons, strict=True)
     ]
     return _explained(fused, [reason or "fused" for reason in reasons])
-
-
-def own_caches(model: Any) -> list[Any]:
-    """The caches that the model's class makes, whatever ``make_cache`` this object was given.
-
-    Raises:
-        ValueError: the class itself was given a ``make_cache`` that builds these caches.
-    """
-    if _making.get():
-        raise ValueError(
-            f"make_cache of {type(model).__name__} builds these caches and hides the model's own; give it to the object"
-        )
-    token = _making.set(True)
-    try:
-        if "make_cache" not in vars(model):
-            return list(make_prompt_cache(model))
-        made = getattr(type(model), "make_cache", None)
-        return list(made(model)) if made is not None else [KVCache() for _ in model.layers]
-    finally:
-        _making.reset(token)
 
 
 def leaves(caches: Sequence[Any]) -> Iterator[Any]:
