@@ -128,7 +128,7 @@ def load_prompt_cache(
         raise ValueError(f"{file_name} is no prompt cache of this format ({FORMAT})")
     cache = [_rebuilt(entry, arrays) for entry in json.loads(header["layers"])]
     if outlier_observer is not None:
-        routed = [c for c in leaves(cache) if isinstance(c, OURS) and c.spec.outlier_keys is not None]
+        routed = [c for c in leaves(cache) if isinstance(c, OURS) and getattr(c.spec, "outlier_keys", None) is not None]
         if not routed:
             raise ValueError(f"outlier_observer was given, but no layer of {file_name} keeps outlier tokens")
         for layer in routed:
