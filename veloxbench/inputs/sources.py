@@ -392,6 +392,7 @@ def _archive(url: Any, algorithm: str, digest: Any) -> _Archive:
     """An answer's address and hash; a hash that is no strong one of the right length promises nothing."""
     if not isinstance(url, str):
         raise TypeError(f"{url!r} is no address")
+    urlsplit(url)  # raises where it is half an address
     length = _HASHES.get(algorithm)
     if not isinstance(digest, str) or length is None or not re.fullmatch(rf"[0-9a-f]{{{length}}}", digest):
         return _Archive(url, None, None)

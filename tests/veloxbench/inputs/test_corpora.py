@@ -264,3 +264,191 @@ def test_impossible_windows(wrong):
     name, value = next(iter(wrong.items()))
     with pytest.raises(UsageError, match=f"{name}={value}"):
         token_block(a_text(300), Characters(), **sizes)
+
+
+# A user's path is the user's.
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize(
+    "name",
+    ["notes[1].txt", "what?.txt", "no*tes.txt", "a::b.txt", "~x.txt", "{a,b}.txt", "file:b.txt", "hf:b.txt", "-n.txt"],
+)
+def test_a_file_is_read_by_its_exact_name(tmp_path, monkeypatch, name):
+    """Marks of patterns, chains, homes and addresses are letters of a name; a neighbour that one would match is not."""
+    write(tmp_path / "notes1.txt", ["another text " * 500])
+    write(tmp_path / "whatx.txt", ["another text " * 500])
+    path = write(tmp_path / name, [STORY])
+    monkeypatch.chdir(tmp_path)
+    for spelled in (name, str(path)):
+        assert STORY.startswith(load_text(spelled).joined)
+
+
+@pytest.mark.parametrize("name", ["http://localhost:9/a.txt", "file:///etc/hostname", "hf://x/y.txt", "s3://b/k.txt"])
+def test_an_address_is_no_file(name):
+    """Nothing is fetched from an address that stands in a file's place."""
+    with pytest.raises(UsageError, match="is not a file"):
+        load_text(name)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(os.mkfifo, "a pipe"), (os.mkdir, "a directory")], ids=["pipe", "directory"]
+)
+@pytest.mark.parametrize("name", ["story.txt", "org/corpus"])
+def test_what_is_no_file_is_named(tmp_path, monkeypatch, name, make, kind):
+    """A pipe is not waited for; a folder that has a data set's name is neither read as it nor passed over."""
+    (tmp_path / "org").mkdir()
+    make(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"is not a file but {kind}"):
+        load_text(name)
+
+
+def test_a_device_is_no_text():
+    """Nor does ``/dev/zero`` end the run for want of memory."""
+    with pytest.raises(UsageError, match="is not a file but a device"):
+        load_text("/dev/zero")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_is_one_sentence(tmp_path):
+    """Somebody else's file."""
+    path = write(tmp_path / "story.txt", [STORY])
+    path.chmod(0)
+    with pytest.raises(UsageError, match="Permission denied"):
+        load_text(str(path))
+
+
+@pytest.mark.parametrize("name", ["a" * 5000 + ".txt", "a\0.txt", "\udcff.txt", "~nosuchuser/a.txt", ""])
+def test_a_name_that_no_path_can_have_is_one_sentence(name):
+    """Too long, a zero byte, no UTF-8, no such user, nothing."""
+    with pytest.raises(UsageError) as caught:
+        load_text(name)
+    assert "\n" not in str(caught.value)
+
+
+UNREADABLE = {
+    "empty.jsonl": (b"", "is empty"),
+    "empty.parquet": (b"", "is empty"),
+    "empty.json": (b"", "is empty"),
+    "bytes.jsonl": (b'{"text": "abc\xff def"}\n' * 20, "utf-8"),
+    "binary.txt": (b"MZ\x90\0\x03" * 300, "binary"),
+    "utf16.txt": ("text " * 300).encode("utf-16"),
+    "utf16.jsonl": ('{"text": "a"}\n' * 30).encode("utf-16"),
+    "deep.jsonl": (b"[" * 100_000, "recursion"),
+    "deep.json": (b'{"text": ' * 100_000, "recursion|line 1"),
+    "huge.jsonl": (b'{"text": ' + b"9" * 5000 + b"}", "line 1"),
+    "list.jsonl": (b"[1, 2]\n[3]\n", "cannot be read as json"),
+    "words.json": (b'["a", "b"]', "no JSON object"),
+    "half.jsonl": ('{"text": "\\ud800 half a character"}\n' * 9).encode(),
+    "magic.parquet": (b"PAR1" + bytes(300) + b"PAR1", "cannot be read as parquet"),
+    "huge footer.parquet": (b"PAR1" + b"\xff" * 40 + b"\xff\xff\xff\x7fPAR1", "cannot be read as parquet"),
+}
+
+
+@pytest.mark.usefixtures("empty_cache")
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, name):
+    """Empty, binary, UTF-16, too deep, too large a number, half a character, a damaged table: named, in one line."""
+    content, sentence = UNREADABLE[name] if isinstance(UNREADABLE[name], tuple) else (UNREADABLE[name], "UTF-16|half a")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=sentence) as caught:
+        load_text(str(tmp_path / name))
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
+    """Windows editors write one; the text, and its hash, are those without it."""
+    plain = write(tmp_path / f"plain{suffix}", [STORY])
+    marked = tmp_path / f"marked{suffix}"
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert load_text(str(marked)).sha256 == load_text(str(plain)).sha256
+
+
+def test_line_ends_are_the_same_text(tmp_path):
+    r"""``\r\n`` and ``\r`` are read as ``\n``."""
+    write(tmp_path / "unix.txt", [STORY])
+    for ends in ("\r\n", "\r"):
+        (tmp_path / "other.txt").write_bytes(STORY.replace("\n", ends).encode())
+        assert load_text(str(tmp_path / "other.txt")).sha256 == load_text(str(tmp_path / "unix.txt")).sha256
+
+
+def test_one_very_long_line(tmp_path):
+    """Ten megabytes without a line end are a text like any other."""
+    text = load_text(str(write(tmp_path / "long.txt", ["word " * 2_000_000])))
+    assert 0 <= len(text.joined) - EVALUATION_SHARE * 10_000_000 <= len("word ")
+
+
+def test_a_file_of_a_terabyte_is_one_sentence(tmp_path):
+    """A text is read whole: what does not fit is refused before it is read."""
+    path = tmp_path / "large.txt"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UsageError, match=r"1099511627776 bytes, .* at most are read"):
+        load_text(str(path))
+
+
+def test_rows_of_other_kinds_are_no_text(tmp_path):
+    """A column with one number among its strings is not the text column."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(UsageError, match="no column 'text'"):
+        load_text(str(path))
+
+
+def test_a_list_of_objects_is_read_like_lines(tmp_path):
+    """``.json`` with one list holds the same rows as ``.jsonl``."""
+    rows = [{"text": f"line {i}"} for i in range(50)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_text(str(tmp_path / "a.json")).sha256 == load_text(str(tmp_path / "a.jsonl")).sha256
+
+
+def test_a_pinned_text_is_verified_each_time(tmp_path, monkeypatch):
+    """Another valid Parquet file in the place of WikiText-2's is fetched anew, or refused; never read."""
+    pinned = known_corpora()["wikitext-2"].files["evaluation"]
+    content = pinned.path.read_bytes()
+    monkeypatch.setenv("VELOXBENCH_CACHE", str(tmp_path / "cache"))
+    pinned.path.parent.mkdir(parents=True)
+    write(pinned.path, ["not Wikipedia at all. "] * 500)
+
+    def fetch(pinned, downloads, reporter):
+        (downloads / "fetched").write_bytes(content)
+        return downloads / "fetched"
+
+    monkeypatch.setattr("veloxbench.inputs.sources._fetch_from_hub", fetch)
+    assert len(load_text("wikitext-2").documents) == 4358
+    assert pinned.path.read_bytes() == content
+
+
+# A tokenizer that is not the model's.
+
+
+class Odd(Characters):
+    """A tokenizer whose ids are whatever is given."""
+
+    def __init__(self, ids):
+        super().__init__()
+        self.ids = ids
+
+    def encode(self, text, **options):
+        if isinstance(self.ids, BaseException):
+            raise self.ids
+        return self.ids
+
+
+@pytest.mark.parametrize("token", [300, -1, 2**31, 2**40])
+def test_a_token_without_an_embedding_is_refused(token):
+    """MLX reads other memory for an id beyond the vocabulary: a figure of nothing."""
+    with pytest.raises(UsageError, match=f"token {token}, the model knows 300: the tokenizer is another model's"):
+        token_block(a_text(100), Odd([1] * 50 + [token]), n_sequences=1, length=10, vocabulary=300)
+    token_block(a_text(100), Odd([1] * 50 + [299]), n_sequences=1, length=10, vocabulary=300)
+
+
+@pytest.mark.parametrize("ids", [TypeError("x"), ["a"], [None], [2**70], [[1], [2, 3]], BaseException("panic")])
+def test_a_tokenizer_that_fails_on_the_text_is_one_sentence(ids):
+    """Whatever it raises or returns."""
+    with pytest.raises(UsageError, match="the tokenizer fails on text 'story'"):
+        token_block(a_text(100), Odd(ids), n_sequences=1, length=10)
