@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from impl_inputs import tiny_gemma3, tiny_llama
 
-from veloxquant_mlx.calibration.fisher_klt import AGES, FisherCode, Measurements, fit_code, measure_model
+from veloxquant_mlx.calibration.fisher_klt import FisherCode
+from veloxquant_mlx.calibration.fitting import AGES, fit_code
 from veloxquant_mlx.calibration.gradients import Split
+from veloxquant_mlx.calibration.measure import Measurements, measure_model
 
 AT_TOKENS = 300
 

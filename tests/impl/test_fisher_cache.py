@@ -18,7 +18,8 @@ from veloxbench.errors import EngagementError
 from veloxbench.measure import account
 from veloxquant_mlx.cache.base import PackedKVCache, load_prompt_cache, save_prompt_cache
 from veloxquant_mlx.cache.coded import CodedStore, cut_into_blocks
-from veloxquant_mlx.calibration.fisher_klt import FisherCode, decoded_caches, find_calibration, fit_code
+from veloxquant_mlx.calibration.fisher_klt import FisherCode, decoded_caches, find_calibration
+from veloxquant_mlx.calibration.fitting import fit_code
 
 SCOPES = ("head", "layer", "below")
 ROUNDED = 0.02

@@ -9,14 +9,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from fisher_inputs import Letters, prose
 from impl_inputs import tiny_gemma3, tiny_llama
 from mlx_lm.models.cache import make_prompt_cache
 
 from veloxquant_mlx.allocators.sensitivity import model_sha256
-from veloxquant_mlx.calibration import klt as klt_module
-from veloxquant_mlx.calibration.fit import FittedLayer, TableBits
+from veloxquant_mlx.calibration import measure as measure_module
+from veloxquant_mlx.calibration.fisher_klt import FisherCode
+from veloxquant_mlx.calibration.fit import TableBits
+from veloxquant_mlx.calibration.fitting import fit_code
 from veloxquant_mlx.calibration.gradients import Split, fisher_matrices, window_sizes
-from veloxquant_mlx.calibration.klt import KLTCalibration, Progress, calibrate_klt, source_below, text_line_hashes
+from veloxquant_mlx.calibration.klt import source_below, text_line_hashes
+from veloxquant_mlx.calibration.measure import Measurements, Progress, measure_model
 from veloxquant_mlx.calibration.vectors import captured_vectors
 from veloxquant_mlx.transforms.klt import joined
 from veloxquant_mlx.transforms.rope import probe_ropes
@@ -26,48 +30,35 @@ FP32 = 1e-4
 """Relative error of gradients in fp32 against finite differences' own error, and of sums in another order."""
 
 
-class Letters:
-    """A tokenizer of one token a character."""
-
-    bos_token_id = None
-
-    def encode(self, text: str, **options: Any) -> list[int]:
-        return [ord(c) % 128 for c in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
-
-
-def prose(n: int, seed: int = 0) -> str:
-    """Lines of 59 characters drawn from the alphabet."""
-    letters = np.random.default_rng(seed).integers(97, 123, n)
-    return "\n".join("".join(map(chr, letters[i : i + 59])) for i in range(0, n, 59))
-
-
 @functools.cache
 def llama() -> Any:
     return tiny_llama(head_dim=32)
 
 
-def calibrate(model: Any, **options: Any) -> KLTCalibration:
+def measured(model: Any, **options: Any) -> Measurements:
     settings: dict[str, Any] = {
         "gradient_sequences": 10,
         "vector_sequences": 16,
         "split": SPLIT,
         "texts": [prose(2600)],
     }
-    return calibrate_klt(model, Letters(), **{**settings, **options})
+    return measure_model(model, Letters(), **{**settings, **options})
 
 
 @functools.cache
-def calibrated(scope: str) -> KLTCalibration:
-    return calibrate(llama(), scope=scope)
+def measurements() -> Measurements:
+    return measured(llama())
+
+
+@functools.cache
+def calibrated(scope: Any) -> FisherCode:
+    return fit_code(measurements(), scope=scope, step=0.01, at_tokens=300)
 
 
 @pytest.mark.parametrize("scope", ["head", "layer", "below"])
 def test_every_layer_gets_a_transform(scope: Any) -> None:
     """Three layers of 128 values a token; with scope below each but the first is predicted from the one beneath."""
-    made = calibrated(scope)
+    made = calibrated(scope).klt
     assert [layer.layer for layer in made.layers] == [0, 1, 2]
     assert [layer.n_coefficients for layer in made.layers] == [128] * 3
     assert [layer.below for layer in made.layers] == ([None, 0, 1] if scope == "below" else [None] * 3)
@@ -135,13 +126,14 @@ def test_vectors_are_those_of_the_models_own_cache() -> None:
 
 
 def test_groups_of_layers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory for one layer at a time: three times the passes, the same tables."""
-    monkeypatch.setattr(klt_module, "GROUP_NBYTES", 1)
-    alone, together = calibrate(llama(), scope="below"), calibrated("below")
-    for ours, theirs in zip(alone.layers, together.layers, strict=True):
-        x = mx.array(np.random.default_rng(0).standard_normal((1, 6, 128)).astype(np.float32))
-        below = None if ours.below is None else x
-        assert mx.allclose(ours.encode(x, below), theirs.encode(x, below), rtol=1e-3, atol=1e-3).item()
+    """Memory for one layer at a time: three times the passes, the same gradients and vectors."""
+    monkeypatch.setattr(measure_module, "GROUP_NBYTES", 1)
+    alone, together = measured(llama()), measurements()
+    for layer in together.fishers:
+        assert np.linalg.norm(alone.fishers[layer] - together.fishers[layer]) < FP32 * np.linalg.norm(
+            together.fishers[layer]
+        )
+        assert np.array_equal(alone.vectors[layer], together.vectors[layer])
 
 
 def test_prediction_follows_the_windows() -> None:
@@ -152,30 +144,27 @@ def test_prediction_follows_the_windows() -> None:
 
 def test_a_model_with_sliding_layers_is_calibrated() -> None:
     """gemma3: layer 2 attends to everything and is not predicted from sliding layers; layer 3 is predicted from it."""
-    made = calibrate(tiny_gemma3(window=16), scope="below", gradient_sequences=4, vector_sequences=8)
+    some = measured(tiny_gemma3(window=16), gradient_sequences=4, vector_sequences=8)
+    made = fit_code(some, scope="below", step=0.01, at_tokens=100).klt
     assert [layer.below for layer in made.layers] == [None, 0, None, 2]
 
 
-def test_layers_are_handed_over_as_they_are_fitted() -> None:
-    """on_layer sees every layer in order with the coefficients of all vectors; progress ends at 1 and never falls."""
-    layers: list[FittedLayer] = []
+def test_progress_ends_at_one() -> None:
+    """It never falls, names both stages, and expects nothing more at its end."""
     steps: list[Progress] = []
-    calibrate(llama(), scope="layer", on_layer=layers.append, on_progress=steps.append)
-    assert [made.transform.layer for made in layers] == [0, 1, 2]
-    assert {made.coefficients.shape for made in layers} == {(16 * 44, 128)}
+    measured(llama(), on_progress=steps.append)
     shares = [step.done for step in steps]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
     assert steps[-1].seconds_left == pytest.approx(0, abs=1e-6)
-    assert {step.stage for step in steps} == {"gradients", "vectors", "fit"}
+    assert {step.stage for step in steps} == {"gradients", "vectors"}
 
 
 def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     """Scope, step, tables, provenance and line hashes come back; the file is checked against the model."""
     path = tmp_path / "a.safetensors"
-    made = calibrated("below")
-    made.save(path)
-    again = KLTCalibration.load(path, scope="below")
+    made = calibrated("below").save(path).klt
+    again = FisherCode.load(path, scope="below").klt
     assert (again.scope, again.step, again.provenance) == (made.scope, made.step, made.provenance)
     assert np.array_equal(again.line_hashes, made.line_hashes)
     x = mx.array(np.random.default_rng(0).standard_normal((1, 6, 128)).astype(np.float32))
@@ -186,10 +175,10 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     again.check_model(llama(), sha256=model_sha256(llama()))
 
 
-def test_another_model_is_refused(tmp_path: Path) -> None:
+def test_another_model_is_refused() -> None:
     """A calibration knows its model by the weights' hash."""
     with pytest.raises(ValueError, match="the calibration is of a llama model with hash"):
-        calibrated("head").check_model(tiny_llama(n_layers=2, head_dim=32))
+        calibrated("head").klt.check_model(tiny_llama(n_layers=2, head_dim=32))
 
 
 def test_another_scope_is_refused(tmp_path: Path) -> None:
@@ -197,13 +186,13 @@ def test_another_scope_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     calibrated("head").save(path)
     with pytest.raises(ValueError, match="is a calibration of scope 'head', not 'below'"):
-        KLTCalibration.load(path, scope="below")
+        FisherCode.load(path, scope="below")
 
 
 def test_one_string_is_no_list_of_texts() -> None:
     """A string would be read letter by letter."""
     with pytest.raises(TypeError, match="pass \\[text\\]"):
-        calibrate(llama(), texts=prose(2600))
+        measured(llama(), texts=prose(2600))
 
 
 @pytest.mark.parametrize("place", range(0, 97, 4))
@@ -215,7 +204,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, place: int) -> None:
     data[len(data) * place // 97 + (9 if place == 0 else 0)] ^= 0x10
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"damaged|no calibration|scope|model"):
-        KLTCalibration.load(path).check_model(llama())
+        FisherCode.load(path).klt.check_model(llama())
 
 
 @pytest.mark.parametrize("kept", [0, 7, 1000, -1])
@@ -225,20 +214,20 @@ def test_a_cut_file_is_refused(tmp_path: Path, kept: int) -> None:
     calibrated("head").save(path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match="is damaged or no calibration"):
-        KLTCalibration.load(path)
+        FisherCode.load(path)
 
 
 def test_a_stranger_file_is_refused(tmp_path: Path) -> None:
     """Any other safetensors file is no calibration."""
     path = tmp_path / "a.safetensors"
     mx.save_safetensors(str(path), {"x": mx.zeros(3)})
-    with pytest.raises(ValueError, match="is no calibration of this version"):
-        KLTCalibration.load(path)
+    with pytest.raises(ValueError, match="is no fisher_klt calibration of this version"):
+        FisherCode.load(path)
 
 
 def test_text_that_was_calibrated_on_is_recognised() -> None:
     """Whole lines of 40 characters or more are known again, in any case and spacing; other text shares none."""
-    made = calibrated("head")
+    made = calibrated("head").klt
     lines = prose(2600).splitlines()
     shared = made.shared_lines(
         "\n".join(["some other line that nobody has calibrated on", f"  {lines[3].upper()} ", "short"])
@@ -248,19 +237,24 @@ def test_text_that_was_calibrated_on_is_recognised() -> None:
     assert text_line_hashes(["short", "x" * 39]).size == 0
 
 
+def test_a_text_that_is_too_short_is_refused() -> None:
+    """Named with what it holds."""
+    with pytest.raises(ValueError, match="texts hold only 0 sequences of 48 tokens"):
+        measured(llama(), texts=["too short"])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"texts": ["too short"]}, "texts hold only 0 sequences of 48 tokens"),
-        ({"scope": "model"}, "scope must be one of head, layer, below"),
+        ({"scope": "model", "step": 0.01}, "scope must be one of head, layer, below"),
         ({"step": float("nan")}, "step must be finite and above 0"),
-        ({"epsilon": 0.0}, "epsilon must be finite and above 0"),
+        ({"step": 0.01, "epsilon": 0.0}, "epsilon must be finite and above 0"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused(options: dict[str, Any], words: str) -> None:
-    """Too little text, an unknown scope, a step or regularisation out of range: named."""
+def test_what_cannot_be_fitted_is_refused(options: dict[str, Any], words: str) -> None:
+    """An unknown scope, a step or regularisation out of range: named."""
     with pytest.raises(ValueError, match=words):
-        calibrate(llama(), **options)
+        fit_code(measurements(), **options)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -268,7 +262,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     model = tiny_llama(head_dim=32)
     model.model.layers[1].self_attn.v_proj.weight = model.model.layers[1].self_attn.v_proj.weight * float("nan")
     with pytest.raises(ValueError, match="layer 1 caches values that are not finite"):
-        calibrate(model)
+        measured(model)
 
 
 def test_splits_that_leave_nothing_are_refused() -> None:
@@ -285,23 +279,18 @@ def test_the_default_model_is_calibrated_to_what_it_promises() -> None:
     """
     import mlx_lm
     from mlx_lm.models.llama import Model
-    from veloxbench.corpora import load_text
-    from veloxbench.models import resolve_model
+
+    from veloxbench.inputs.corpora import load_text
+    from veloxbench.inputs.models import resolve_model
 
     model, tokenizer = mlx_lm.load(str(resolve_model("smollm2-135m").directory))[:2]
     assert isinstance(model, Model)
     model.model.layers = model.model.layers[:3]
+    text = load_text("wikitext-2", "calibration").joined
+    some = measure_model(model, tokenizer, [text], gradient_sequences=3, vector_sequences=6)
     rates = {}
     for scope in ("head", "layer", "below"):
-        made = calibrate_klt(
-            model,
-            tokenizer,
-            [load_text("wikitext-2", "calibration").joined],
-            scope=scope,
-            gradient_sequences=3,
-            vector_sequences=6,
-            bits=TableBits(8, 8, 8),
-        )
+        made = fit_code(some, scope=scope, step=0.0075, bits=TableBits(8, 8, 8)).klt
         deviations = np.concatenate([np.array(layer.deviations) for layer in made.layers])
         rates[scope] = np.log2(np.maximum(deviations / made.step, 1)).mean()
     assert rates["below"] < rates["layer"] < rates["head"]

@@ -24,8 +24,8 @@ from veloxbench.methods.registry import BuildContext, build, get_method
 from veloxbench.records.arm import Arm
 from veloxquant_mlx.allocators.sensitivity import model_sha256
 from veloxquant_mlx.cache.base import PackedKVCache
-from veloxquant_mlx.calibration.fisher_klt import measure_model
 from veloxquant_mlx.calibration.gradients import Split
+from veloxquant_mlx.calibration.measure import measure_model
 
 ARM = Arm(name="fisher_klt", target=3.0, parameters={"at_tokens": 300})
 

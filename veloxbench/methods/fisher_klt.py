@@ -19,9 +19,10 @@ from veloxbench.records.provenance import source_hash
 from veloxbench.records.record import content_hash
 from veloxquant_mlx.allocators import sensitivity
 from veloxquant_mlx.cache.base import PackedKVCache
-from veloxquant_mlx.calibration import fisher_klt as calibration
-from veloxquant_mlx.calibration import gradients, vectors
-from veloxquant_mlx.calibration.fisher_klt import AGES, FisherCode, Measurements, fit_code, measure_model
+from veloxquant_mlx.calibration import gradients, measure, vectors
+from veloxquant_mlx.calibration.fisher_klt import FisherCode
+from veloxquant_mlx.calibration.fitting import AGES, FIRST_STEP, fit_code
+from veloxquant_mlx.calibration.measure import Measurements, Progress, measure_model
 from veloxquant_mlx.transforms import rope
 from veloxquant_mlx.transforms.klt import Scope
 
@@ -74,13 +75,13 @@ def fisher_klt(
         text: whose calibration part the model is measured on; several joined by ``+``.
     """
     measured = _kept(
-        _place(context, [text, _source(gradients, vectors, rope, sensitivity)]) / "measurements.npz",
+        _place(context, [text, _source(gradients, measure, vectors, rope, sensitivity)]) / "measurements.npz",
         lambda path: Measurements.load(path, context.model),
         lambda: measure_model(
             context.model,
             context.tokenizer,
             [load_text(name, "calibration").joined for name in text.split("+")],
-            say=lambda line: print(line, flush=True),
+            on_progress=_say_progress,
             weights_sha256=context.model_id,
         ),
     )
@@ -96,11 +97,16 @@ def fisher_klt(
             sinks=sinks,
             ages=AGES if ages else (),
             at_tokens=at_tokens,
-            first_step=calibration.FIRST_STEP * 2 ** ((1.5 - target) / 1.15),
+            first_step=FIRST_STEP * 2 ** ((1.5 - target) / 1.15),
             say=lambda line: print(f"fisher_klt@{target:g} {scope}: {line}", flush=True),
         ),
     )
     return fitted.caches(context.model, weights_sha256=context.model_id)
+
+
+def _say_progress(progress: Progress) -> None:
+    left = progress.seconds_left or 0.0
+    print(f"fisher_klt: {progress.stage}, {progress.done:.0%}, about {left / 60:.1f} min left", flush=True)
 
 
 def _source(*modules: Any) -> str:
