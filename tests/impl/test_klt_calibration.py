@@ -171,14 +171,14 @@ def test_a_calibration_survives_its_file(tmp_path: Path) -> None:
     for ours, theirs in zip(again.layers, made.layers, strict=True):
         below = None if ours.below is None else x
         assert mx.array_equal(ours.encode(x, below), theirs.encode(x, below))
-    again.check_model(llama())
-    again.check_model(llama(), sha256=model_sha256(llama()))
+    again.provenance.check_model(llama())
+    again.provenance.check_model(llama(), sha256=model_sha256(llama()))
 
 
 def test_another_model_is_refused() -> None:
     """A calibration knows its model by the weights' hash."""
     with pytest.raises(ValueError, match="the calibration is of a llama model with hash"):
-        calibrated("head").klt.check_model(tiny_llama(n_layers=2, head_dim=32))
+        calibrated("head").klt.provenance.check_model(tiny_llama(n_layers=2, head_dim=32))
 
 
 def test_another_scope_is_refused(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, place: int) -> None:
     data[len(data) * place // 97 + (9 if place == 0 else 0)] ^= 0x10
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"damaged|no calibration|scope|model"):
-        FisherCode.load(path).klt.check_model(llama())
+        FisherCode.load(path).klt.provenance.check_model(llama())
 
 
 @pytest.mark.parametrize("kept", [0, 7, 1000, -1])

@@ -21,7 +21,7 @@ from veloxquant_mlx.allocators import sensitivity
 from veloxquant_mlx.cache.base import PackedKVCache
 from veloxquant_mlx.calibration import gradients, measure, vectors
 from veloxquant_mlx.calibration.fisher_klt import FisherCode
-from veloxquant_mlx.calibration.fitting import AGES, FIRST_STEP, fit_code
+from veloxquant_mlx.calibration.fitting import AGES, fit_code
 from veloxquant_mlx.calibration.measure import Measurements, Progress, measure_model
 from veloxquant_mlx.transforms import rope
 from veloxquant_mlx.transforms.klt import Scope
@@ -97,7 +97,6 @@ def fisher_klt(
             sinks=sinks,
             ages=AGES if ages else (),
             at_tokens=at_tokens,
-            first_step=FIRST_STEP * 2 ** ((1.5 - target) / 1.15),
             say=lambda line: print(f"fisher_klt@{target:g} {scope}: {line}", flush=True),
         ),
     )

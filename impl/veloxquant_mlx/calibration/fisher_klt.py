@@ -89,7 +89,7 @@ class FisherCode:
         Raises:
             ValueError: another model.
         """
-        self.klt.check_model(model, sha256=weights_sha256)
+        self.klt.provenance.check_model(model, sha256=weights_sha256)
         own = make_prompt_cache(model)
         attention = {i for i, cache in enumerate(own) if isinstance(cache, (KVCache, RotatingKVCache))}
         if attention != set(self.layers):

@@ -34,8 +34,11 @@ AGES: Final = ((64, 3), (16, 9))
 TABLE_TOKENS: Final = 4096
 """Tokens that the old tokens' tables are fitted to, spread over the rest; those of young ones to half as many."""
 
-FIRST_STEP: Final = 0.0075
-"""Where the search for a step begins: about 1.5 bits on smollm2-135m."""
+FIRST_STEP: Final = 0.0014
+"""Where the search for a step begins: about 1.5 bits on smollm2-135m with scope ``below``."""
+
+HALVINGS_PER_BIT: Final = 1.45
+"""By how many halvings of the step a bit is bought there, ages and dead zone included."""
 
 CLOSE: Final = 0.015
 """A target is met by a code that is below it by at most this part of it."""
@@ -179,7 +182,6 @@ def fit_code(
     at_tokens: int = 2048,
     epsilon: float = 0.1,
     bits: TableBits = FP16_TABLES,
-    first_step: float = FIRST_STEP,
     say: Say = lambda line: None,
 ) -> FisherCode:
     """Fit a code that meets a target, or the code at a step.
@@ -194,7 +196,6 @@ def fit_code(
         at_tokens: context at which the target holds.
         epsilon: regularisation of Fisher matrices.
         bits: of the transforms' tables.
-        first_step: where the search begins.
         say: takes a line of progress.
 
     Raises:
@@ -217,7 +218,7 @@ def fit_code(
     def bits_of(fitted: _Fitted, scale: float = 1.0) -> float:
         return measured_bits(fitted.tiers, fitted.coefficients, sizes, ages, sinks, at_tokens, scale)
 
-    at = first_step if step is None else step
+    at = FIRST_STEP * 2 ** (HALVINGS_PER_BIT * (1.5 - (target or 1.5))) if step is None else step
     for _ in range(MAX_FITS):
         fitted = _fit_at(m, scope, at, ages, epsilon, bits)
         real = bits_of(fitted)
@@ -241,7 +242,7 @@ def fit_code(
 def _next_step(tried: Sequence[tuple[float, float]], target: float) -> float:
     """The logarithm of the next step: along the line through the last two, or along one bit a halving."""
     log, real = tried[-1]
-    slope = -0.85
+    slope = -1 / HALVINGS_PER_BIT
     if len(tried) > 1 and tried[-2][0] != log:
         slope = min(-0.3, (real - tried[-2][1]) / (log - tried[-2][0]))
     return log + max(-2.0, min(2.0, (target * (1 - CLOSE / 3) - real) / slope))

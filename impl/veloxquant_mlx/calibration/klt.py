@@ -43,6 +43,23 @@ class KLTProvenance:
     seconds: float
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def check_model(self, model: Module, *, sha256: str | None = None) -> None:
+        """Refuse another model than the calibration's.
+
+        Args:
+            model: about to be served.
+            sha256: its :func:`model_sha256` where the caller has it (it takes a pass over the weights).
+
+        Raises:
+            ValueError: another model, or one whose caches are not those of the calibration.
+        """
+        digest = model_sha256(model) if sha256 is None else sha256
+        if digest != self.model_sha256:
+            raise ValueError(
+                f"the calibration is of a {self.model_type} model with hash "
+                f"{self.model_sha256[:12]}, this model's is {digest[:12]}: calibrate it"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class KLTCalibration:
@@ -80,23 +97,6 @@ class KLTCalibration:
         """Lines of ``text`` that the calibration has seen: what an evaluation must not contain."""
         known = set(self.line_hashes.tolist())
         return [line for line in text.splitlines() if (h := _line_hash(line)) is not None and h in known]
-
-    def check_model(self, model: Module, *, sha256: str | None = None) -> None:
-        """Refuse another model than the calibration's.
-
-        Args:
-            model: about to be served.
-            sha256: its :func:`model_sha256` where the caller has it (it takes a pass over the weights).
-
-        Raises:
-            ValueError: another model, or one whose caches are not those of the calibration.
-        """
-        digest = model_sha256(model) if sha256 is None else sha256
-        if digest != self.provenance.model_sha256:
-            raise ValueError(
-                f"the calibration is of a {self.provenance.model_type} model with hash "
-                f"{self.provenance.model_sha256[:12]}, this model's is {digest[:12]}: calibrate it"
-            )
 
     def parts(self) -> tuple[dict[str, mx.array], dict[str, str]]:
         """Arrays and metadata of its file."""
