@@ -344,7 +344,7 @@ def test_lockstep_rows_are_single_caches(scope: str) -> None:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_target_is_met_from_below(scope: Any) -> None:
     """A code for 3 bits a value costs at most 3 on held-out vectors, and not much less."""
-    made = fit_code(measurements(), target=3.0, scope=scope, at_tokens=AT_TOKENS, first_step=0.005)
+    made = fit_code(measurements(), target=3.0, scope=scope, at_tokens=AT_TOKENS)
     assert 2.8 < made.bits_per_value <= 3.0
 
 
