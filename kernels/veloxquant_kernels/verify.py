@@ -25,6 +25,9 @@ from veloxquant_kernels.fused_attention import (
 )
 from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
 from veloxquant_kernels.packing import pack_codes, pack_trits, unpack_codes, unpack_trits
+from veloxquant_kernels.rans_decode import rans_decode
+from veloxquant_kernels.rans_encode import rans_encode_reference
+from veloxquant_kernels.rans_format import INACTIVE, Tables
 from veloxquant_kernels.rotation import Rotation, hadamard_rotation, rotate_in_order
 from veloxquant_kernels.turboquant import (
     decode_in_order,
@@ -344,6 +347,77 @@ def cases() -> Iterator[Case]:
     # threadgroup memory within 88 bytes of its limit
     yield _attention((1, 8), 32, 39, 40, mx.float16, n_batch=1, n_kv_heads=1)
     yield _last_bits(80, n_rows=8)
+    yield from _entropy((32, 5, 70, 1, 33, 32), 9, n_states=1, n_contexts=1, precision=12)
+    yield from _entropy((32, 40, 3, 2, 31, 96), 14, n_states=4, n_contexts=3, precision=15, half=1)
+    yield from _entropy((64, 7, 32, 9, 1, 20), 12, n_states=8, n_contexts=5, precision=12, half=12)
+
+
+def entropy_tables(n_coefficients: int, n_states: int, n_contexts: int, precision: int, half: int, seed: int) -> Tables:
+    """Tables of geometric frequencies, one symbol without any, and a class, low bits or none for each coefficient."""
+    rng = np.random.default_rng(seed)
+    scales, k = np.geomspace(0.3, 4, 5), np.abs(np.arange(-half, half + 1))
+    p = np.concatenate([np.exp(-k / scales[:, None]), np.full((5, 1), 0.02)], axis=1)
+    frequencies = np.floor(p / p.sum(axis=1, keepdims=True) * ((1 << precision) - 2 * half - 2)).astype(np.int64) + 1
+    frequencies[0, 0] = 0
+    frequencies[:, half] += (1 << precision) - frequencies.sum(axis=1)
+    cumulative = np.concatenate([np.zeros((5, 1), np.int64), np.cumsum(frequencies, axis=1)], axis=1)
+    classes = rng.integers(0, 4, n_coefficients)
+    classes[2] = INACTIVE
+    return Tables(
+        classes=classes.astype(np.uint16),
+        shifts=rng.choice(np.array([0, 0, 3, 16], np.uint8), n_coefficients),
+        cumulative=np.stack([cumulative, cumulative[::-1]][: 1 + (n_states > 1)]).astype(np.uint16),
+        class_tables=rng.integers(0, 5, (4, n_contexts)).astype(np.uint16),
+        weights=np.array([700, 256, 64, 9], np.uint16),
+        contexts=(np.arange(256) * n_contexts // 256).astype(np.uint8),
+        precision=precision,
+        n_states=n_states,
+    )
+
+
+def _entropy(
+    lengths: Sequence[int], n_coefficients: int, n_states: int, n_contexts: int, precision: int, half: int = 5
+) -> Iterator[Case]:
+    tables = entropy_tables(n_coefficients, n_states, n_contexts, precision, half, seed=9)
+    rng = np.random.default_rng(10)
+    records = []
+    for length in lengths:
+        symbols = np.rint(rng.standard_normal((length, n_coefficients)) * rng.choice([0.3, 3.0], (length, 1)))
+        wild = rng.random(symbols.shape) < 0.03
+        symbols[wild] = (rng.integers(-(2**31), 2**31, wild.sum()) >> rng.integers(0, 31, wild.sum())).astype(float)
+        symbols[:, tables.classes == INACTIVE] = 0
+        symbols[0, 0] = -(2.0**31)
+        records += rans_encode_reference(symbols.astype(np.int32), tables, 256)
+
+    def decode(name: str, words: Sequence[np.ndarray], with_symbols: bool) -> Case:
+        starts = np.cumsum([0, *map(len, words)]).astype(np.uint32)
+        tokens = np.cumsum([0, *lengths]).astype(np.uint32)
+        packed, begins, counts = (mx.array(array) for array in (np.concatenate(words), starts, tokens))
+
+        def call(backend: Backend) -> tuple[mx.array, ...]:
+            symbols, status = rans_decode(packed, begins, counts, tables, backend=backend)
+            return (symbols, status) if with_symbols else (status,)
+
+        return _exact("rans_decode", name, call)
+
+    name = (
+        f"blocks of {', '.join(map(str, lengths))} tokens, {n_coefficients} coefficients, {n_states} states, "
+        f"{n_contexts} contexts, {precision} bits"
+    )
+    yield decode(name, records, True)
+    # each block damaged in a way of its own: too short, another header, a low state, a word missing, any words
+    wrong = [record.copy() for record in records]
+    damages: list[Callable[[np.ndarray], np.ndarray]] = [
+        lambda record: record[: 2 * min(32, int(record[0]) + 1)],
+        lambda record: np.concatenate([record[:1] + 1, record[1:]]).astype(np.uint16),
+        lambda record: np.concatenate([record[:1], record[1:2], [0], record[3:]]).astype(np.uint16),
+        lambda record: record[:-1],
+        lambda record: np.concatenate([record[:1], rng.integers(0, 1 << 16, len(record) - 1)]).astype(np.uint16),
+        lambda record: np.concatenate([record, record[-1:]]),
+    ]
+    for i, record in enumerate(wrong):
+        wrong[i] = damages[i % len(damages)](record)
+    yield decode(f"{name}, damaged", wrong, False)
 
 
 def default_backend() -> Backend:

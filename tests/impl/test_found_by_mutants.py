@@ -30,7 +30,7 @@ def test_a_sliding_layer_frees_once_a_step_is_dead_and_not_before(method: str) -
             held -= (held - window) // block * block
         cache.update_and_fetch(x, x)
         held += 32
-        assert cache._keys.tokens == held
+        assert cache.storage.keys.tokens == held
 
 
 def test_a_zero_vector_is_like_another_zero_vector_only() -> None:

@@ -355,7 +355,7 @@ def words_held(caches: list[Any]) -> list[np.ndarray]:
     return [
         np.array(side.coded.arrays[0][:, :, : side.coded.blocks])
         for cache in caches
-        for side in (cache._keys, cache._values)
+        for side in (cache.storage.keys, cache.storage.values)
     ]
 
 

@@ -183,7 +183,7 @@ def test_rows_of_a_batch_keep_their_own_statistics(llama_model: Any) -> None:
     for i, row in enumerate(rows):
         got, _ = row.update_and_fetch(keys[i : i + 1, :, 100:], keys[i : i + 1, :, 100:])
         np.testing.assert_allclose(np.array(got), np.array(expected[i : i + 1]), rtol=0, atol=tolerance)
-        assert row._outliers._held_positions()[:, 1].tolist() == OUTLIERS
+        assert row.storage._outliers._held_positions()[:, 1].tolist() == OUTLIERS
 
 
 @pytest.mark.parametrize("saved_after", [10, 100])
@@ -232,7 +232,7 @@ def test_outliers_saved_without_their_norms_are_refused(tmp_path: Path, llama_mo
     without = PackedKVCache.from_state(cache.state)
     assert without.offset == 0
     cache.update_and_fetch(keys_with_outliers(), keys_with_outliers())
-    cache._tracker.load_norms(None)
+    cache.storage._tracker.load_norms(None)
     save_prompt_cache(tmp_path / "old.safetensors", [PackedKVCache.merge([cache]) if batched else cache])
     with pytest.raises(
         ValueError, match="layer 0 keeps outlier tokens, but its state of 200 tokens lacks the key norms"
@@ -254,7 +254,7 @@ def test_outliers_of_a_block_that_a_trim_cuts_keep_their_width(llama_model: Any,
     keys = keys_with_outliers()
     before, _ = cache.update_and_fetch(keys, keys)
     cache.trim(200 - 132)  # into the block of tokens 128 to 135
-    assert cache._keys.coded.tokens == 128
+    assert cache.storage.keys.coded.tokens == 128
     after, _ = cache.fetch(132, mx.float32)
     np.testing.assert_allclose(np.array(after), np.array(before)[:, :, :132], rtol=2**-11, atol=2**-24)
     again, _ = cache.update_and_fetch(keys[:, :, 132:], keys[:, :, 132:])

@@ -276,7 +276,7 @@ def test_a_window_of_fp16_tokens_alone_has_a_cost(method: str) -> None:
     x = tokens(296, 1)
     filled(cache, x, x, [296])
     cache.drop_old()  # as the next update begins
-    assert cache._keys.coded.blocks == 0
+    assert cache.storage.keys.coded.blocks == 0
     assert cache.bits_per_value() == 16
     assert float(cache.formula_nbytes()) == used_bytes(cache)
     got, _ = filled(cache, x[:, :, :100], x[:, :, :100], [100])

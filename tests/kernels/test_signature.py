@@ -98,7 +98,7 @@ def test_shipped_kernels_have_mlxs_signature(capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(emulator, "launch", compare)
     for case in verify.cases():
         case.run("emulator")
-    assert len(set(compared)) == 11
+    assert len(set(compared)) == 12
 
 
 def test_body_line_points_at_the_body():

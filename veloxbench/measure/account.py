@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from veloxbench.errors import EngagementError
 from veloxbench.methods.cache_under_test import CacheUnderTest
 from veloxbench.records.record import LayerEngagement
+
+SMALL_NBYTES = 4096
+"""NumPy arrays up to this size may be anything, a plan or a table of a few numbers: nothing that grows with tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,12 @@ class HeldArray:
         return self.array.nbytes * self.used_slots / self.slots if self.slots else 0.0
 
 
-def _reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, mx.array]]:
-    """Every array reachable from an object through attributes, containers and dataclasses."""
-    if isinstance(value, mx.array):
+Array = mx.array | NDArray[np.generic]
+
+
+def _reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Array]]:
+    """Every array, MLX's or NumPy's, reachable from an object through attributes, containers and dataclasses."""
+    if isinstance(value, (mx.array, np.ndarray)):
         if id(value) not in seen:
             seen.add(id(value))
             yield path, value
@@ -42,7 +51,7 @@ def _reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, mx.
     seen.add(id(value))
     if isinstance(value, dict):
         items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, deque)):
         items = [(str(index), item) for index, item in enumerate(value)]
     else:
         items = list(getattr(value, "__dict__", {}).items())
@@ -55,8 +64,9 @@ def _reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, mx.
 def held_arrays(cache: Any) -> list[HeldArray]:
     """Every token array of a cache, with the slots in use.
 
-    A cache may say itself what it holds (``held_arrays()`` and ``static_arrays()``); otherwise each array
-    found on it counts, with axis -2 as its token slots, filled up to the cache's ``offset`` or sliding window
+    A cache may say itself what it holds (``held_arrays()`` and ``static_arrays()``), and what a measurement of quality
+    let it keep in decoded form beside that (``decoded_arrays()``, which is not counted). Otherwise each array found on
+    it counts, with axis -2 as its token slots, filled up to the cache's ``offset`` or sliding window
     (mlx-lm's keeps a whole prefill chunk beyond its window until the next token comes).
 
     Raises:
@@ -65,15 +75,32 @@ def held_arrays(cache: Any) -> list[HeldArray]:
     reachable = list(_reachable(cache, "", set()))
     if hasattr(cache, "held_arrays"):
         declared = [HeldArray(h.name, h.array, h.used_slots, h.slots) for h in cache.held_arrays()]
-        known = {id(h.array) for h in declared} | {id(array) for array in cache.static_arrays()}
-        missing = [name for name, array in reachable if id(array) not in known]
+        known = [h.array for h in declared] + cache.static_arrays()
+        if getattr(cache, "keep_decoded", False):
+            known += cache.decoded_arrays()
+        missing = _left_out(reachable, known)
         if missing:
             raise EngagementError(
                 f"{type(cache).__name__} holds arrays that its account leaves out: {', '.join(missing)}"
             )
         return declared
     tokens = min(int(cache.offset), getattr(cache, "max_size", None) or int(cache.offset))
-    return [HeldArray(name, array, min(tokens, array.shape[-2]), array.shape[-2]) for name, array in reachable]
+    return [
+        HeldArray(name, array, min(tokens, array.shape[-2]), array.shape[-2])
+        for name, array in reachable
+        if isinstance(array, mx.array)
+    ]
+
+
+def _left_out(found: Sequence[tuple[str, Array]], known: Sequence[mx.array]) -> list[str]:
+    """Arrays that are none of the known ones, and NumPy arrays of some size that share no known one's memory."""
+    ids = {id(array) for array in known}
+    missing = [name for name, array in found if isinstance(array, mx.array) and id(array) not in ids]
+    own = [(name, array) for name, array in found if isinstance(array, np.ndarray) and array.nbytes > SMALL_NBYTES]
+    if own:
+        views = [np.array(array, copy=False) for array in known if array.size and array.dtype != mx.bfloat16]
+        missing += [name for name, array in own if not any(np.may_share_memory(array, view) for view in views)]
+    return missing
 
 
 def static_bytes(caches: Sequence[CacheUnderTest]) -> int:
@@ -139,7 +166,7 @@ def code_bits(inner: Any) -> tuple[float | None, float | None]:
     Where every KV head has a quantizer of its own, the width is their mean.
     """
     if hasattr(inner, "spec"):
-        return _code_bits(inner.spec.keys), _code_bits(inner.spec.values)
+        return _code_bits(getattr(inner.spec, "keys", None)), _code_bits(getattr(inner.spec, "values", None))
     if hasattr(inner, "bits"):
         return float(inner.bits), float(inner.bits)
     keys = getattr(inner, "keys", None)

@@ -232,6 +232,9 @@ class Perplexity(Suite):
         """Feed the arm and compare every scored position with the reference; the reference gets its noise floor."""
         bench = needed(bench)
         task, tokens, arm = item.cell.task, item.block.tokens, bench.caches(item.cell.arm)
+        for cache in arm.caches:
+            if hasattr(cache.inner, "keep_decoded"):
+                cache.inner.keep_decoded = True  # what attention reads is the same, and each record says so
         if item.cell.arm == REFERENCE:
             nll = run_reference(computed_reference(item, bench, arm), len(tokens), tick)
             again, kept = bench.caches(REFERENCE), reference_rows_of(item, bench)

@@ -149,6 +149,27 @@ def verdict(record: Record) -> str:
     return "" if word is None else word.word
 
 
+def all_in(tokens: int) -> Cell:
+    """Bits a value of the caches of one sequence of ``tokens`` tokens, static tables counted.
+
+    Resident bits are those that were measured, at the context of the record; the tables are spread over the values that
+    ``tokens`` tokens hold. A layer that held fewer tokens than others has a sliding window, and holds no more.
+    """
+
+    def cell(record: Record) -> str:
+        layers = record.engagement
+        if "static_bytes" not in record.metrics or not layers:
+            return ""
+        longest = max(layer.tokens for layer in layers)
+        values = sum(
+            layer.n_values * (tokens / longest if layer.tokens == longest else 1.0) for layer in layers if layer.tokens
+        )
+        bits = record.metrics["bits_per_value"].value
+        return f"{bits + 8 * record.metrics['static_bytes'].value / values:.3f}"
+
+    return cell
+
+
 def machine(record: Record) -> str:
     """What a reader would call another machine, and the library that measured there."""
     hardware, versions = record.provenance.hardware, record.provenance.versions

@@ -18,6 +18,7 @@ from veloxbench.records.suites import all_suites
 from veloxbench.report.allocation import comparisons, summary
 from veloxbench.report.cells import (
     Column,
+    all_in,
     figure,
     format_estimate,
     megabytes,
@@ -256,6 +257,7 @@ def memory(records: Sequence[Record]) -> list[str]:
         columns: list[Column] = [
             ("method", method),
             ("bits/value", figure("bits_per_value", "{:.3f}")),
+            *((f"all-in at {tokens}", all_in(tokens)) for tokens in (2048, 8192, 32768)),
             ("allocated", figure("allocated_bits_per_value", "{:.3f}")),
             ("allocated, full buffers", figure("filled_allocated_bits_per_value", "{:.3f}")),
             ("memory", memory_ratio),
@@ -270,8 +272,10 @@ def memory(records: Sequence[Record]) -> list[str]:
         parts.append(
             f"### Memory, {title}\n\n{record_table(columns, rows)}\n\n"
             "Each arm in a process of its own. bits/value equals the method's formula exactly, or the run fails; "
-            "*allocated* counts whole buffers, which grow in steps; *unaccounted* is what MLX holds beyond weights and "
-            "the arrays counted. Peaks are MLX's, above the weights; the process peak is its resident size in prefill."
+            "*all-in* adds static tables, spread over one sequence of that many tokens, to the bits measured at this "
+            "context; *allocated* counts whole buffers, which grow in steps; *unaccounted* is what MLX holds beyond "
+            "weights and the arrays counted. Peaks are MLX's, above the weights; the process peak is its resident "
+            "size in prefill."
         )
     return parts
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import mlx.core as mx
 
 from veloxquant_mlx.cache.sequence import PackedSequence, TokenStore, causal_mask, fetch_dtype
-from veloxquant_mlx.cache.spec import LayerSpec
+from veloxquant_mlx.cache.spec import spec_from_json
 from veloxquant_mlx.cache.storage import HeldArray, check_count
 from veloxquant_mlx.methods import Role
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
@@ -36,7 +36,7 @@ class AlignedBatch(TokenStore, Generic[Single]):
 
     single: ClassVar[type[Any]]
 
-    def __init__(self, spec: LayerSpec, left_padding: Sequence[int]) -> None:
+    def __init__(self, spec: Any, left_padding: Sequence[int]) -> None:
         self.spec = spec
         self.sequences: list[Single] = [self.single(spec) for _ in left_padding]
         self._left = [int(n) for n in left_padding]
@@ -78,6 +78,8 @@ class AlignedBatch(TokenStore, Generic[Single]):
                 self._remaining[i] -= count
             if count:
                 sequence.store(*(x[i : i + 1, :, begin : begin + count] for x in stored))
+            else:
+                sequence.storage.idle(sequence.offset)
         self._idx += new
         width = self._idx if self.spec.max_size is None else min(self._idx, self.spec.max_size - 1 + new)
         self._beyond = width - self.size()
@@ -238,7 +240,7 @@ class AlignedBatch(TokenStore, Generic[Single]):
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
         *rest, self._idx, n, spec = state
-        self.spec = LayerSpec.from_json(spec)
+        self.spec = spec_from_json(spec)
         self._left = list(rest[len(rest) - n :])
         lengths = rest[len(rest) - 2 * n : len(rest) - n]
         held = getattr(self, "sequences", [])

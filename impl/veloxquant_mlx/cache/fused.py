@@ -24,6 +24,8 @@ from veloxquant_kernels.fused_attention import PackedSide, fused_attention, unsu
 from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
 from veloxquant_mlx.cache.packed import PackedKVCache
 from veloxquant_mlx.cache.sequence import fetch_dtype
+from veloxquant_mlx.cache.sides import SidesStore
+from veloxquant_mlx.cache.spec import LayerSpec
 from veloxquant_mlx.cache.storage import CodedBlocks, Side
 from veloxquant_mlx.hook import own_caches
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
@@ -139,12 +141,17 @@ class FusedKVCache(PackedKVCache):
             self.steps["fused"] += 1
             if mask is not None:
                 mask = mask.reshape(_four_axes(mask))
-            keys, values = _packed_side(self._keys), _packed_side(self._values)
-            n_packed = self._keys.coded.blocks
+            sides = self._sides()
+            keys, values = _packed_side(sides.keys), _packed_side(sides.values)
+            n_packed = sides.keys.coded.blocks
             return fused_attention(queries, keys, values, n_packed, scale=scale, mask=mask, backend=self.backend)
         self.steps[reason] += 1
         keys_read, values_read = self.fetch(self.size(), fetch_dtype(queries.dtype))
         return mx.fast.scaled_dot_product_attention(queries, keys_read, values_read, scale=scale, mask=mask)
+
+    def _sides(self) -> SidesStore:
+        assert isinstance(self.storage, SidesStore)
+        return self.storage
 
     def _not_fused(self, queries: mx.array, mask: Any) -> str | None:
         spec = self.spec
@@ -156,7 +163,7 @@ class FusedKVCache(PackedKVCache):
             return self.unserved
         if queries.shape[2] != 1:
             return "several new tokens"
-        if not self._keys.coded.blocks:
+        if not self._sides().keys.coded.blocks:
             return "nothing packed yet"
         if isinstance(mask, str) or (mask is not None and _four_axes(mask)[1:3] != (1, 1)):
             return "a mask per head"
@@ -171,6 +178,8 @@ def why_not_fused(cache: Any) -> str | None:
     """Why a layer's cache cannot take the fused path, or None if it can."""
     if not isinstance(cache, PackedKVCache):
         return f"held by {type(cache).__name__}"
+    if not isinstance(cache.spec, LayerSpec):
+        return "no fused kernel for entropy codes"
     if cache.spec.max_size is not None:
         return "a sliding window"
     if cache.spec.outlier_keys is not None:
@@ -258,7 +267,10 @@ def _listed(reasons: Sequence[str | None]) -> str:
 def _fresh(cache: Any, own: Any) -> Any:
     """An empty cache in the place of ``cache``; ``own``, the model's, where ``cache`` is not one of this package."""
     if isinstance(cache, PackedKVCache):
-        return PackedKVCache(replace(cache.spec, outlier_keys=None, outlier_values=None))
+        spec = cache.spec
+        return PackedKVCache(
+            replace(spec, outlier_keys=None, outlier_values=None) if isinstance(spec, LayerSpec) else spec
+        )
     if isinstance(cache, CacheList) and isinstance(own, CacheList):
         cache_list: Any = CacheList
         return cache_list(*(_fresh(part, made) for part, made in zip(cache.caches, own.caches, strict=True)))

@@ -36,6 +36,8 @@ class PackedKVCache(PackedSequence):
     @property
     def attention(self) -> str:
         """How attention reads the cache: ``plain`` decodes every token of every step, with the reason if known."""
+        if self.keep_decoded:
+            return "plain (decoded tokens kept beside the coded ones to save time)"
         return "plain" if self.not_fused is None else f"plain ({self.not_fused})"
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -47,14 +49,14 @@ class PackedKVCache(PackedSequence):
         new = keys.shape[2]
         self.drop_old()
         self.store(keys, values)
-        max_size = self.spec.max_size
+        max_size = self.max_size
         wanted = self.offset if max_size is None else min(self.offset, max_size - 1 + new)
         self._beyond = wanted - self.size()
         return self.fetch(wanted, fetch_dtype(keys.dtype))
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """The mask for ``N`` tokens that are about to be appended, in mlx-lm's form."""
-        max_size = self.spec.max_size
+        max_size = self.max_size
         if max_size is None:
             if window_size is None and N == 1:
                 return None

@@ -1,8 +1,8 @@
 """Save and load prompt caches: one safetensors file, no pickle, classes by name from a fixed list.
 
 mlx-lm's own files load here as well. The other way round, mlx-lm's ``save_prompt_cache`` and ``load_prompt_cache``
-serve caches of ours wherever this package is imported (:func:`register_with_mlx_lm`); a file of this format tells mlx-lm's
-loader, in the error that it raises, what loads it.
+serve caches of ours wherever this package is imported (:func:`register_with_mlx_lm`); a file of this format tells
+mlx-lm's loader, in the error that it raises, what loads it.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def load_prompt_cache(
                 _check_theirs(leaf)
         mx.eval([leaf.state for leaf in leaves(cache)])
     if outlier_observer is not None:
-        routed = [c for c in leaves(cache) if isinstance(c, OURS) and c.spec.outlier_keys is not None]
+        routed = [c for c in leaves(cache) if isinstance(c, OURS) and getattr(c.spec, "outlier_keys", None) is not None]
         if not routed:
             raise ValueError(f"outlier_observer was given, but no layer of {file_name} keeps outlier tokens")
         for layer in routed:

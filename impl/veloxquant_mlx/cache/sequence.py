@@ -11,13 +11,13 @@ from typing import Any, Self
 import mlx.core as mx
 from mlx_lm.models import base as mlx_lm_base
 
-from veloxquant_mlx.cache.outliers import OutlierTokens
-from veloxquant_mlx.cache.spec import LayerSpec
-from veloxquant_mlx.cache.storage import HeldArray, OnEncoded, Side, check_count
+from veloxquant_mlx.cache.spec import spec_from_json
+from veloxquant_mlx.cache.storage import HeldArray, check_count
+from veloxquant_mlx.cache.store import LayerStore
 from veloxquant_mlx.methods import Role
 from veloxquant_mlx.observers.distortion import DistortionObserver
-from veloxquant_mlx.observers.key_norm import KeyNormObserver, KeyNormTracker
-from veloxquant_mlx.quantizers.base import Quantizer, half
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
+from veloxquant_mlx.quantizers.base import half
 
 
 def causal_mask(n_new: int, offset: int, window_size: int | None, left_padding: mx.array | None = None) -> mx.array:
@@ -132,7 +132,7 @@ class PackedSequence(TokenStore):
     """Packed keys and values of one layer for one sequence, or for several in lockstep.
 
     Keys and values enter as fp16 (finite values beyond its range as its ends) and leave decoded; nothing decoded is
-    kept.
+    kept. What is held, and how, is the business of the storage that ``spec`` makes.
 
     Args:
         spec: how to store.
@@ -143,7 +143,7 @@ class PackedSequence(TokenStore):
 
     def __init__(
         self,
-        spec: LayerSpec,
+        spec: Any,
         *,
         outlier_observer: KeyNormObserver | None = None,
         distortion_observer: DistortionObserver | None = None,
@@ -154,31 +154,13 @@ class PackedSequence(TokenStore):
         self.distortion_observer = distortion_observer
         self.dtype_name = "float16"
         self._beyond = 0  # tokens before a sliding window that the last pass read
-        self._keys, self._values = (
-            Side(quantizer, sinks=spec.sinks, window=spec.window, on_encoded=self._reporter(role))
-            for quantizer, role in ((spec.keys, "keys"), (spec.values, "values"))
-        )
-        self._tracker: KeyNormTracker | None = None
-        self._outliers: OutlierTokens | None = None
-        if spec.outlier_keys is not None and spec.outlier_values is not None:
-            self._tracker = KeyNormTracker(outlier_observer, spec.layer)
-            reporters = self._reporter("outlier_keys"), self._reporter("outlier_values")
-            self._outliers = OutlierTokens(spec.outlier_keys, spec.outlier_values, reporters)
+        self.storage: LayerStore = spec.new_store(outlier_observer, distortion_observer)
 
     @property
     def max_size(self) -> int | None:
         """The layer's sliding window in tokens, None for full attention; mlx-lm's ``RotatingKVCache`` names it so."""
-        return self.spec.max_size
-
-    def _reporter(self, role: str) -> OnEncoded | None:
-        observer, layer = self.distortion_observer, self.spec.layer  # a copy shares the function: it must not hold self
-        if observer is None:
-            return None
-
-        def on_encoded(x: mx.array, decoded: mx.array, used: Quantizer) -> None:
-            observer.observe(x, decoded, quantizer=used, layer=layer, role=role)
-
-        return on_encoded
+        size: int | None = self.spec.max_size
+        return size
 
     def attach_outlier_observer(self, observer: KeyNormObserver) -> None:
         """Let ``observer`` flag the tokens to come, as in a cache restored from its state.
@@ -189,10 +171,8 @@ class PackedSequence(TokenStore):
         Raises:
             ValueError: the spec has no width for outliers.
         """
-        if self._tracker is None:
-            raise ValueError(f"layer {self.spec.layer} keeps no outlier tokens that an outlier_observer could flag")
+        self.storage.attach_outlier_observer(observer)
         self.outlier_observer = observer
-        self._tracker.attach(observer)
 
     def store(self, keys: mx.array, values: mx.array) -> None:
         """Append ``[B, H, L, D]``.
@@ -201,39 +181,18 @@ class PackedSequence(TokenStore):
             RuntimeError: outliers are kept and there is no observer to flag them.
         """
         self.dtype_name = str(keys.dtype).removeprefix("mlx.core.")
-        keys, values = half(keys), half(values)
-        if self._tracker is not None and self._outliers is not None:
-            self._outliers.add(self._tracker.flag(keys), self.offset, keys, values)
-        self._keys.append(keys)
-        self._values.append(values)
+        self.storage.append(half(keys), half(values), self.offset)
         self.offset += keys.shape[2]
 
     def fetch(self, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Decode the last ``tokens`` tokens to ``[B, H, tokens, D]``."""
-        fetched = []
-        for side, kept in self._sides():
-            skip = side.tokens - tokens
-            x = side.fetch(dtype, skip)
-            if self._outliers is not None and kept is not None:
-                start, stop = side.coded_range
-                x = self._outliers.overlay(x, kept, self.offset - tokens, start - skip, stop - skip)
-            fetched.append(x)
-        return fetched[0], fetched[1]
-
-    def _sides(self) -> list[tuple[Side, Any]]:
-        kept = self._outliers
-        return [(self._keys, kept and kept.keys), (self._values, kept and kept.values)]
+        return self.storage.fetch(self.offset, tokens, dtype)
 
     def drop_old(self) -> None:
         """Free what a sliding window has left behind, in steps: before tokens come, for the layers that share these
         keys and values read them after.
         """
-        if self.spec.max_size is None:
-            return
-        for side, _ in self._sides():
-            side.drop_front(self.spec.max_size)
-        if self._outliers is not None:
-            self._outliers.drop_before(self.offset - self.spec.max_size)
+        self.storage.drop_old(self.offset)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Everything that attention has read, decoded, in the dtype that was last stored.
@@ -243,36 +202,26 @@ class PackedSequence(TokenStore):
         return self.fetch(self.size() + self._beyond, getattr(mx, self.dtype_name))
 
     def _replace(self, role: Role, x: mx.array) -> None:
-        if self._outliers is not None:
-            raise ValueError(f"{role} cannot be assigned where outlier tokens are kept (layer {self.spec.layer})")
-        old = self._keys if role == "keys" else self._values
-        side = Side(old.quantizer, sinks=old.sinks, window=old.window, on_encoded=old.on_encoded)
-        side.append(half(x))
-        setattr(self, f"_{role}", side)
+        self.storage.replace(role, half(x))
 
     def size(self) -> int:
         """Tokens that attention can read."""
-        return self.offset if self.spec.max_size is None else min(self.offset, self.spec.max_size)
+        return self.offset if self.max_size is None else min(self.offset, self.max_size)
 
     def empty(self) -> bool:
         """Whether nothing was ever stored."""
-        return self._keys.shape is None
+        return not self.storage.shapes()
 
     def is_trimmable(self) -> bool:
         """Whether tokens can be taken back: always, but for a sliding window that has dropped some."""
-        return self.spec.max_size is None or self.offset < self.spec.max_size
+        return self.max_size is None or self.offset < self.max_size
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens; returns how many were forgotten."""
         n = min(self.offset, n)
         self.offset -= n
         self._beyond = 0
-        for side, kept in self._sides():
-            cut = side.trim(n)
-            if cut and side.tail is not None and self._outliers is not None and kept is not None:
-                side.tail = self._outliers.overlay(side.tail, kept, self.offset - cut, 0, cut)
-        if self._outliers is not None:
-            self._outliers.truncate(self.offset)
+        self.storage.trim(n, self.offset)
         return n
 
     @property
@@ -281,101 +230,78 @@ class PackedSequence(TokenStore):
 
         The norms beside which outliers are judged are among them.
         """
-        keys, values = self._keys.state(), self._values.state()
-        outliers = [] if self._outliers is None else self._outliers.state()
-        norms = None if self._tracker is None else self._tracker.norms()
-        if norms is not None:
-            outliers.append(norms)
-        counts = (len(keys), len(values), self.offset, self.dtype_name)
-        return *keys, *values, *outliers, *counts, self.spec.to_json()
+        return *self.storage.state(), self.offset, self.dtype_name, self.spec.to_json()
 
     @state.setter
     def state(self, state: Sequence[Any]) -> None:
-        *arrays, n_keys, n_values, offset, dtype_name, spec = state
-        if getattr(self, "spec", None) != LayerSpec.from_json(spec):
-            PackedSequence.__init__(self, LayerSpec.from_json(spec))
+        *held, offset, dtype_name, text = state
+        spec = spec_from_json(text)
+        if getattr(self, "spec", None) != spec:
+            PackedSequence.__init__(self, spec)
         self.offset = offset
         self.dtype_name = dtype_name
         self._beyond = 0
-        self._keys.load_state(arrays[:n_keys])
-        self._values.load_state(arrays[n_keys : n_keys + n_values])
-        if self._outliers is not None and self._tracker is not None:
-            outliers = arrays[n_keys + n_values :]
-            norms = outliers.pop() if isinstance(outliers[-1], mx.array) else None
-            if norms is None and offset:
-                raise ValueError(
-                    f"layer {self.spec.layer} keeps outlier tokens, but its state of {offset} tokens lacks the key "
-                    "norms that the next ones are judged by: an earlier version saved it; fill the cache anew"
-                )
-            self._tracker.load_norms(norms)
-            self._outliers.load_state(outliers)
-        self._check_state()
-
-    def _check_state(self) -> None:
-        """Raise ValueError unless the counts of a state are those of its arrays."""
         where = f"the state of layer {self.spec.layer}"
-        check_count(f"{where}: offset", self.offset)
-        if self.dtype_name not in ("float16", "bfloat16", "float32"):
-            raise ValueError(f"{where}: dtype must be float16, bfloat16 or float32, got {self.dtype_name!r}")
-        for side, role in ((self._keys, "keys"), (self._values, "values")):
-            side.check(f"{where}: {role}")
-            if not self.size() <= side.tokens <= self.offset or (self.max_size is None and side.tokens < self.offset):
-                raise ValueError(f"{where}: offset is {self.offset}, but {side.tokens} tokens of {role} are held")
-        if len({side.shape and side.shape[0] for side, _ in self._sides()}) > 1:
-            raise ValueError(f"{where}: keys and values are of different numbers of sequences")
-        if self._outliers is not None:
-            self._outliers.check(f"{where}: outliers", self._keys.shape, self.offset)
+        check_count(f"{where}: offset", offset)
+        if dtype_name not in ("float16", "bfloat16", "float32"):
+            raise ValueError(f"{where}: dtype must be float16, bfloat16 or float32, got {dtype_name!r}")
+        self.storage.load_state(held, offset)
+        self.storage.check(where, offset, self.size())
+
+    @property
+    def keep_decoded(self) -> bool:
+        """Whether decoded tokens stay beside the coded ones; false for a storage that decodes quickly enough.
+
+        Setting it has no effect there.
+
+        Raises:
+            ValueError: it is set on a cache that holds tokens.
+        """
+        return self.storage.keep_decoded
+
+    @keep_decoded.setter
+    def keep_decoded(self, keep: bool) -> None:
+        if not self.empty():
+            raise ValueError("keep_decoded can only be set while the cache is empty")
+        self.storage.keep_decoded = keep and self.storage.can_keep_decoded
+
+    def decoded_arrays(self) -> list[mx.array]:
+        """What :attr:`keep_decoded` keeps beside the tokens that are held."""
+        return self.storage.decoded_arrays()
 
     def rows(self, index: slice) -> Self:
         """A cache of some sequences of a lockstep batch, with the same observers."""
         part = copy.copy(self)
-        part._keys, part._values = copy.deepcopy(self._keys), copy.deepcopy(self._values)
-        part._outliers, part._tracker = copy.deepcopy(self._outliers), copy.deepcopy(self._tracker)
-        part._keys.rows(index)
-        part._values.rows(index)
-        if part._outliers is not None:
-            part._outliers.rows(index)
-        if part._tracker is not None:
-            part._tracker.rows(index)
+        part.storage = self.storage.rows(index)
         return part
 
     @property
     def n_batch(self) -> int:
         """Sequences in lockstep; 1 when empty."""
-        return 1 if self._keys.shape is None else self._keys.shape[0]
+        shapes = self.storage.shapes()
+        return shapes[0][0] if shapes else 1
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """``(B, H, D)`` of keys and values; empty when nothing was ever stored."""
-        return [side.shape for side, _ in self._sides() if side.shape is not None]
-
-    def _skip(self, side: Side) -> int:
-        return side.tokens - self.size()
+        return self.storage.shapes()
 
     def held_arrays(self) -> list[HeldArray]:
         """Every array that is held for tokens."""
-        held = self._keys.held_arrays("keys", self._skip(self._keys))
-        held += self._values.held_arrays("values", self._skip(self._values))
-        return held if self._outliers is None else held + self._outliers.held_arrays()
+        return self.storage.held_arrays(self.size())
 
     def static_arrays(self) -> list[mx.array]:
         """Codebooks, rotations and calibrations in use: not growing with tokens."""
-        arrays = self._keys.coded.static_arrays() + self._values.coded.static_arrays()
-        if self._outliers is not None:
-            arrays += self._outliers.static_arrays()
-        return list({id(array): array for array in arrays}.values())
+        return list({id(array): array for array in self.storage.static_arrays()}.values())
 
     def tokens_held(self) -> tuple[int, int]:
         """Tokens of which keys, and of which values, are stored; what a sliding window left behind is not counted."""
-        keys, values = (min(side.tokens, self.max_size or side.tokens) for side, _ in self._sides())
+        keys, values = (min(tokens, self.max_size or tokens) for tokens in self.storage.tokens_held())
         return keys, values
 
     def values_held(self) -> int:
         """Stored values: batch x heads x tokens x (key_dim + value_dim)."""
-        return sum(side.values_held(self._skip(side)) for side, _ in self._sides())
+        return self.storage.values_held(self.size())
 
     def formula_nbytes(self) -> Fraction:
-        """Bytes in use from token counts and the quantizers' formulas alone, no array asked."""
-        total = sum((side.formula_bytes(self._skip(side)) for side, _ in self._sides()), Fraction(0))
-        if self._outliers is not None and self._keys.shape is not None:
-            total += self._outliers.formula_bytes(self._keys.shape[1])
-        return total
+        """Bytes in use by the codes' own formulas: token counts, and where the data decide, what they decided."""
+        return self.storage.formula_nbytes(self.size())

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from veloxquant_mlx.cache.sides import SidesStore
+from veloxquant_mlx.cache.store import StorageSpec
+from veloxquant_mlx.observers.distortion import DistortionObserver
+from veloxquant_mlx.observers.key_norm import KeyNormObserver
 from veloxquant_mlx.quantizers.base import Coding, Quantizer, quantizer_from_spec
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
 
@@ -46,6 +50,12 @@ class LayerSpec:
         if (self.outlier_keys is None) != (self.outlier_values is None):
             raise ValueError("outlier_keys and outlier_values go together")
 
+    def new_store(
+        self, outlier_observer: KeyNormObserver | None = None, distortion_observer: DistortionObserver | None = None
+    ) -> SidesStore:
+        """An empty storage of this kind."""
+        return SidesStore(self, outlier_observer, distortion_observer)
+
     def expected_nbytes(
         self, tokens: int, *, n_batch: int = 1, n_kv_heads: int = 1, key_dim: int, value_dim: int
     ) -> int:
@@ -79,3 +89,16 @@ class LayerSpec:
             for key, value in json.loads(text).items()
         }
         return LayerSpec(**fields)
+
+
+def spec_from_json(text: str) -> StorageSpec:
+    """The spec, of whatever storage, that wrote ``text`` into a saved cache.
+
+    Raises:
+        ValueError: a calibration that the caches were coded with cannot be had.
+    """
+    if "calibration_sha256" in json.loads(text):
+        from veloxquant_mlx.cache.coded import CodedSpec  # imported here: its artefact builds caches
+
+        return CodedSpec.from_json(text)
+    return LayerSpec.from_json(text)

@@ -95,7 +95,8 @@ def find_compiler() -> tuple[str, str]:
     raise CompilerNotFound("no C++ compiler found: install g++ or clang++, or set CXX")
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """A name for what was made of these texts."""
     hasher = hashlib.sha256()
     for part in parts:
         hasher.update(part.encode())
@@ -103,7 +104,12 @@ def _digest(*parts: str) -> str:
     return hasher.hexdigest()[:32]
 
 
-def _compile(commands: list[list[str]], produced: Path, target: Path) -> None:
+def compile_library(commands: list[list[str]], produced: Path, target: Path) -> None:
+    """Run a compiler's commands, the last of which writes ``produced``, and put that in ``target``'s place.
+
+    Raises:
+        CompilationFailed: with the compiler's messages.
+    """
     for command in commands:
         done = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", check=False, cwd=produced.parent
@@ -118,14 +124,14 @@ def _runtime_library(directory: Path) -> Path:
     compiler, version = find_compiler()
     texts = [(HERE / name).read_text(encoding="utf-8") for name in ("runtime.cpp", "runtime.h")]
     flags = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-D_DARWIN_C_SOURCE", *_COMMON, "-fvisibility=default"]
-    target = directory / f"libvqruntime-{_digest(*texts, *flags, version, platform.machine())}.so"
+    target = directory / f"libvqruntime-{digest(*texts, *flags, version, platform.machine())}.so"
     if not target.exists():
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             produced = Path(folder) / target.name
             install_name = [f"-Wl,-install_name,@rpath/{target.name}"] if platform.system() == "Darwin" else []
             source = str(HERE / "runtime.cpp")
-            _compile([[compiler, *flags, *install_name, "-shared", source, "-o", str(produced), "-ldl"]],
+            compile_library([[compiler, *flags, *install_name, "-shared", source, "-o", str(produced), "-ldl"]],
                      produced, target)  # fmt: skip
     return target
 
@@ -176,7 +182,7 @@ def _build(text: str, mode: Mode, directory: Path) -> Module:
     runtime = _runtime_library(directory)
     flags = [*_KERNEL_FLAGS[mode], *_COMMON, f"-I{HERE}"]
     prelude = (HERE / "metal_prelude.hpp").read_text(encoding="utf-8")
-    key = _digest(text, prelude, *flags, version, runtime.name)
+    key = digest(text, prelude, *flags, version, runtime.name)
     target, source = directory / f"{key}.so", directory / f"{key}.cpp"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=directory) as folder:
@@ -188,7 +194,7 @@ def _build(text: str, mode: Mode, directory: Path) -> Module:
             if mode == "coverage":
                 unit = directory / f"{key}.o"  # gcov looks for its notes beside the object
                 link = [*link[:2], str(unit), *link[3:], "--coverage"]
-            _compile([[compiler, *flags, "-c", str(source), "-o", str(unit)], link], produced, target)
+            compile_library([[compiler, *flags, "-c", str(source), "-o", str(unit)], link], produced, target)
     library = ctypes.CDLL(str(target))
     entry = ctypes.cast(library.vq_entry, ctypes.c_void_p).value
     assert entry is not None

@@ -1,0 +1,602 @@
+// Native path of the codes: interleaved rANS, and quantization against its tables.
+//
+// The entropy code's format stands at the head of veloxquant_kernels/rans_decode.metal; rans_encode.py and rans_decode.py
+// beside it define it in NumPy, and tests hold all of them equal. The decoder reads no word outside of the block
+// that it decodes, whatever the words say. Tables come checked (Tables.check).
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "codes.h"
+
+#define VQ_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr int kLanes = 32;
+constexpr uint32_t kLow = 1u << 16;
+constexpr uint16_t kInactive = 0xFFFF;
+constexpr int kHeader = 1;
+constexpr int kLengthBits = 6;
+constexpr uint32_t kFirstLevel = 1u << 13;
+constexpr uint32_t kMaxGain = 1024;
+
+constexpr uint8_t kNext4[4][2] = {{0, 1}, {2, 3}, {1, 0}, {3, 2}};
+constexpr uint8_t kNext8[8][2] = {{0, 2}, {5, 7}, {1, 3}, {6, 4}, {2, 0}, {4, 6}, {3, 1}, {7, 5}};
+
+const uint8_t (*next_states(int n_states))[2] { return n_states == 8 ? kNext8 : kNext4; }
+
+inline int half_of(const VqTables& t) { return (t.n_symbols - 2) / 2; }
+
+inline uint32_t next_level(uint32_t level, uint32_t magnitude, uint32_t weight) {
+  return level - (level >> 5) + std::min(magnitude * weight, kMaxGain);
+}
+
+inline int context_of(const VqTables& t, uint32_t level) { return t.contexts[std::min<uint32_t>(level >> 7, 255)]; }
+
+inline int bit_length(uint32_t x) { return x ? 32 - __builtin_clz(x) : 0; }
+
+std::vector<int> active_coefficients(const VqTables& t) {
+  std::vector<int> active;
+  for (int j = 0; j < t.n_coefficients; ++j)
+    if (t.classes[j] != kInactive) active.push_back(j);
+  return active;
+}
+
+// ---- encoder ------------------------------------------------------------------------------------------------------
+
+struct Part {  // a symbol's interval, or `width` plain bits (frequency 1)
+  uint32_t start;
+  uint16_t frequency;
+  uint8_t width;
+};
+
+struct Escape {
+  uint32_t number;
+  int lane;
+};
+
+// One block, encoded backwards from its last step.
+class BlockEncoder {
+ public:
+  BlockEncoder(const VqTables& tables, const std::vector<int>& active) : t_(tables), active_(active) {}
+
+  // Appends the record to `out`; returns its number of words. Only the length, where `out` is null.
+  size_t encode(const int32_t* symbols, int n_tokens, std::vector<uint16_t>* out) {
+    const int lanes = std::min(n_tokens, kLanes), groups = (n_tokens + kLanes - 1) / kLanes;
+    const size_t n_steps = size_t(groups) * active_.size();
+    choose(symbols, n_tokens);
+    uint32_t state[kLanes];
+    std::fill(state, state + kLanes, kLow);
+    reversed_.clear();
+    for (size_t step = n_steps; step-- > 0;) put(step, n_tokens, state);
+    const size_t n_words = kHeader + 2 * size_t(lanes) + reversed_.size();
+    if (out) {
+      out->push_back(uint16_t(n_tokens - 1));
+      for (int l = 0; l < lanes; ++l) {
+        out->push_back(uint16_t(state[l]));
+        out->push_back(uint16_t(state[l] >> 16));
+      }
+      out->insert(out->end(), reversed_.rbegin(), reversed_.rend());
+    }
+    return n_words;
+  }
+
+ private:
+  // Forward: the interval of every symbol, by the token's level and trellis.
+  void choose(const int32_t* symbols, int n_tokens) {
+    const int half = half_of(t_), groups = (n_tokens + kLanes - 1) / kLanes;
+    const size_t n_active = active_.size();
+    parts_.resize(size_t(groups) * n_active * kLanes);
+    lows_.resize(parts_.size());
+    escapes_.assign(size_t(groups) * n_active, {});
+    for (int token = 0; token < n_tokens; ++token) {
+      const int32_t* row = symbols + size_t(token) * t_.n_coefficients;
+      uint32_t level = kFirstLevel;
+      int trellis = 0;
+      for (size_t a = 0; a < n_active; ++a) {
+        const int j = active_[a], kind = t_.classes[j], shift = t_.shifts[j];
+        const int32_t value = row[j];
+        const size_t step = size_t(token / kLanes) * n_active + a, at = step * kLanes + token % kLanes;
+        const int table = t_.class_tables[kind * t_.n_contexts + context_of(t_, level)];
+        const int set = t_.n_states > 1 ? trellis & 1 : 0;
+        const uint16_t* c = t_.cumulative + (size_t(set) * t_.n_tables + table) * (t_.n_symbols + 1);
+        const int64_t near = int64_t(value) >> shift;
+        int symbol = near < -half || near > half ? t_.n_symbols - 1 : int(near) + half;
+        if (c[symbol] == c[symbol + 1]) symbol = t_.n_symbols - 1;
+        parts_[at] = {c[symbol], uint16_t(c[symbol + 1] - c[symbol]), uint8_t(t_.precision)};
+        if (symbol == t_.n_symbols - 1) {
+          escapes_[step].push_back({(uint32_t(value) << 1) ^ uint32_t(value >> 31), token % kLanes});
+        } else {
+          lows_[at] = shift ? uint32_t(value) & ((1u << shift) - 1) : 0;
+        }
+        level = next_level(level, uint32_t(std::abs(symbol - half)), t_.weights[kind]);
+        if (t_.n_states > 1) trellis = next_states(t_.n_states)[trellis][value & 1];
+      }
+    }
+  }
+
+  // Calls f(lane, part) in encoding order: the parts of a step backwards, in each the lanes backwards.
+  template <typename F>
+  void each_part(size_t step, int n_tokens, F f) {
+    const int group = int(step / active_.size()), here = std::min(kLanes, n_tokens - group * kLanes);
+    const int shift = t_.shifts[active_[step % active_.size()]];
+    const std::vector<Escape>& escapes = escapes_[step];
+    for (int pass = 0; pass < 3 && !escapes.empty(); ++pass) {
+      for (size_t i = escapes.size(); i-- > 0;) {
+        const uint32_t number = escapes[i].number;
+        const int length = bit_length(number), rest = std::max(length - 1, 0), low = std::min(rest, 16);
+        const uint32_t mantissa = rest ? number & ((1u << rest) - 1) : 0;
+        const Part part = pass == 0   ? Part{mantissa >> 16, 1, uint8_t(rest - low)}
+                          : pass == 1 ? Part{mantissa & 0xFFFF, 1, uint8_t(low)}
+                                      : Part{uint32_t(length), 1, kLengthBits};
+        f(escapes[i].lane, part);
+      }
+    }
+    if (shift) {
+      size_t i = escapes.size();
+      for (int l = here; l-- > 0;) {
+        if (i > 0 && escapes[i - 1].lane == l) {
+          --i;
+        } else {
+          f(l, Part{lows_[step * kLanes + l], 1, uint8_t(shift)});
+        }
+      }
+    }
+    for (int l = here; l-- > 0;) f(l, parts_[step * kLanes + l]);
+  }
+
+  void put(size_t step, int n_tokens, uint32_t* state) {
+    each_part(step, n_tokens, [&](int lane, const Part& part) {
+      uint32_t x = state[lane];
+      if (x >= uint64_t(part.frequency) << (32 - part.width)) {
+        reversed_.push_back(uint16_t(x));
+        x >>= 16;
+      }
+      state[lane] = ((x / part.frequency) << part.width) + x % part.frequency + part.start;
+    });
+  }
+
+  const VqTables& t_;
+  const std::vector<int>& active_;
+  std::vector<Part> parts_;
+  std::vector<uint32_t> lows_;
+  std::vector<std::vector<Escape>> escapes_;
+  std::vector<uint16_t> reversed_;
+};
+
+// ---- decoder ------------------------------------------------------------------------------------------------------
+
+// For every table, the first symbol of each 256th of its slots, and each symbol's start and end: small enough for the
+// first-level cache, where a symbol for each slot would not be. Made for a call, then dropped.
+struct Lookup {
+  explicit Lookup(const VqTables& t) : bits(std::min(8, t.precision)), shift(t.precision - bits) {
+    const size_t n = size_t(t.n_states > 1 ? 2 : 1) * t.n_tables;
+    firsts.resize(n << bits);
+    intervals.resize(n * t.n_symbols);
+    for (size_t row = 0; row < n; ++row) {
+      const uint16_t* c = t.cumulative + row * (t.n_symbols + 1);
+      for (int s = 0; s < t.n_symbols; ++s) intervals[row * t.n_symbols + s] = c[s] | (uint32_t(c[s + 1]) << 16);
+      for (uint32_t bucket = 0, s = 0; bucket < 1u << bits; ++bucket) {
+        while (c[s + 1] <= bucket << shift) ++s;
+        firsts[(row << bits) + bucket] = uint16_t(s);
+      }
+    }
+  }
+  int bits, shift;
+  std::vector<uint16_t> firsts;
+  std::vector<uint32_t> intervals;  // start, and end in the upper half
+};
+
+struct Reader {
+  uint32_t state[kLanes];
+  const uint16_t* words;
+  const uint16_t* end;
+  bool damaged = false;
+
+  // One word for a lane that needs it.
+  void refill(int l) {
+    if (state[l] < kLow) {
+      if (words < end) {
+        state[l] = (state[l] << 16) | *words++;
+      } else {
+        damaged = true;
+      }
+    }
+  }
+
+  uint32_t bits(int l, int width) {
+    const uint32_t value = state[l] & ((1u << width) - 1);
+    state[l] >>= width;
+    refill(l);
+    return value;
+  }
+};
+
+// What follows escapes: each part for all lanes before the next one.
+void read_numbers(Reader& r, const uint16_t* symbols, int escape, int here, int32_t* values) {
+  int length[kLanes];
+  uint32_t low[kLanes];
+  for (int l = 0; l < here; ++l)
+    if (symbols[l] == escape) {
+      length[l] = int(r.bits(l, kLengthBits));
+      r.damaged |= length[l] > 32;
+      length[l] = std::min(length[l], 32);
+    }
+  for (int l = 0; l < here; ++l)
+    if (symbols[l] == escape) low[l] = r.bits(l, std::min(std::max(length[l] - 1, 0), 16));
+  for (int l = 0; l < here; ++l)
+    if (symbols[l] == escape) {
+      const int rest = std::max(length[l] - 1, 0);
+      const uint32_t high = r.bits(l, rest - std::min(rest, 16));
+      const uint32_t number = length[l] ? (1u << rest) | (high << 16) | low[l] : 0;
+      values[l] = int32_t((number >> 1) ^ (0u - (number & 1)));
+    }
+}
+
+struct Output {
+  int32_t* symbols;     // one of the two
+  float* values;
+  const float* levels;  // [n_sets, n_tables, n_symbols]: what a symbol stands for, in steps
+  float step, outer;    // a number without a symbol of its own: (|q| + outer) * step, half a step less in the second set
+  size_t token_stride, coefficient_stride;
+};
+
+inline float outer_value(const Output& out, int set, int64_t q) {
+  if (q == 0) return 0;
+  const float magnitude = (float(q < 0 ? -q : q) + out.outer - (set ? 0.5f : 0.0f)) * out.step;
+  return q < 0 ? -magnitude : magnitude;
+}
+
+template <bool kContexts, bool kTrellis>
+bool decode_block(const VqTables& t, const Lookup& lookup, const std::vector<int>& active, const uint16_t* words,
+                  const uint16_t* end, int n_tokens, const Output& out, size_t first_token) {
+  const int lanes = std::min(n_tokens, kLanes), half = half_of(t), escape = t.n_symbols - 1;
+  if (end - words < kHeader + 2 * lanes || words[0] + 1 != n_tokens) return false;
+  Reader r;
+  r.end = end;
+  for (int l = 0; l < lanes; ++l) {
+    r.state[l] = words[kHeader + 2 * l] | (uint32_t(words[kHeader + 2 * l + 1]) << 16);
+    if (r.state[l] < kLow) return false;
+  }
+  r.words = words + kHeader + 2 * lanes;
+  const uint32_t mask = (1u << t.precision) - 1;
+  const uint8_t(*next)[2] = next_states(t.n_states);
+  uint16_t symbols[kLanes];
+  int32_t values[kLanes];
+  uint32_t rows[kLanes], level[kLanes];
+  uint8_t trellis[kLanes];
+  for (int begin = 0; begin < n_tokens; begin += kLanes) {
+    const int here = std::min(kLanes, n_tokens - begin);
+    std::fill(level, level + kLanes, kFirstLevel);
+    std::fill(trellis, trellis + kLanes, uint8_t(0));
+    for (int j : active) {
+      const int kind = t.classes[j], shift = t.shifts[j];
+      const uint16_t* class_tables = t.class_tables + size_t(kind) * t.n_contexts;
+      const uint32_t weight = t.weights[kind];
+      const uint16_t* next_word = r.words;
+      const bool plenty = r.end - next_word >= kLanes;
+      bool escapes = false;
+      for (int l = 0; l < here; ++l) {
+        rows[l] = class_tables[kContexts ? context_of(t, level[l]) : 0];
+        if (kTrellis) rows[l] += (trellis[l] & 1) * t.n_tables;
+        const uint32_t x = r.state[l], slot = x & mask;
+        const uint32_t* intervals = lookup.intervals.data() + rows[l] * t.n_symbols;
+        uint32_t symbol = lookup.firsts[(rows[l] << lookup.bits) + (slot >> lookup.shift)];
+        symbol += slot >= intervals[symbol] >> 16;  // most slots are in the bucket's first symbol or its second
+        while (slot >= intervals[symbol] >> 16) ++symbol;
+        const uint32_t start = intervals[symbol] & 0xFFFF, frequency = (intervals[symbol] >> 16) - start;
+        uint32_t y = frequency * (x >> t.precision) + slot - start;
+        if (plenty) {
+          const bool wants = y < kLow;
+          const uint32_t filled = (y << 16) | *next_word;
+          y = wants ? filled : y;
+          next_word += wants;
+        }
+        r.state[l] = y;
+        symbols[l] = uint16_t(symbol);
+        values[l] = int32_t(symbol) - half;
+        escapes |= symbol == uint32_t(escape);
+        if (kContexts) level[l] = next_level(level[l], uint32_t(std::abs(values[l])), weight);
+      }
+      if (plenty) {
+        r.words = next_word;
+      } else {
+        for (int l = 0; l < here; ++l) r.refill(l);
+      }
+      if (shift)
+        for (int l = 0; l < here; ++l)
+          if (symbols[l] != escape) values[l] = int32_t((uint32_t(values[l]) << shift) | r.bits(l, shift));
+      if (escapes) read_numbers(r, symbols, escape, here, values);
+      if (r.damaged) return false;
+      const size_t at = (first_token + begin) * out.token_stride + size_t(j) * out.coefficient_stride;
+      if (!out.values) {
+        for (int l = 0; l < here; ++l) out.symbols[at + l * out.token_stride] = values[l];
+      } else if (!shift && !escapes) {
+        for (int l = 0; l < here; ++l)
+          out.values[at + l * out.token_stride] = out.levels[rows[l] * t.n_symbols + symbols[l]] * out.step;
+      } else {
+        for (int l = 0; l < here; ++l)
+          out.values[at + l * out.token_stride] =
+              shift || symbols[l] == escape ? outer_value(out, kTrellis ? trellis[l] & 1 : 0, values[l])
+                                            : out.levels[rows[l] * t.n_symbols + symbols[l]] * out.step;
+      }
+      if (kTrellis)
+        for (int l = 0; l < here; ++l) trellis[l] = next[trellis[l]][values[l] & 1];
+    }
+  }
+  for (int l = 0; l < lanes; ++l)
+    if (r.state[l] != kLow) return false;
+  return r.words == r.end;
+}
+
+}  // namespace
+
+// Lengths of the records of ceil(n_tokens / block_tokens) blocks; their words too where `words` is not null, at most
+// `capacity` of them. Returns the number of words.
+VQ_EXPORT int64_t vq_encode(const VqTables* tables, const int32_t* symbols, int64_t n_tokens, int32_t block_tokens,
+                            uint16_t* words, int64_t capacity, uint32_t* lengths) {
+  const std::vector<int> active = active_coefficients(*tables);
+  BlockEncoder encoder(*tables, active);
+  std::vector<uint16_t> record;
+  int64_t total = 0;
+  for (int64_t first = 0, block = 0; first < n_tokens; first += block_tokens, ++block) {
+    const int here = int(std::min<int64_t>(block_tokens, n_tokens - first));
+    record.clear();
+    const size_t length = encoder.encode(symbols + first * tables->n_coefficients, here, words ? &record : nullptr);
+    lengths[block] = uint32_t(length);
+    if (words && total + int64_t(length) <= capacity) memcpy(words + total, record.data(), 2 * length);
+    total += int64_t(length);
+  }
+  return total;
+}
+
+VQ_EXPORT void vq_decode(const VqTables* tables, const uint16_t* words, const int64_t* starts,
+                         const int64_t* first_tokens, int64_t n_blocks, const VqOutput* output, uint32_t* status) {
+  const VqTables& t = *tables;
+  const std::vector<int> active = active_coefficients(t);
+  const Lookup lookup(t);
+  const Output out{output->symbols, output->values, output->levels,
+                   output->step,    output->outer,  size_t(output->token_stride),
+                   size_t(output->coefficient_stride)};
+  const auto decode = t.n_contexts > 1 ? (t.n_states > 1 ? decode_block<true, true> : decode_block<true, false>)
+                                       : (t.n_states > 1 ? decode_block<false, true> : decode_block<false, false>);
+  for (int64_t b = 0; b < n_blocks; ++b)
+    status[b] = !decode(t, lookup, active, words + starts[b], words + starts[b + 1],
+                        int(first_tokens[b + 1] - first_tokens[b]), out, size_t(first_tokens[b]));
+}
+
+// ---- quantization against the tables ------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int kStates = 8;
+
+// What a coefficient may become, and at what cost: squared error in steps plus `lambda` a bit.
+struct Costs {
+  const VqTables& t;
+  const float* bits;    // [n_sets, n_tables, n_symbols]; a symbol without a frequency has its escape's cost
+  const float* levels;  // as the decoder's
+  float outer, lambda;
+
+  float of(int row, int set, int shift, float y, int64_t q) const {
+    const int half = half_of(t);
+    const int64_t near = q >> shift;
+    float rate, level;
+    if (near < -half || near > half) {
+      const uint32_t number = (uint32_t(q) << 1) ^ uint32_t(int32_t(q) >> 31);
+      rate = bits[size_t(row) * t.n_symbols + t.n_symbols - 1] + float(kLengthBits + bit_length(number) - 1);
+    } else {
+      rate = bits[size_t(row) * t.n_symbols + near + half] + float(shift);
+    }
+    if (shift || near < -half || near > half) {
+      const float magnitude = q == 0 ? 0.0f : float(q < 0 ? -q : q) + outer - (set ? 0.5f : 0.0f);
+      level = q < 0 ? -magnitude : magnitude;
+    } else {
+      level = levels[size_t(row) * t.n_symbols + near + half];
+    }
+    return (y - level) * (y - level) + lambda * rate;
+  }
+};
+
+struct Choice {
+  float cost;
+  int32_t q;
+};
+
+// The best even and odd number for y; `y` is at most 2**30 away from zero.
+inline void best_of(const Costs& costs, int row, int set, int shift, float y, Choice best[2]) {
+  const float magnitude = std::fabs(y) + (set ? 0.5f : 0.0f);
+  const int64_t below = int64_t(magnitude), sign = y < 0 ? -1 : 1;
+  const int odd = int(below & 1);
+  best[odd] = {costs.of(row, set, shift, y, sign * below), int32_t(sign * below)};
+  best[!odd] = {costs.of(row, set, shift, y, sign * (below + 1)), int32_t(sign * (below + 1))};
+  if (below > 0 && below < 8) {
+    const float zero = costs.of(row, set, shift, y, 0);
+    if (zero < best[0].cost) best[0] = {zero, 0};
+  }
+}
+
+inline uint32_t level_after(const VqTables& t, uint32_t level, int kind, int shift, int row, int32_t q) {
+  const int half = half_of(t);
+  const int64_t near = int64_t(q) >> shift;
+  int symbol = near < -half || near > half ? t.n_symbols - 1 : int(near) + half;
+  const uint16_t* c = t.cumulative + size_t(row) * (t.n_symbols + 1);
+  if (c[symbol] == c[symbol + 1]) symbol = t.n_symbols - 1;
+  return next_level(level, uint32_t(std::abs(symbol - half)), t.weights[kind]);
+}
+
+void quantize_plain(const Costs& costs, const std::vector<int>& active, const float* y, int32_t* out) {
+  const VqTables& t = costs.t;
+  uint32_t level = kFirstLevel;
+  for (int j : active) {
+    const int kind = t.classes[j], shift = t.shifts[j];
+    const int row = t.class_tables[size_t(kind) * t.n_contexts + context_of(t, level)];
+    Choice best[2];
+    best_of(costs, row, 0, shift, y[j], best);
+    out[j] = best[best[1].cost < best[0].cost].q;
+    level = level_after(t, level, kind, shift, row, out[j]);
+  }
+}
+
+// Viterbi over the token's coefficients; every survivor has a level, hence tables, of its own.
+struct Trellis {
+  struct Step {
+    int32_t q[kStates];
+    uint8_t from[kStates];
+  };
+  std::vector<Step> steps;
+
+  void quantize(const Costs& costs, const std::vector<int>& active, const float* y, int32_t* out) {
+    const VqTables& t = costs.t;
+    const int n_states = t.n_states;
+    const uint8_t(*next)[2] = next_states(n_states);
+    float cost[kStates], grown[kStates];
+    uint32_t level[kStates], grown_level[kStates];
+    std::fill(cost, cost + kStates, INFINITY);
+    std::fill(level, level + kStates, kFirstLevel);
+    cost[0] = 0;
+    steps.resize(active.size());
+    for (size_t a = 0; a < active.size(); ++a) {
+      const int j = active[a], kind = t.classes[j], shift = t.shifts[j];
+      const float scaled = y[j];
+      Step& step = steps[a];
+      Choice best[kStates][2];
+      int row[kStates];
+      std::fill(grown, grown + kStates, INFINITY);
+      for (int s = 0; s < n_states; ++s) {
+        if (cost[s] == INFINITY) continue;
+        row[s] = t.class_tables[size_t(kind) * t.n_contexts + context_of(t, level[s])] + (s & 1) * t.n_tables;
+        int same = s & 1;
+        while (same < s && (cost[same] == INFINITY || row[same] != row[s])) same += 2;
+        if (same < s) {
+          memcpy(best[s], best[same], sizeof best[s]);
+        } else {
+          best_of(costs, row[s], s & 1, shift, scaled, best[s]);
+        }
+        for (int parity = 0; parity < 2; ++parity) {
+          const float total = cost[s] + best[s][parity].cost;
+          const int to = next[s][parity];
+          if (total < grown[to]) {
+            grown[to] = total;
+            step.q[to] = best[s][parity].q;
+            step.from[to] = uint8_t(s);
+          }
+        }
+      }
+      for (int s = 0; s < n_states; ++s)
+        if (grown[s] != INFINITY) {
+          const int from = step.from[s];
+          grown_level[s] = level_after(t, level[from], kind, shift, row[from], step.q[s]);
+        }
+      memcpy(cost, grown, sizeof cost);
+      memcpy(level, grown_level, sizeof level);
+    }
+    int state = int(std::min_element(cost, cost + n_states) - cost);
+    for (size_t a = active.size(); a-- > 0;) {
+      out[active[a]] = steps[a].q[state];
+      state = steps[a].from[state];
+    }
+  }
+};
+
+}  // namespace
+
+// Integers [n_tokens, n_coefficients] of least cost for y, which is in steps; zeros for coefficients that are not coded.
+VQ_EXPORT void vq_quantize(const VqTables* tables, const float* y, int64_t n_tokens, const float* bits,
+                           const float* levels, float outer, float lambda, int32_t* out) {
+  const VqTables& t = *tables;
+  const std::vector<int> active = active_coefficients(t);
+  const Costs costs{t, bits, levels, outer, lambda};
+  Trellis trellis;
+  for (int64_t token = 0; token < n_tokens; ++token) {
+    const size_t at = size_t(token) * t.n_coefficients;
+    std::fill(out + at, out + at + t.n_coefficients, 0);
+    if (t.n_states > 1) {
+      trellis.quantize(costs, active, y + at, out + at);
+    } else {
+      quantize_plain(costs, active, y + at, out + at);
+    }
+  }
+}
+
+// What symbols [n_tokens, n_coefficients] stand for: the decoder's values, without the words between.
+VQ_EXPORT void vq_values(const VqTables* tables, const int32_t* symbols, int64_t n_tokens, const VqOutput* output) {
+  const VqTables& t = *tables;
+  const std::vector<int> active = active_coefficients(t);
+  const Output out{nullptr, output->values, output->levels, output->step, output->outer, 0, 0};
+  const int half = half_of(t);
+  for (int64_t token = 0; token < n_tokens; ++token) {
+    const size_t first = size_t(token) * t.n_coefficients;
+    uint32_t level = kFirstLevel;
+    int trellis = 0;
+    for (int j : active) {
+      const int kind = t.classes[j], shift = t.shifts[j], set = t.n_states > 1 ? trellis & 1 : 0;
+      const int row = t.class_tables[size_t(kind) * t.n_contexts + context_of(t, level)] + set * t.n_tables;
+      const int32_t q = symbols[first + j];
+      const int64_t near = int64_t(q) >> shift;
+      const uint16_t* c = t.cumulative + size_t(row) * (t.n_symbols + 1);
+      const bool coded = near >= -half && near <= half && c[near + half] != c[near + half + 1];
+      out.values[first + j] = shift || !coded ? outer_value(out, set, q)
+                                              : out.levels[size_t(row) * t.n_symbols + near + half] * out.step;
+      level = level_after(t, level, kind, shift, row, q);
+      if (t.n_states > 1) trellis = next_states(t.n_states)[trellis][q & 1];
+    }
+  }
+}
+
+// ---- the fixed code -----------------------------------------------------------------------------------------------
+
+// Packs y [n_tokens, d] into words [n_tokens, n_words], which come zeroed; fixed.py has the layout.
+VQ_EXPORT void vq_encode_fixed(const VqFixed* code, const float* y, int64_t n_tokens, uint32_t* words) {
+  const VqFixed& c = *code;
+  for (int64_t token = 0; token < n_tokens; ++token) {
+    const float* row = y + token * c.n_coefficients;
+    uint32_t* out = words + token * c.n_words;
+    uint64_t held = 0;  // bits that are not yet a whole word
+    int n_held = 0, word = 0;
+    for (int j = 0; j < c.n_coefficients; ++j) {
+      const int width = c.widths[j];
+      if (!width) continue;
+      const float* levels = c.books + c.first_levels[j];
+      const float x = row[j] / c.scales[j];
+      uint32_t index = 0;
+      for (uint32_t bit = 1u << (width - 1); bit; bit >>= 1) {
+        const float edge = (levels[index + bit] + levels[index + bit - 1]) * 0.5f;
+        index += x >= edge ? bit : 0;
+      }
+      held |= uint64_t(index) << n_held;
+      n_held += width;
+      if (n_held >= 32) {
+        out[word++] = uint32_t(held);
+        held >>= 32;
+        n_held -= 32;
+      }
+    }
+    if (n_held) out[word] = uint32_t(held);
+  }
+}
+
+VQ_EXPORT void vq_decode_fixed(const VqFixed* code, const uint32_t* words, int64_t n_tokens, float* y) {
+  const VqFixed& c = *code;
+  for (int64_t token = 0; token < n_tokens; ++token) {
+    const uint32_t* row = words + token * c.n_words;
+    float* out = y + token * c.n_coefficients;
+    uint64_t held = 0;
+    int n_held = 0, word = 0;
+    for (int j = 0; j < c.n_coefficients; ++j) {
+      const int width = c.widths[j];
+      if (!width) continue;
+      if (n_held < width) {
+        held |= uint64_t(row[word++]) << n_held;
+        n_held += 32;
+      }
+      const uint32_t index = uint32_t(held) & ((1u << width) - 1);
+      held >>= width;
+      n_held -= width;
+      out[j] = c.books[c.first_levels[j] + index] * c.scales[j];
+    }
+  }
+}
