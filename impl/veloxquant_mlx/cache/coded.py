@@ -506,7 +506,7 @@ class CodedStore(LayerStore):
         held = self.tokens_held()[0]
         if any(isinstance(n, bool) or not isinstance(n, int) for n in counts) or counts != sorted(counts):
             raise ValueError(f"{where}: the positions of its blocks must be integers that rise, got {counts}")
-        if self._shape is not None and (self._stop > offset or not size <= held <= offset):
+        if self._shape is not None and (self._stop > max(offset, self._start) or not size <= held <= offset):
             raise ValueError(f"{where}: offset is {offset}, but {held} tokens are held")
         if not len(self._words) == len(self._lengths) == self._n_batch:
             raise ValueError(f"{where}: {self._n_batch} sequences, but words of {len(self._words)}")

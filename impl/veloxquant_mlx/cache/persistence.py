@@ -102,7 +102,7 @@ def _of_mlx_lm(file_name: str, header: Mapping[str, str]) -> tuple[list[Any], di
     for name in (text for key, text in header.items() if key.startswith("1.")):
         if name not in (*CACHE_CLASSES, "CacheList", "FusedKVCache"):
             raise ValueError(f"the file names the unknown cache class {name!r}")
-    loaded: Any = mlx_lm_cache.load_prompt_cache(file_name, return_metadata=True)
+    loaded: Any = mlx_lm_cache.load_prompt_cache(file_name, return_metadata=True)  # type: ignore[no-untyped-call]
     cache, metadata = loaded
     return cache, dict(metadata)
 
@@ -116,7 +116,7 @@ def _check_theirs(cache: Any) -> None:
                 raise ValueError(f"{name} must hold arrays, got {str(array)[:50]}")
         return
     first = [side[0] if isinstance(side, (list, tuple)) else side for side in (cache.keys, cache.values)]
-    place = getattr(cache, "_idx", None) if hasattr(cache, "_idx") else cache.offset
+    place: Any = getattr(cache, "_idx", None) if hasattr(cache, "_idx") else cache.offset
     check_count(f"{name}: tokens", place)
     if all(array is None for array in first) and not place:
         return

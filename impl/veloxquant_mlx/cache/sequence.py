@@ -75,14 +75,14 @@ class TokenStore(ABC):
         """The decoded keys, None when empty."""
         return None if self.empty() else self.keys_and_values()[0]
 
+    @keys.setter
+    def keys(self, keys: mx.array | None) -> None:
+        self._assign("keys", keys)
+
     @property
     def values(self) -> mx.array | None:
         """The decoded values, None when empty."""
         return None if self.empty() else self.keys_and_values()[1]
-
-    @keys.setter
-    def keys(self, keys: mx.array | None) -> None:
-        self._assign("keys", keys)
 
     @values.setter
     def values(self, values: mx.array | None) -> None:
