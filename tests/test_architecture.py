@@ -51,7 +51,7 @@ def test_the_harness_meets_the_implementation_in_few_places():
 
 RECORDS = {"errors", "records"}
 GATE = RECORDS | {"gate"}
-METHODS = RECORDS | {"methods"}
+METHODS = RECORDS | {"inputs", "methods"}
 INPUTS = RECORDS | {"inputs"}
 MEASURE = METHODS | INPUTS | {"measure"}
 RUN = MEASURE | {"run"}
@@ -96,7 +96,7 @@ def test_every_room_has_its_arrows():
 
 @pytest.mark.parametrize("room", ARROWS)
 def test_rooms_import_only_those_below_them(room):
-    """cli, plugin -> trials -> compare -> run -> measure -> methods, inputs -> records; report -> gate -> records.
+    """cli, plugin -> trials -> compare -> run -> measure -> methods -> inputs -> records; report -> gate -> records.
 
     Names of the package itself (its version) may be imported by all.
     """
