@@ -688,7 +688,10 @@ def page(tallies: dict[str, Tally]) -> str:
     )
 
 
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "options of the command line": "(A device that never ends was read as a file. Mended since: devices are refused.)",
+    "error rates": "(Mended since: what the page cannot show is refused in a sentence.)",
+}
 """Why a format's failures stand, for those that do."""
 
 PAGE_TEXT = """# What happens to damaged files, and to attacks

@@ -9,7 +9,7 @@ COUNT = 25
 """Mutants of every format here; ``python tests/faults/mutants.py --count 3000`` is the long form."""
 
 
-@pytest.mark.parametrize("name", mutants.FORMATS)
+@pytest.mark.parametrize("name", [*mutants.FORMATS, *mutants.ATTACKS])
 def test_no_damaged_file_is_believed(name):
     """No crash, no hang, no exception that is no sentence, and no content under a name that is not its own."""
     tally = mutants.campaign([name], COUNT, seed=0)[name]
@@ -56,3 +56,10 @@ def test_every_mutant_differs_from_what_it_was_made_from():
         assert content not in made
         assert made == [mutants.mutant(content, random.Random(seed)) for seed in range(3000)]
         assert len(set(made)) > 100
+
+
+def test_the_page_is_what_the_campaigns_record_says():
+    """docs/reliability.md is generated; every failure on it has its reason."""
+    tallies = mutants.kept(mutants.RECORD)
+    assert mutants.PAGE.read_text(encoding="utf-8") == mutants.page(tallies)
+    assert {name for name, tally in tallies.items() if tally.failures} <= mutants.REASONS.keys()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from tabulate import tabulate
 
+from veloxbench.errors import IntegrityError
 from veloxbench.report.plots import COLOURS, new_axes, svg
 from veloxbench.trials.timing_resample import STRETCH, Effect, ErrorRates, LiveSummary, Outcomes, Rate
 
@@ -47,7 +48,18 @@ def _table(rates: ErrorRates, outcomes: Callable[[Effect], tuple[Measured, Outco
 
 
 def render(rates: ErrorRates) -> str:
-    """The page as Markdown."""
+    """The page as Markdown.
+
+    Raises:
+        IntegrityError: the record lacks something that the page shows, or holds something else there.
+    """
+    try:
+        return _page(rates)
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise IntegrityError(f"the error rates cannot be shown: {type(error).__name__}: {error}") from error
+
+
+def _page(rates: ErrorRates) -> str:
     series, gate, header = rates.series, rates.gate, rates.series.header
     decode, hardware = header.decode, header.hardware
     plain = rates.effects[0]
