@@ -484,7 +484,6 @@ FORMATS: dict[str, Format] = {
     "error rates": Format(
         lambda work: written.committed(work, "timing-gate/error-rates.json"), written.read_error_rates
     ),
-    "prompt caches": Format(written.prompt_cache, written.read_prompt_cache),
     "conversion's note (veloxbench.json)": Format(note, read_converted),
     "converted weights, config, tokenizer": Format(conversion, read_converted),
     "note of hashes (hashes.json)": Format(user_hash_note, read_user_hash),
