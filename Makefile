@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PROFILE ?= default
 JOBS ?= 2
 
-.PHONY: bench test check fresh format report clean
+.PHONY: bench test check fresh faults format report clean
 
 bench: $(VENV)/.installed
 	$(BIN)/veloxbench doctor
@@ -29,6 +29,11 @@ fresh: $(VENV)/.installed
 	$(BIN)/veloxbench report records --check BENCHMARK_RESULTS.md
 	$(BIN)/veloxbench trial damages --check docs/damages.md
 	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --check docs/gate-error-rates.md
+
+# damaged files and attacks by the thousand (hours), and the page that counts them
+faults: $(VENV)/.installed
+	$(BIN)/python tests/faults/mutants.py --count 3000 --record records/faults.json
+	$(BIN)/python tests/faults/mutants.py --page
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -12,10 +12,10 @@ COUNT = 25
 @pytest.fixture(scope="module")
 def tallies():
     """All formats in one process: its start costs more than the mutants."""
-    return mutants.campaign(list(mutants.FORMATS), COUNT, seed=0)
+    return mutants.campaign([*mutants.FORMATS, *mutants.ATTACKS], COUNT, seed=0)
 
 
-@pytest.mark.parametrize("name", mutants.FORMATS)
+@pytest.mark.parametrize("name", [*mutants.FORMATS, *mutants.ATTACKS])
 def test_no_damaged_file_is_believed(tallies, name):
     """No crash, no hang, no exception that is no sentence, and no content under a name that is not its own."""
     tally = tallies[name]
@@ -62,3 +62,10 @@ def test_every_mutant_differs_from_what_it_was_made_from():
         assert content not in made
         assert made == [mutants.mutant(content, random.Random(seed)) for seed in range(3000)]
         assert len(set(made)) > 100
+
+
+def test_the_page_is_what_the_campaigns_record_says():
+    """docs/reliability.md is generated; every failure on it has its reason."""
+    tallies = mutants.kept(mutants.RECORD)
+    assert mutants.PAGE.read_text(encoding="utf-8") == mutants.page(tallies)
+    assert {name for name, tally in tallies.items() if tally.failures} <= mutants.REASONS.keys()

@@ -1,4 +1,4 @@
-"""Formats of what the project itself writes (records, baselines, journals, artefacts, prompt caches) and of grids."""
+"""Formats of what the project itself writes (records, baselines, journals) and of grids."""
 
 from __future__ import annotations
 
@@ -156,34 +156,4 @@ def read_error_rates(work: Path) -> str:
     from veloxbench.trials.timing_resample import read_error_rates
 
     render(read_error_rates(work / "error-rates.json"))
-    return "followed"
-
-
-def prompt_cache(work: Path) -> list[Path]:
-    """A prompt cache of two layers, ours and mlx-lm's."""
-    import mlx.core as mx
-    from mlx_lm.models.cache import KVCache
-
-    import veloxquant_mlx  # noqa: F401
-    from veloxquant_mlx.cache.persistence import save_prompt_cache
-
-    layer = KVCache()
-    keys = mx.arange(2 * 8 * 16).reshape(1, 2, 8, 16).astype(mx.float16) / 256
-    layer.update_and_fetch(keys, keys)
-    path = work / "prompt.safetensors"
-    save_prompt_cache(path, [layer])
-    return [path]
-
-
-def read_prompt_cache(work: Path) -> str:
-    """Caches whose sizes agree with their arrays, or a ValueError of one line."""
-    from veloxbench.errors import UsageError
-    from veloxquant_mlx.cache.persistence import load_prompt_cache
-
-    try:
-        (layer,) = load_prompt_cache(work / "prompt.safetensors")
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if layer.keys is not None and not 0 <= layer.offset <= layer.keys.shape[2]:
-        raise AssertionError(f"offset {layer.offset} of {layer.keys.shape[2]} tokens")
     return "followed"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from jinja2 import TemplateError
 from matplotlib.axes import Axes
 from tabulate import tabulate
 
+from veloxbench.errors import IntegrityError
 from veloxbench.report.plots import COLOURS, new_axes, svg
 from veloxbench.report.templates import filled
 from veloxbench.trials.timing_resample import STRETCH, Effect, ErrorRates, Outcomes, Rate
@@ -48,7 +50,18 @@ def _table(rates: ErrorRates, outcomes: Callable[[Effect], tuple[Measured, Outco
 
 
 def render(rates: ErrorRates) -> str:
-    """The page as Markdown."""
+    """The page as Markdown.
+
+    Raises:
+        IntegrityError: the record lacks something that the page shows, or holds something else there.
+    """
+    try:
+        return _page(rates)
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, TemplateError) as error:
+        raise IntegrityError(f"the error rates cannot be shown: {type(error).__name__}: {error}") from error
+
+
+def _page(rates: ErrorRates) -> str:
     return filled(
         "veloxbench.trials",
         "timing.md.j2",
