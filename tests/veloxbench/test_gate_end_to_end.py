@@ -29,7 +29,7 @@ targets = [4]
 [[protocols]]
 name = "chunked"
 sequences = 16
-length = 48
+length = 32
 chunk = 16
 score_from = 16
 
