@@ -21,7 +21,7 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
         OSError: there is no such file, or it cannot be opened.
         ValueError: the block could make nothing of the file.
     """
-    with open(path, "rb"):
+    with Path(path).open("rb"):
         pass
     try:
         yield
@@ -49,6 +49,6 @@ def beside(path: str | Path) -> Iterator[Path]:
     made = final.with_name(f".{secrets.token_hex(8)}{final.suffix}")
     try:
         yield made
-        os.replace(made, final)
+        made.replace(final)
     finally:
         made.unlink(missing_ok=True)

@@ -84,7 +84,12 @@ _YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
-_LONG = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 128}
+_LONG = {
+    "type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 128,
+}
 _PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 _BY_TYPE = {"sliding_attention": _PLAIN, "full_attention": _PLAIN}
 _STATE = {"state_size": 16, "conv_kernel": 4, "time_step_rank": 4, "n_groups": 1, "time_step_limit": [0.001, 100.0]}
@@ -104,8 +109,14 @@ _LONGCAT = {
     "mla_scale_kv_lora": True,
     "num_layers": 2,
 }
-_LFM2 = {"block_multiple_of": 32, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False,
-    "layer_types": None, "full_attn_idxs": [1, 3], "num_dense_layers": 1}
+_LFM2 = {
+    "block_multiple_of": 32,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False,
+    "layer_types": None,
+    "full_attn_idxs": [1, 3],
+    "num_dense_layers": 1,
+}
 OVERRIDES: Final[dict[str, dict[str, Any]]] = {
     "afm7": {"num_kv_reuse_layers": 2},
     "baichuan_m1": {"sliding_window_layers": [1, 3], "conv_window": 2},
@@ -135,8 +146,18 @@ OVERRIDES: Final[dict[str, dict[str, Any]]] = {
     "glm4_moe": {"rope_scaling": None},
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_parameters": _PLAIN},
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.5},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "mamba_n_groups": 1, "mamba_conv_bias": False, "mamba_n_heads": 8},
-    "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2, "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"}},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"] * 2,
+        "mamba_n_groups": 1,
+        "mamba_conv_bias": False,
+        "mamba_n_heads": 8,
+    },
+    "hunyuan": {
+        "use_mixed_mlp_moe": True,
+        "use_cla": True,
+        "cla_share_factor": 2,
+        "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
+    },
     "jamba": {
         "attn_layer_offset": 1,
         "attn_layer_period": 2,
@@ -235,7 +256,18 @@ def architectures() -> list[str]:
 
 
 PARTS: Final = frozenset(
-    "activations base bitlinear_layers cache gated_delta mla pipeline rope_utils ssm switch_layers".split()
+    [
+        "activations",
+        "base",
+        "bitlinear_layers",
+        "cache",
+        "gated_delta",
+        "mla",
+        "pipeline",
+        "rope_utils",
+        "ssm",
+        "switch_layers",
+    ]
 )
 """Modules that hold parts of models."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ NOTHING_TO_PACK = "no layer keeps keys and values that can be packed"
 
 def logits(model: Any, ids: mx.array, cache: list[Any]) -> list[mx.array]:
     """Those of each chunk."""
-    made = [model(ids[:, start:stop], cache=cache) for start, stop in zip(PROMPT, PROMPT[1:], strict=False)]
+    made = [model(ids[:, start:stop], cache=cache) for start, stop in itertools.pairwise(PROMPT)]
     mx.eval(made)
     return made
 

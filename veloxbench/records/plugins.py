@@ -26,7 +26,9 @@ def load_plugins(group: str, room: str | None = None) -> None:
         try:
             entry_point.load()
         except (Exception, SystemExit) as error:
-            whose = f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "an installed package"
+            whose = (
+                f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "an installed package"
+            )
             reason = str(error).splitlines()[0] if str(error) else ""
             print(
                 f"veloxbench: {whose} brings {entry_point.name!r} to {group}, which cannot be loaded and is left out "

@@ -28,6 +28,8 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, create_atte
 from numpy.typing import NDArray
 from rich.progress import track
 
+from veloxquant_mlx.files import reading
+
 Floats = NDArray[np.float64]
 KINDS = ("keys", "values")
 

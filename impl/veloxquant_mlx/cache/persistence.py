@@ -1,8 +1,8 @@
 """Save and load prompt caches: one safetensors file, no pickle, classes by name from a fixed list.
 
-mlx-lm's own files load here as well. The other way round, mlx-lm's ``save_prompt_cache`` and ``load_prompt_cache`` serve
-caches of ours wherever this package is imported (:func:`register_with_mlx_lm`); a file of this format tells mlx-lm's
-loader, in the error that it raises, what loads it.
+mlx-lm's own files load here as well. The other way round, mlx-lm's ``save_prompt_cache`` and ``load_prompt_cache``
+serve caches of ours wherever this package is imported (:func:`register_with_mlx_lm`); a file of this format tells
+mlx-lm's loader, in the error that it raises, what loads it.
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ class TokenStore(ABC):
             return
         if x is None or held is None or x.shape != held.shape:
             shapes = [None if array is None else tuple(array.shape) for array in (held, x)]
-            raise ValueError(f"{role} can be assigned in the shape in which they are read, {shapes[0]}, got {shapes[1]}")
+            raise ValueError(
+                f"{role} can be assigned in the shape in which they are read, {shapes[0]}, got {shapes[1]}"
+            )
         if not mx.array_equal(x, held, equal_nan=True).item():
             self._replace(role, x)
 

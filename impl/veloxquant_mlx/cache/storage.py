@@ -198,7 +198,10 @@ class CodedBlocks:
         if self.static is None:
             return []
         slotted = self.quantizer.slotted(len(self.static))
-        own = [array[:, :, :1] if i in slotted and self.starts is not None else array for i, array in enumerate(self.static)]
+        own = [
+            array[:, :, :1] if i in slotted and self.starts is not None else array
+            for i, array in enumerate(self.static)
+        ]
         return [*self.quantizer.static_arrays(self.head_dim), *own]
 
     def state(self) -> State:

@@ -37,7 +37,7 @@ LARGEST_HALF: Final = 65504.0
 
 
 def saturated(x: mx.array) -> mx.array:
-    """``x`` with finite values beyond fp16's range at its ends, in fp32; fp16 as it is, and NaN and infinity as well."""
+    """``x`` with finite values beyond fp16's range at its ends, in fp32; fp16, NaN and infinity as they are."""
     if x.dtype == mx.float16:
         return x
     x = x.astype(mx.float32)

@@ -28,7 +28,6 @@ from veloxquant_mlx.quantizers.lloyd_max import Codebook, gaussian_codebook
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE
 from veloxquant_mlx.transforms.rotation import rotation
 
-
 Floats = NDArray[np.float32]
 
 MISFIT: Final = 4.0
@@ -155,11 +154,18 @@ class TurboQuantStatic(Quantizer):
             fitted = np.clip(fitted, -LARGEST_HALF, LARGEST_HALF).astype(np.float16).astype(np.float32)
             hit = event[..., first]
             quiet = np.where(hit, 0, run[..., first])
-            before, scale = np.where(hit, scale, before), np.where(hit, np.where(back[..., first], before, fitted), scale)
+            before, scale = (
+                np.where(hit, scale, before),
+                np.where(hit, np.where(back[..., first], before, fitted), scale),
+            )
             starts.append(at + first)
             added.append(mx.array(scale[..., None, None]).astype(mx.float16))
             at += first + 1
-        return (mean, mx.concatenate([scales, *added], axis=2), mx.array(quiet[..., None, None]).astype(mx.float16)), starts
+        return (
+            mean,
+            mx.concatenate([scales, *added], axis=2),
+            mx.array(quiet[..., None, None]).astype(mx.float16),
+        ), starts
 
     def _misfits(
         self, whole: Floats, centred: Floats, scale: Floats, before: Floats, quiet: NDArray[np.int64]
