@@ -23,11 +23,9 @@ PROMPT = (0, 20, 29, 30, 31)
 
 NOT_BUILT = {
     "bitnet": "its layers are a Metal kernel",
-    "deepseek_v41": "its configuration has no tiny form here",
-    "gear": "its configuration has no tiny form here",
+    "muse_spark": "its layers are a Metal kernel",
     "olmo": "needs the package ai2-olmo",
     "prism_hadamard_qwen35": "its weights exist packed only",
-    "qwen2_vl": "its configuration has no tiny form here",
 }
 NOTHING_TO_PACK = "no layer keeps keys and values that can be packed"
 

@@ -54,9 +54,9 @@ def reserved_words(head_dim: int, code_bits: int, seed: int) -> tuple[mx.array, 
     codes = np.random.default_rng([seed, head_dim, 2]).integers(0, 1 << code_bits, (2, head_dim), dtype=np.uint8)
     codes[1, 1:] = codes[0, 1:]
     codes[1, 0] = codes[0, 0] ^ 1
-    reserved, beside = mx.split(pack_codes(mx.array(codes), code_bits, backend="reference"), 2)
-    mx.eval(reserved, beside)
-    return reserved[0], beside[0]
+    reserved, beside = (pack_codes(mx.array(row), code_bits, backend="reference") for row in codes)
+    mx.eval(reserved, beside)  # what is returned itself: a lazy array belongs to the thread that made it
+    return reserved, beside
 
 
 @QUANTIZERS.register("turboquant_static")
