@@ -46,11 +46,14 @@ def machine_state() -> dict[str, Any]:
 
 @functools.cache
 def source_hash(*packages: ModuleType) -> str:
-    """Hash of the Python syntax trees and kernel bodies below the packages: comments do not count."""
+    """Hash of the Python syntax trees, kernel bodies and native sources below the packages.
+
+    Comments in Python do not count.
+    """
     digest = hashlib.sha256()
     for package in packages:
         root = Path(str(package.__file__)).parent
-        files = sorted(root.rglob("*.py")) + sorted(root.rglob("*.metal"))
+        files = [file for suffix in ("py", "metal", "cpp", "h") for file in sorted(root.rglob(f"*.{suffix}"))]
         for file in files:
             text = file.read_text(encoding="utf-8")
             digest.update(str(file.relative_to(root)).encode())

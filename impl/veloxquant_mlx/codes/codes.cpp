@@ -1,10 +1,9 @@
-// Native path of the codes: interleaved rANS, and quantization against its tables.
+// Native path of the entropy code: interleaved rANS.
 //
-// The entropy code's format stands at the head of veloxquant_kernels/rans_decode.metal; rans_encode.py and rans_decode.py
+// The format stands at the head of veloxquant_kernels/rans_decode.metal; rans_encode.py and rans_decode.py
 // beside it define it in NumPy, and tests hold all of them equal. The decoder reads no word outside of the block
 // that it decodes, whatever the words say. Tables come checked (Tables.check).
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -237,18 +236,9 @@ void read_numbers(Reader& r, const uint16_t* symbols, int escape, int here, int3
 }
 
 struct Output {
-  int32_t* symbols;     // one of the two
-  float* values;
-  const float* levels;  // [n_sets, n_tables, n_symbols]: what a symbol stands for, in steps
-  float step, outer;    // a number without a symbol of its own: (|q| + outer) * step, half a step less in the second set
+  int32_t* symbols;
   size_t token_stride, coefficient_stride;
 };
-
-inline float outer_value(const Output& out, int set, int64_t q) {
-  if (q == 0) return 0;
-  const float magnitude = (float(q < 0 ? -q : q) + out.outer - (set ? 0.5f : 0.0f)) * out.step;
-  return q < 0 ? -magnitude : magnitude;
-}
 
 template <bool kContexts, bool kTrellis>
 bool decode_block(const VqTables& t, const Lookup& lookup, const std::vector<int>& active, const uint16_t* words,
@@ -312,17 +302,7 @@ bool decode_block(const VqTables& t, const Lookup& lookup, const std::vector<int
       if (escapes) read_numbers(r, symbols, escape, here, values);
       if (r.damaged) return false;
       const size_t at = (first_token + begin) * out.token_stride + size_t(j) * out.coefficient_stride;
-      if (!out.values) {
-        for (int l = 0; l < here; ++l) out.symbols[at + l * out.token_stride] = values[l];
-      } else if (!shift && !escapes) {
-        for (int l = 0; l < here; ++l)
-          out.values[at + l * out.token_stride] = out.levels[rows[l] * t.n_symbols + symbols[l]] * out.step;
-      } else {
-        for (int l = 0; l < here; ++l)
-          out.values[at + l * out.token_stride] =
-              shift || symbols[l] == escape ? outer_value(out, kTrellis ? trellis[l] & 1 : 0, values[l])
-                                            : out.levels[rows[l] * t.n_symbols + symbols[l]] * out.step;
-      }
+      for (int l = 0; l < here; ++l) out.symbols[at + l * out.token_stride] = values[l];
       if (kTrellis)
         for (int l = 0; l < here; ++l) trellis[l] = next[trellis[l]][values[l] & 1];
     }
@@ -358,245 +338,10 @@ VQ_EXPORT void vq_decode(const VqTables* tables, const uint16_t* words, const in
   const VqTables& t = *tables;
   const std::vector<int> active = active_coefficients(t);
   const Lookup lookup(t);
-  const Output out{output->symbols, output->values, output->levels,
-                   output->step,    output->outer,  size_t(output->token_stride),
-                   size_t(output->coefficient_stride)};
+  const Output out{output->symbols, size_t(output->token_stride), size_t(output->coefficient_stride)};
   const auto decode = t.n_contexts > 1 ? (t.n_states > 1 ? decode_block<true, true> : decode_block<true, false>)
                                        : (t.n_states > 1 ? decode_block<false, true> : decode_block<false, false>);
   for (int64_t b = 0; b < n_blocks; ++b)
     status[b] = !decode(t, lookup, active, words + starts[b], words + starts[b + 1],
                         int(first_tokens[b + 1] - first_tokens[b]), out, size_t(first_tokens[b]));
-}
-
-// ---- quantization against the tables ------------------------------------------------------------------------------
-
-namespace {
-
-constexpr int kStates = 8;
-
-// What a coefficient may become, and at what cost: squared error in steps plus `lambda` a bit.
-struct Costs {
-  const VqTables& t;
-  const float* bits;    // [n_sets, n_tables, n_symbols]; a symbol without a frequency has its escape's cost
-  const float* levels;  // as the decoder's
-  float outer, lambda;
-
-  float of(int row, int set, int shift, float y, int64_t q) const {
-    const int half = half_of(t);
-    const int64_t near = q >> shift;
-    float rate, level;
-    if (near < -half || near > half) {
-      const uint32_t number = (uint32_t(q) << 1) ^ uint32_t(int32_t(q) >> 31);
-      rate = bits[size_t(row) * t.n_symbols + t.n_symbols - 1] + float(kLengthBits + bit_length(number) - 1);
-    } else {
-      rate = bits[size_t(row) * t.n_symbols + near + half] + float(shift);
-    }
-    if (shift || near < -half || near > half) {
-      const float magnitude = q == 0 ? 0.0f : float(q < 0 ? -q : q) + outer - (set ? 0.5f : 0.0f);
-      level = q < 0 ? -magnitude : magnitude;
-    } else {
-      level = levels[size_t(row) * t.n_symbols + near + half];
-    }
-    return (y - level) * (y - level) + lambda * rate;
-  }
-};
-
-struct Choice {
-  float cost;
-  int32_t q;
-};
-
-// The best even and odd number for y; `y` is at most 2**30 away from zero.
-inline void best_of(const Costs& costs, int row, int set, int shift, float y, Choice best[2]) {
-  const float magnitude = std::fabs(y) + (set ? 0.5f : 0.0f);
-  const int64_t below = int64_t(magnitude), sign = y < 0 ? -1 : 1;
-  const int odd = int(below & 1);
-  best[odd] = {costs.of(row, set, shift, y, sign * below), int32_t(sign * below)};
-  best[!odd] = {costs.of(row, set, shift, y, sign * (below + 1)), int32_t(sign * (below + 1))};
-  if (below > 0 && below < 8) {
-    const float zero = costs.of(row, set, shift, y, 0);
-    if (zero < best[0].cost) best[0] = {zero, 0};
-  }
-}
-
-inline uint32_t level_after(const VqTables& t, uint32_t level, int kind, int shift, int row, int32_t q) {
-  const int half = half_of(t);
-  const int64_t near = int64_t(q) >> shift;
-  int symbol = near < -half || near > half ? t.n_symbols - 1 : int(near) + half;
-  const uint16_t* c = t.cumulative + size_t(row) * (t.n_symbols + 1);
-  if (c[symbol] == c[symbol + 1]) symbol = t.n_symbols - 1;
-  return next_level(level, uint32_t(std::abs(symbol - half)), t.weights[kind]);
-}
-
-void quantize_plain(const Costs& costs, const std::vector<int>& active, const float* y, int32_t* out) {
-  const VqTables& t = costs.t;
-  uint32_t level = kFirstLevel;
-  for (int j : active) {
-    const int kind = t.classes[j], shift = t.shifts[j];
-    const int row = t.class_tables[size_t(kind) * t.n_contexts + context_of(t, level)];
-    Choice best[2];
-    best_of(costs, row, 0, shift, y[j], best);
-    out[j] = best[best[1].cost < best[0].cost].q;
-    level = level_after(t, level, kind, shift, row, out[j]);
-  }
-}
-
-// Viterbi over the token's coefficients; every survivor has a level, hence tables, of its own.
-struct Trellis {
-  struct Step {
-    int32_t q[kStates];
-    uint8_t from[kStates];
-  };
-  std::vector<Step> steps;
-
-  void quantize(const Costs& costs, const std::vector<int>& active, const float* y, int32_t* out) {
-    const VqTables& t = costs.t;
-    const int n_states = t.n_states;
-    const uint8_t(*next)[2] = next_states(n_states);
-    float cost[kStates], grown[kStates];
-    uint32_t level[kStates], grown_level[kStates];
-    std::fill(cost, cost + kStates, INFINITY);
-    std::fill(level, level + kStates, kFirstLevel);
-    cost[0] = 0;
-    steps.resize(active.size());
-    for (size_t a = 0; a < active.size(); ++a) {
-      const int j = active[a], kind = t.classes[j], shift = t.shifts[j];
-      const float scaled = y[j];
-      Step& step = steps[a];
-      Choice best[kStates][2];
-      int row[kStates];
-      std::fill(grown, grown + kStates, INFINITY);
-      for (int s = 0; s < n_states; ++s) {
-        if (cost[s] == INFINITY) continue;
-        row[s] = t.class_tables[size_t(kind) * t.n_contexts + context_of(t, level[s])] + (s & 1) * t.n_tables;
-        int same = s & 1;
-        while (same < s && (cost[same] == INFINITY || row[same] != row[s])) same += 2;
-        if (same < s) {
-          memcpy(best[s], best[same], sizeof best[s]);
-        } else {
-          best_of(costs, row[s], s & 1, shift, scaled, best[s]);
-        }
-        for (int parity = 0; parity < 2; ++parity) {
-          const float total = cost[s] + best[s][parity].cost;
-          const int to = next[s][parity];
-          if (total < grown[to]) {
-            grown[to] = total;
-            step.q[to] = best[s][parity].q;
-            step.from[to] = uint8_t(s);
-          }
-        }
-      }
-      for (int s = 0; s < n_states; ++s)
-        if (grown[s] != INFINITY) {
-          const int from = step.from[s];
-          grown_level[s] = level_after(t, level[from], kind, shift, row[from], step.q[s]);
-        }
-      memcpy(cost, grown, sizeof cost);
-      memcpy(level, grown_level, sizeof level);
-    }
-    int state = int(std::min_element(cost, cost + n_states) - cost);
-    for (size_t a = active.size(); a-- > 0;) {
-      out[active[a]] = steps[a].q[state];
-      state = steps[a].from[state];
-    }
-  }
-};
-
-}  // namespace
-
-// Integers [n_tokens, n_coefficients] of least cost for y, which is in steps; zeros for coefficients that are not coded.
-VQ_EXPORT void vq_quantize(const VqTables* tables, const float* y, int64_t n_tokens, const float* bits,
-                           const float* levels, float outer, float lambda, int32_t* out) {
-  const VqTables& t = *tables;
-  const std::vector<int> active = active_coefficients(t);
-  const Costs costs{t, bits, levels, outer, lambda};
-  Trellis trellis;
-  for (int64_t token = 0; token < n_tokens; ++token) {
-    const size_t at = size_t(token) * t.n_coefficients;
-    std::fill(out + at, out + at + t.n_coefficients, 0);
-    if (t.n_states > 1) {
-      trellis.quantize(costs, active, y + at, out + at);
-    } else {
-      quantize_plain(costs, active, y + at, out + at);
-    }
-  }
-}
-
-// What symbols [n_tokens, n_coefficients] stand for: the decoder's values, without the words between.
-VQ_EXPORT void vq_values(const VqTables* tables, const int32_t* symbols, int64_t n_tokens, const VqOutput* output) {
-  const VqTables& t = *tables;
-  const std::vector<int> active = active_coefficients(t);
-  const Output out{nullptr, output->values, output->levels, output->step, output->outer, 0, 0};
-  const int half = half_of(t);
-  for (int64_t token = 0; token < n_tokens; ++token) {
-    const size_t first = size_t(token) * t.n_coefficients;
-    uint32_t level = kFirstLevel;
-    int trellis = 0;
-    for (int j : active) {
-      const int kind = t.classes[j], shift = t.shifts[j], set = t.n_states > 1 ? trellis & 1 : 0;
-      const int row = t.class_tables[size_t(kind) * t.n_contexts + context_of(t, level)] + set * t.n_tables;
-      const int32_t q = symbols[first + j];
-      const int64_t near = int64_t(q) >> shift;
-      const uint16_t* c = t.cumulative + size_t(row) * (t.n_symbols + 1);
-      const bool coded = near >= -half && near <= half && c[near + half] != c[near + half + 1];
-      out.values[first + j] = shift || !coded ? outer_value(out, set, q)
-                                              : out.levels[size_t(row) * t.n_symbols + near + half] * out.step;
-      level = level_after(t, level, kind, shift, row, q);
-      if (t.n_states > 1) trellis = next_states(t.n_states)[trellis][q & 1];
-    }
-  }
-}
-
-// ---- the fixed code -----------------------------------------------------------------------------------------------
-
-// Packs y [n_tokens, d] into words [n_tokens, n_words], which come zeroed; fixed.py has the layout.
-VQ_EXPORT void vq_encode_fixed(const VqFixed* code, const float* y, int64_t n_tokens, uint32_t* words) {
-  const VqFixed& c = *code;
-  for (int64_t token = 0; token < n_tokens; ++token) {
-    const float* row = y + token * c.n_coefficients;
-    uint32_t* out = words + token * c.n_words;
-    uint64_t held = 0;  // bits that are not yet a whole word
-    int n_held = 0, word = 0;
-    for (int j = 0; j < c.n_coefficients; ++j) {
-      const int width = c.widths[j];
-      if (!width) continue;
-      const float* levels = c.books + c.first_levels[j];
-      const float x = row[j] / c.scales[j];
-      uint32_t index = 0;
-      for (uint32_t bit = 1u << (width - 1); bit; bit >>= 1) {
-        const float edge = (levels[index + bit] + levels[index + bit - 1]) * 0.5f;
-        index += x >= edge ? bit : 0;
-      }
-      held |= uint64_t(index) << n_held;
-      n_held += width;
-      if (n_held >= 32) {
-        out[word++] = uint32_t(held);
-        held >>= 32;
-        n_held -= 32;
-      }
-    }
-    if (n_held) out[word] = uint32_t(held);
-  }
-}
-
-VQ_EXPORT void vq_decode_fixed(const VqFixed* code, const uint32_t* words, int64_t n_tokens, float* y) {
-  const VqFixed& c = *code;
-  for (int64_t token = 0; token < n_tokens; ++token) {
-    const uint32_t* row = words + token * c.n_words;
-    float* out = y + token * c.n_coefficients;
-    uint64_t held = 0;
-    int n_held = 0, word = 0;
-    for (int j = 0; j < c.n_coefficients; ++j) {
-      const int width = c.widths[j];
-      if (!width) continue;
-      if (n_held < width) {
-        held |= uint64_t(row[word++]) << n_held;
-        n_held += 32;
-      }
-      const uint32_t index = uint32_t(held) & ((1u << width) - 1);
-      held >>= width;
-      n_held -= width;
-      out[j] = c.books[c.first_levels[j] + index] * c.scales[j];
-    }
-  }
 }

@@ -14,16 +14,5 @@ struct VqTables {  // veloxquant_kernels.rans_format.Tables
 
 struct VqOutput {
   int32_t* symbols;
-  float* values;
-  const float* levels;
-  float step, outer;
   int64_t token_stride, coefficient_stride;
-};
-
-struct VqFixed {  // fixed.FixedCode
-  const uint8_t* widths;
-  const float* scales;
-  const int32_t* first_levels;
-  const float* books;
-  int32_t n_coefficients, n_words;
 };

@@ -13,7 +13,7 @@ import platform
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,6 @@ from veloxquant_kernels.rans_format import Symbols, Tables, Words
 HERE: Final = Path(__file__).parent
 NATIVE_VARIABLE: Final = "VELOXQUANT_NATIVE"
 _FLAGS: Final = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-shared")
-
-Floats32 = NDArray[np.float32]
 
 
 class _Tables(ctypes.Structure):
@@ -42,36 +40,9 @@ class _Tables(ctypes.Structure):
 class _Output(ctypes.Structure):
     _fields_ = (
         ("symbols", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("levels", ctypes.c_void_p),
-        ("step", ctypes.c_float),
-        ("outer", ctypes.c_float),
         ("token_stride", ctypes.c_int64),
         ("coefficient_stride", ctypes.c_int64),
     )
-
-
-class _Fixed(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("widths", "scales", "first_levels", "books")),
-        ("n_coefficients", ctypes.c_int32),
-        ("n_words", ctypes.c_int32),
-    )
-
-
-class FixedArrays(Protocol):
-    """What a fixed code hands over; shapes and meanings as in ``fixed.FixedCode``."""
-
-    @property
-    def widths(self) -> NDArray[np.uint8]: ...  # noqa: D102
-    @property
-    def scales(self) -> Floats32: ...  # noqa: D102
-    @property
-    def books(self) -> Floats32: ...  # noqa: D102
-    @property
-    def first_levels(self) -> NDArray[np.int32]: ...  # noqa: D102
-    @property
-    def n_words(self) -> int: ...  # noqa: D102
 
 
 @functools.cache
@@ -181,57 +152,6 @@ def decode(
     return symbols, _decode(library, words, starts, first_tokens, tables, output)
 
 
-def decode_values(
-    library: ctypes.CDLL,
-    words: Words,
-    starts: NDArray[np.int64],
-    first_tokens: NDArray[np.int64],
-    tables: Tables,
-    levels: Floats32,
-    step: float,
-    outer: float,
-) -> tuple[Floats32, NDArray[np.uint32]]:
-    """What the symbols stand for ``[T, d]``, and a status for each block."""
-    values = np.zeros((int(first_tokens[-1]), len(tables.classes)), np.float32)
-    output = _Output(
-        values=_pointer(values), levels=_pointer(levels), step=step, outer=outer,
-        token_stride=values.shape[1], coefficient_stride=1,
-    )  # fmt: skip
-    return values, _decode(library, words, starts, first_tokens, tables, output)
-
-
-def quantize(
-    library: ctypes.CDLL,
-    scaled: Floats32,
-    tables: Tables,
-    bits: Floats32,
-    levels: Floats32,
-    outer: float,
-    multiplier: float,
-) -> Symbols:
-    """Integers of least cost for ``scaled`` ``[T, d]``, in steps."""
-    symbols = np.empty(scaled.shape, np.int32)
-    library.vq_quantize(
-        ctypes.byref(_tables(tables)), ctypes.c_void_p(_pointer(scaled)), ctypes.c_int64(len(scaled)),
-        ctypes.c_void_p(_pointer(bits)), ctypes.c_void_p(_pointer(levels)),
-        ctypes.c_float(outer), ctypes.c_float(multiplier), ctypes.c_void_p(_pointer(symbols)),
-    )  # fmt: skip
-    return symbols
-
-
-def values(
-    library: ctypes.CDLL, symbols: Symbols, tables: Tables, levels: Floats32, step: float, outer: float
-) -> Floats32:
-    """What symbols ``[T, d]`` stand for."""
-    out = np.zeros(symbols.shape, np.float32)
-    output = _Output(values=_pointer(out), levels=_pointer(levels), step=step, outer=outer)
-    library.vq_values(
-        ctypes.byref(_tables(tables)), ctypes.c_void_p(_pointer(symbols)), ctypes.c_int64(len(symbols)),
-        ctypes.byref(output),
-    )  # fmt: skip
-    return out
-
-
 def _decode(
     library: ctypes.CDLL,
     words: Words,
@@ -248,29 +168,3 @@ def _decode(
         ctypes.c_void_p(_pointer(status)),
     )  # fmt: skip
     return status
-
-
-def _fixed(code: FixedArrays) -> _Fixed:
-    arrays = (code.widths, code.scales, code.first_levels, code.books)
-    pointers = [_pointer(array) for array in arrays]
-    return _Fixed(*pointers, len(code.widths), code.n_words)
-
-
-def encode_fixed(library: ctypes.CDLL, y: Floats32, code: FixedArrays) -> NDArray[np.uint32]:
-    """Words ``[T, n_words]`` of coefficients ``[T, d]``."""
-    words = np.zeros((len(y), code.n_words), np.uint32)
-    library.vq_encode_fixed(
-        ctypes.byref(_fixed(code)), ctypes.c_void_p(_pointer(y)), ctypes.c_int64(len(y)),
-        ctypes.c_void_p(_pointer(words)),
-    )  # fmt: skip
-    return words
-
-
-def decode_fixed(library: ctypes.CDLL, words: NDArray[np.uint32], code: FixedArrays) -> Floats32:
-    """Coefficients ``[T, d]`` of words ``[T, n_words]``."""
-    y = np.zeros((len(words), len(code.widths)), np.float32)
-    library.vq_decode_fixed(
-        ctypes.byref(_fixed(code)), ctypes.c_void_p(_pointer(words)), ctypes.c_int64(len(words)),
-        ctypes.c_void_p(_pointer(y)),
-    )  # fmt: skip
-    return y
