@@ -24,6 +24,7 @@ PROMPT = (0, 20, 29, 30, 31)
 NOT_BUILT = {
     "bitnet": "its layers are a Metal kernel",
     "muse_spark": "its layers are a Metal kernel",
+    "phi3small": "it masks logits from token 100256 on",
     "olmo": "needs the package ai2-olmo",
     "prism_hadamard_qwen35": "its weights exist packed only",
 }

@@ -1,4 +1,4 @@
-"""What models and their data do to caches: odd first tokens, values out of range, threads, hooks, files."""
+"""What models and their data do to caches: odd first tokens, values not finite or large, threads, hooks, files."""
 
 from __future__ import annotations
 
