@@ -122,8 +122,8 @@ def _claim(record: Record) -> Claim:
 
 CHOOSING_A_TARGET = (
     "## Choosing a target bit rate\n\n"
-    "Quality is what attention loses by reading the compressed cache, against the same weights' fp16 cache on "
-    "the same tokens. *Target* is what was asked of the method: a code width (scales cost extra) or, where "
+    "Quality is how much worse the model predicts the same text when attention reads the compressed cache instead of "
+    "the same weights' fp16 cache. *Target* is what was asked of the method: a code width (scales cost extra) or, where "
     "marked ≤, an upper limit of bits_per_value. *bits/value* is read from the arrays held, everything counted; "
     "*memory* is 16 / that. ± and [ ] are 95% intervals over sequences. *verdict* is the word that KLD, its 99% and "
     "top-1 earn at the worse ends of their intervals (`docs/recommend.md`). The last "
@@ -321,7 +321,7 @@ def kernels(records: Sequence[Record]) -> list[str]:
         by_tokens.setdefault(record.subject.settings["tokens"], []).append(record)
     return [
         f"### Kernels, fused decode attention over {tokens} packed tokens\n\n{record_table(columns, rows)}\n\n"
-        "Bytes that one step moves for one KV head, counted by the emulator that runs the kernels' own text: how "
+        "Bytes that one step moves for one KV head, counted without a GPU, by running the Metal source on the CPU: how "
         "often each packed byte is read, and everything else in percent of the packed bytes. Exact on any machine."
         for tokens, rows in by_tokens.items()
     ]

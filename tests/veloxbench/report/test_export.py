@@ -53,7 +53,7 @@ def test_csv_and_parquet_say_the_same(records):
 
 
 def test_parquet_loads_with_datasets(records, tmp_path):
-    """As docs/exports.md says, and with the same columns for two files of different suites."""
+    """As `report --help` says, and with the same columns for two files of different suites."""
     from datasets import load_dataset
 
     parts = [[r for r in records if (r.subject.suite == "memory") is memory] for memory in (True, False)]
