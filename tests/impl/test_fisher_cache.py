@@ -12,10 +12,11 @@ import pytest
 from fisher_inputs import AT_TOKENS, code, measurements, model_of
 from impl_inputs import tiny_llama
 from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from veloxbench.errors import EngagementError
 from veloxbench.measure import account
+from veloxquant_mlx import attach
 from veloxquant_mlx.cache.base import PackedKVCache, load_prompt_cache, save_prompt_cache
 from veloxquant_mlx.cache.coded import CodedStore, cut_into_blocks
 from veloxquant_mlx.calibration.fisher_klt import FisherCode, decoded_caches, find_calibration
@@ -397,3 +398,15 @@ def test_what_cannot_be_fitted_is_refused(options: dict[str, Any], message: str)
     """One sentence names the argument and its rule."""
     with pytest.raises(ValueError, match=message):
         fit_code(measurements(), at_tokens=AT_TOKENS, **options)
+
+
+def test_attach_takes_a_calibration_of_this_model_only() -> None:
+    """After one line mlx-lm's own generation runs on coded caches; a calibration of another model is refused there."""
+    model = tiny_llama(head_dim=32)
+    with pytest.raises(ValueError, match="the calibration is of a"):
+        attach(tiny_llama(n_layers=2, head_dim=32), code())
+    with attach(model, code()):
+        assert {type(cache) for cache in make_prompt_cache(model)} == {PackedKVCache}
+        tokens = [token for token, _ in generate_step(mx.array([97, 98, 99]), model, max_tokens=4)]
+        assert len(tokens) == 4
+    assert {type(cache) for cache in make_prompt_cache(model)} == {KVCache}

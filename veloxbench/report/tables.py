@@ -123,8 +123,8 @@ def _claim(record: Record) -> Claim:
 CHOOSING_A_TARGET = (
     "## Choosing a target bit rate\n\n"
     "Quality is how much worse the model predicts the same text when attention reads the compressed cache instead of "
-    "the same weights' fp16 cache. *Target* is what was asked of the method: a code width (scales cost extra) or, where "
-    "marked ≤, an upper limit of bits_per_value. *bits/value* is read from the arrays held, everything counted; "
+    "fp16's, with the same weights. *Target* is what was asked of the method: a code width (scales cost extra) or, "
+    "where marked ≤, an upper limit of bits_per_value. *bits/value* is read from the arrays held, everything counted; "
     "*memory* is 16 / that. ± and [ ] are 95% intervals over sequences. *verdict* is the word that KLD, its 99% and "
     "top-1 earn at the worse ends of their intervals (`docs/recommend.md`). The last "
     "columns repeat what the mixed-precision guide claims for that target."

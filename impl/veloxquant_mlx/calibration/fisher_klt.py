@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from veloxquant_mlx.cache.coded import CodedSpec, CodedStore, Handoff
 from veloxquant_mlx.cache.packed import PackedKVCache
 from veloxquant_mlx.calibration.klt import KLTCalibration, arrays_sha256
 from veloxquant_mlx.codes.deadzone import DeadZone
 from veloxquant_mlx.codes.layer import LayerCode, SharedTables, TierCode
+from veloxquant_mlx.hook import own_caches
 from veloxquant_mlx.transforms.klt import LayerKLT, Scope
 
 FORMAT: Final = "veloxquant-fisher-klt-1"
@@ -90,7 +92,7 @@ class FisherCode:
             ValueError: another model.
         """
         self.klt.provenance.check_model(model, sha256=weights_sha256)
-        own = make_prompt_cache(model)
+        own = own_caches(model)
         attention = {i for i, cache in enumerate(own) if isinstance(cache, (KVCache, RotatingKVCache))}
         if attention != set(self.layers):
             raise ValueError(
@@ -101,6 +103,15 @@ class FisherCode:
             PackedKVCache(self.spec(i, getattr(cache, "max_size", None))) if i in self.layers else cache
             for i, cache in enumerate(own)
         ]
+
+    def builder(self, model: Module) -> Callable[[], list[Any]]:
+        """What makes a model's caches at every call, the model checked once: for ``veloxquant_mlx.attach``.
+
+        Raises:
+            ValueError: another model.
+        """
+        self.klt.provenance.check_model(model)
+        return partial(self.caches, model, weights_sha256=self.klt.provenance.model_sha256)
 
     def _arrays(self) -> dict[str, mx.array]:
         arrays, _ = self.klt.parts()

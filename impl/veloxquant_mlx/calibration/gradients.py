@@ -20,10 +20,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.losses import cross_entropy
-from mlx_lm.models.cache import RotatingKVCache, create_attention_mask, make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, create_attention_mask
 from numpy.typing import NDArray
 
 from veloxquant_mlx.allocators.sensitivity import ProbeCache, probed_caches
+from veloxquant_mlx.hook import own_caches
 from veloxquant_mlx.transforms.klt import joined
 from veloxquant_mlx.transforms.rope import LayerRopes
 
@@ -105,7 +106,7 @@ DEFAULT_SPLIT: Final = Split()
 
 def window_sizes(model: Module, layers: Sequence[int]) -> dict[int, int | None]:
     """The sliding window of each layer, None for full attention."""
-    own = make_prompt_cache(model)
+    own = own_caches(model)
     parts = {layer: getattr(own[layer], "caches", [own[layer]]) for layer in layers}
     return {
         layer: next((part.max_size for part in inner if type(part) is RotatingKVCache), None)

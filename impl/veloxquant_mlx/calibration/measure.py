@@ -14,13 +14,13 @@ from typing import Any, Final, Self
 import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
 
 from veloxquant_mlx.allocators.sensitivity import bundled_texts, calibration_sequences, model_sha256
 from veloxquant_mlx.calibration.gradients import DEFAULT_SPLIT, Split, fisher_matrices, window_sizes
 from veloxquant_mlx.calibration.klt import KLTProvenance, text_line_hashes
 from veloxquant_mlx.calibration.vectors import captured_vectors
+from veloxquant_mlx.hook import own_caches
 from veloxquant_mlx.transforms.klt import CachedShape
 from veloxquant_mlx.transforms.rope import LayerRopes, probe_ropes
 
@@ -195,7 +195,7 @@ def measure_model(
 
 def cached_shapes(model: Module, layers: Sequence[int]) -> dict[int, CachedShape]:
     """What each layer caches, by one token's pass that is never evaluated."""
-    caches = make_prompt_cache(model)
+    caches = own_caches(model)
     model(mx.array([[0]]), cache=caches)
     shapes: dict[int, CachedShape] = {}
     for layer in layers:
