@@ -256,6 +256,11 @@ def _affine(code_bits: int, head_dim: int, group_size: int, dtype: mx.Dtype, per
     packed = quantize(x, code_bits, group_size, backend="reference")
     name = f"{code_bits} bits, head_dim {head_dim}, groups of {group_size}, {str(dtype).split('.')[-1]}"
     yield _exact(quantize.__name__, name, lambda b: quantize(x, code_bits, group_size, backend=b))
+    lost = x + 0
+    lost[1, 1, 0] = float("inf")
+    yield _exact(
+        quantize.__name__, f"{name}, one value infinite", lambda b: quantize(lost, code_bits, group_size, backend=b)
+    )
 
     def dequantize(backend: Backend) -> list[mx.array]:
         arguments = (*packed, code_bits, head_dim, group_size, dtype)

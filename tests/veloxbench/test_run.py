@@ -154,7 +154,7 @@ def test_killed_again_and_again_it_loses_nothing_and_measures_nothing_twice(n_ki
         (["--corpus", "wikitxt"], 4, "unknown corpus 'wikitxt'; did you mean wikitext-2"),
         (["--suites", "perplexty"], 4, "unknown suite 'perplexty'; did you mean perplexity"),
         (["--profile", "quik"], 4, "unknown profile 'quik'; did you mean quick"),
-        (["--memory-budget", "-1"], 4, "memory budget -1.0 GiB must be above zero"),
+        (["--memory-budget", "-1"], 4, "--memory-budget -1.0 must be a finite number above zero"),
         (["--nonsense"], 4, "No such option: --nonsense"),
     ],
 )

@@ -133,7 +133,11 @@ def smallest_detectable(baseline: Sequence[float], margin: float, n_tests: int, 
         error = math.hypot(spread, variation * change) / math.sqrt(n)
         if error == 0:
             return POWER - 1.0
-        return POWER - 1.0 + float(special.nctdtr(n - 1, (change - margin) / error, critical))
+        shift = (change - margin) / error
+        missed = float(special.nctdtr(n - 1, shift, critical))
+        if math.isnan(missed):  # far out, where the normal distribution serves as well
+            missed = float(special.ndtr(critical - shift))
+        return POWER - 1.0 + missed
 
     high = max(margin, 1e-12) * 1e4
     if missing_power(high) > 0:

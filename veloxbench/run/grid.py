@@ -235,4 +235,6 @@ def _arm_specs(grid: Grid, methods: Sequence[str], targets: Sequence[float]) -> 
         if method.targets is None:
             continue  # the reference is in every run
         given = tuple(targets) if arm.target is None else (arm.target,)
-        yield ArmSpec(method=arm.name, targets=given or own.get(arm.name) or method.targets, parameters=arm.parameters)
+        aimed_at = given or own.get(arm.name) or method.targets
+        # not checked here: a run's options end in a sentence of their own
+        yield ArmSpec.model_construct(method=arm.name, targets=aimed_at, parameters=arm.parameters)

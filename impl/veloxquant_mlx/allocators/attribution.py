@@ -25,12 +25,8 @@ from veloxquant_mlx.allocators.curves import (
     by_kind,
     coding_errors,
 )
-from veloxquant_mlx.allocators.sensitivity import (
-    ProbeCache,
-    bundled_texts,
-    calibration_sequences,
-    probe_layers,
-    probed_caches,
+from veloxquant_mlx.allocators.sensitivity import bundled_texts, calibration_sequences
+from veloxquant_mlx.probes import ProbeCache, probe_layers, probed_caches
 )
 from veloxquant_mlx.quantizers.base import Quantizer, pair_name
 from veloxquant_mlx.quantizers.per_head import PerHead

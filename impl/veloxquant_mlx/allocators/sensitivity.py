@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -24,49 +24,15 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.nn.losses import cross_entropy
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, create_attention_mask
 from numpy.typing import NDArray
 from rich.progress import track
 
 from veloxquant_mlx.files import reading
 from veloxquant_mlx.hook import own_caches
+from veloxquant_mlx.probes import ProbeCache, attention_part, probe_layers, probed_caches
 
 Floats = NDArray[np.float64]
 KINDS = ("keys", "values")
-
-
-class ProbeCache:
-    """A cache that holds nothing: it adds a δ to one forward pass and remembers what passed through.
-
-    Args:
-        delta: errors ``[B, H, T, D]`` to add to the keys and to the values; absent to only watch.
-    """
-
-    def __init__(self, delta: tuple[mx.array, mx.array] | None = None):
-        self.delta = delta
-        self.offset = 0
-        self.seen: tuple[mx.array, mx.array] | None = None
-        self._fetched: tuple[mx.array, mx.array] | None = None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys and values ``[B, H, T, D]`` of the whole sequence, with δ added."""
-        self.seen = keys, values
-        if self.delta is not None:
-            keys = keys + self.delta[0].astype(keys.dtype)
-            values = values + self.delta[1].astype(values.dtype)
-        self.offset = keys.shape[2]
-        self._fetched = keys, values
-        return keys, values
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What was fetched last, for layers that read another layer's cache."""
-        if self._fetched is None:
-            raise ValueError("keys_and_values was called before update_and_fetch")
-        return self._fetched
-
-    def make_mask(self, n_tokens: int, **options: Any) -> Any:
-        """The causal (and windowed) mask of a first pass over ``n_tokens``."""
-        return create_attention_mask(n_tokens, offset=0, **{"return_array": False, "window_size": None, **options})
 
 
 @dataclass(frozen=True)
@@ -244,33 +210,6 @@ def calibration_sequences(tokenizer: Any, texts: Iterable[str], *, num_samples: 
     return np.array([chunks[i] for i in picked], dtype=np.int32)
 
 
-def _attention_part(cache: Any) -> Any:
-    """The keys and values among a layer's caches (a hybrid layer has several), or None."""
-    parts = cache.caches if isinstance(cache, CacheList) else [cache]
-    return next((part for part in parts if type(part) in (KVCache, RotatingKVCache)), None)
-
-
-def probe_layers(model: Module) -> tuple[int, ...]:
-    """Indices of the model's caches that hold keys and values (a state-space layer's does not)."""
-    return tuple(i for i, cache in enumerate(own_caches(model)) if _attention_part(cache) is not None)
-
-
-def probed_caches(model: Module, probes: Mapping[int, ProbeCache]) -> list[Any]:
-    """The model's own caches with probes in place of the keys and values of some.
-
-    Args:
-        model: an mlx-lm model.
-        probes: by index of the cache.
-    """
-    caches = list(own_caches(model))
-    for layer, probe in probes.items():
-        own = caches[layer]
-        parts = own.caches if isinstance(own, CacheList) else [own]
-        probed = [probe if part is _attention_part(own) else part for part in parts]
-        caches[layer] = CacheList(*probed) if isinstance(own, CacheList) else probe  # type: ignore[no-untyped-call]
-    return caches
-
-
 def sequence_loss(
     model: Module,
     tokens: mx.array,
@@ -366,7 +305,7 @@ def calibrate_layer_sensitivities(
     # The kept ones first, evenly spaced over the texts.
     kept_rows = np.linspace(0, num_samples, kept_sequences, endpoint=False).astype(int)
     sequences = np.concatenate([sequences[kept_rows], np.delete(sequences, kept_rows, axis=0)])
-    own = [_attention_part(cache) for cache in own_caches(model)]
+    own = [attention_part(cache) for cache in own_caches(model)]
     max_sizes = [getattr(own[layer], "max_size", None) for layer in layers]
     squares: list[list[mx.array]] = [[] for _ in range(2 * len(layers))]
     kept: list[list[tuple[mx.array, mx.array]]] = [[] for _ in range(2 * len(layers))]

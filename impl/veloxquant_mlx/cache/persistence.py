@@ -1,8 +1,8 @@
 """Save and load prompt caches: one safetensors file, no pickle, classes by name from a fixed list.
 
 mlx-lm's own files load here as well. The other way round, mlx-lm's ``save_prompt_cache`` and ``load_prompt_cache``
-serve caches of ours wherever this package is imported (:func:`register_with_mlx_lm`); a file of this format tells
-mlx-lm's loader, in the error that it raises, what loads it.
+serve caches of ours wherever this package is imported (:func:`register_with_mlx_lm`): a cache
+for mlx-lm's ``--prompt-cache-file`` is saved by mlx-lm's function, for its loader can make nothing of this format.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from veloxquant_mlx.observers.key_norm import KeyNormObserver
 FORMAT: Final = "veloxquant-prompt-cache-1"
 
 OURS: Final = (PackedKVCache, BatchPackedKVCache)
-
-_NOTE: Final = "a prompt cache of veloxquant_mlx, which veloxquant_mlx.cache.base.load_prompt_cache reads"
-"""Stands where mlx-lm's loader looks for the first class's name, which its error repeats."""
 
 CACHE_CLASSES: Final[dict[str, Any]] = {
     **{
@@ -150,7 +147,6 @@ def save_prompt_cache(file_name: str | Path, cache: Sequence[Any], metadata: Map
     arrays: dict[str, mx.array] = {}
     layers = [_described(layer, arrays) for layer in cache]
     header = {"format": FORMAT, "layers": json.dumps(layers), "metadata": json.dumps(dict(metadata or {}))}
-    header |= {"0": "", "1.0": _NOTE, "2.0": ""}
     path = str(file_name) if str(file_name).endswith(".safetensors") else f"{file_name}.safetensors"
     with beside(path) as made:
         mx.save_safetensors(str(made), arrays, header)

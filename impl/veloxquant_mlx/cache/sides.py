@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -17,22 +17,19 @@ from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver, KeyNormTracker
 from veloxquant_mlx.quantizers.base import Quantizer
 
-if TYPE_CHECKING:
-    from veloxquant_mlx.cache.spec import LayerSpec
-
 
 class SidesStore(LayerStore):
     """Keys and values as two :class:`Side` objects, and outliers beside them.
 
     Args:
-        spec: how to store.
+        spec: the ``LayerSpec`` that says how to store.
         outlier_observer: flags tokens for ``spec.outlier_keys`` and ``spec.outlier_values``.
         distortion_observer: is told of everything that is encoded.
     """
 
     def __init__(
         self,
-        spec: LayerSpec,
+        spec: Any,
         outlier_observer: KeyNormObserver | None = None,
         distortion_observer: DistortionObserver | None = None,
     ) -> None:

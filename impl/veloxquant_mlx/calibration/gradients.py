@@ -23,8 +23,8 @@ from mlx.nn.losses import cross_entropy
 from mlx_lm.models.cache import RotatingKVCache, create_attention_mask
 from numpy.typing import NDArray
 
-from veloxquant_mlx.allocators.sensitivity import ProbeCache, probed_caches
 from veloxquant_mlx.hook import own_caches
+from veloxquant_mlx.probes import ProbeCache, probed_caches
 from veloxquant_mlx.transforms.klt import joined
 from veloxquant_mlx.transforms.rope import LayerRopes
 

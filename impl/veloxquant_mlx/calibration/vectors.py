@@ -10,8 +10,8 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
-from veloxquant_mlx.allocators.sensitivity import ProbeCache, probed_caches
 from veloxquant_mlx.calibration.gradients import SINKS
+from veloxquant_mlx.probes import ProbeCache, probed_caches
 from veloxquant_mlx.transforms.klt import CachedShape, cached_vectors
 from veloxquant_mlx.transforms.rope import LayerRopes
 

@@ -50,7 +50,7 @@ def _build() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     try:
         compiler, version = build.find_compiler()
-        texts = [(HERE / name).read_text() for name in ("codes.cpp", "codes.h")]
+        texts = [(HERE / name).read_text(encoding="utf-8") for name in ("codes.cpp", "codes.h")]
         directory = build.cache_directory()
         target = directory / f"codes-{build.digest(*texts, *_FLAGS, version, platform.machine())}.so"
         if not target.exists():

@@ -20,7 +20,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
-from veloxquant_mlx.allocators.sensitivity import ProbeCache, probe_layers, probed_caches
+from veloxquant_mlx.probes import ProbeCache, probe_layers, probed_caches
 
 RotateFunction = Callable[[mx.array, Any], mx.array]
 """``(x [B, H, T, D], offset) -> x`` rotated: what a model's rope module is."""
