@@ -47,6 +47,7 @@ template <typename T> T simd_max(T);
 template <typename T> T simd_shuffle_xor(T, ushort);
 template <typename T> T simd_broadcast(T, ushort);
 template <typename T, typename U> T as_type(U);
+#define thread
 template <typename T> T simd_prefix_exclusive_sum(T);
 bool simd_any(bool);
 int abs(int);

@@ -27,7 +27,6 @@ from veloxquant_mlx.allocators.curves import (
 )
 from veloxquant_mlx.allocators.sensitivity import bundled_texts, calibration_sequences
 from veloxquant_mlx.probes import ProbeCache, probe_layers, probed_caches
-)
 from veloxquant_mlx.quantizers.base import Quantizer, pair_name
 from veloxquant_mlx.quantizers.per_head import PerHead
 from veloxquant_mlx.quantizers.turboquant_mse import TurboQuantMSE

@@ -12,6 +12,7 @@ such cut there is one block up to the last 32nd position and one for the rest, w
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import json
 from collections import deque
@@ -32,6 +33,9 @@ from veloxquant_mlx.methods import Role
 from veloxquant_mlx.observers.distortion import DistortionObserver
 from veloxquant_mlx.observers.key_norm import KeyNormObserver
 from veloxquant_mlx.transforms.klt import CachedShape
+
+CALIBRATIONS: Final = "veloxquant_mlx.calibration.fisher_klt"
+"""Where a saved cache's calibration is found: by name, for that module builds caches of this one's specs."""
 
 LARGE_BLOCK: Final = 256
 """Tokens of a block of old tokens: the format's most, at which the lanes' states cost least."""
@@ -175,10 +179,9 @@ class CodedSpec:
         Raises:
             ValueError: the calibration cannot be had.
         """
-        from veloxquant_mlx.calibration.fisher_klt import find_calibration  # it builds caches of these specs
-
         fields = json.loads(text)
-        found = find_calibration(fields["calibration_sha256"], fields["path"])
+        calibrations = importlib.import_module(CALIBRATIONS)
+        found = calibrations.find_calibration(fields["calibration_sha256"], fields["path"])
         spec = found.spec(fields["layer"], fields["max_size"])
         if (spec.sinks, list(spec.ages)) != (fields["sinks"], fields["ages"]):
             raise ValueError(f"layer {spec.layer} was saved with other sinks or ages than its calibration has")
