@@ -48,6 +48,9 @@ template <typename T> T simd_shuffle_xor(T, ushort);
 template <typename T> T simd_broadcast(T, ushort);
 template <typename T, typename U> T as_type(U);
 #define thread
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned;
 template <typename T> T simd_prefix_exclusive_sum(T);
 bool simd_any(bool);
 int abs(int);
