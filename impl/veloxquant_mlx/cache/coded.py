@@ -182,7 +182,7 @@ class CodedSpec:
         fields = json.loads(text)
         calibrations = importlib.import_module(CALIBRATIONS)
         found = calibrations.find_calibration(fields["calibration_sha256"], fields["path"])
-        spec = found.spec(fields["layer"], fields["max_size"])
+        spec: CodedSpec = found.spec(fields["layer"], fields["max_size"])
         if (spec.sinks, list(spec.ages)) != (fields["sinks"], fields["ages"]):
             raise ValueError(f"layer {spec.layer} was saved with other sinks or ages than its calibration has")
         return spec
