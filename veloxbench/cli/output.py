@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from veloxbench.errors import ExitCode, UsageError, printable
-from veloxbench.records.journal import read_content, write_text
+from veloxbench.records.journal import encoded, read_content, write_text
 
 if TYPE_CHECKING:
     from veloxbench.gate.verdicts import Finding
@@ -144,12 +144,8 @@ def deliver(
         for path, text in files.items():
             write_text(path, text)
         return
-    stale = [path for path, text in files.items() if not path.exists() or read_content(path) != _encoded(text)]
+    stale = [path for path, text in files.items() if not path.exists() or read_content(path) != encoded(text)]
     for path in stale:
         to_stderr(f"{path} is stale: it is not what `{command}` writes from {source}")
     if stale:
         raise typer.Exit(int(ExitCode.REGRESSION))
-
-
-def _encoded(text: str | bytes) -> bytes:
-    return text if isinstance(text, bytes) else text.encode()

@@ -74,7 +74,27 @@ def fisher_klt(
         at_tokens: sequence length at which the target holds on calibration text.
         text: whose calibration part the model is measured on; several joined by ``+``.
     """
-    measured = _kept(
+    code = source_hash(veloxquant_mlx, veloxquant_kernels)
+    name = f"{scope}-{target:g}-{sinks}-{'ages' if ages else 'one-age'}-{at_tokens}.safetensors"
+    fitted = _kept(
+        _place(context, [text, code]) / name,
+        lambda path: FisherCode.load(path, scope=scope),
+        lambda: fit_code(
+            _measured(context, text),
+            target=target,
+            scope=scope,
+            sinks=sinks,
+            ages=AGES if ages else (),
+            at_tokens=at_tokens,
+            say=lambda line: print(f"fisher_klt@{target:g} {scope}: {line}", flush=True),
+        ),
+    )
+    return fitted.caches(context.model, weights_sha256=context.model_id)
+
+
+def _measured(context: BuildContext, text: str) -> Measurements:
+    """What the calibration needs of the model, on disk since it was first asked for; hundreds of megabytes."""
+    return _kept(
         _place(context, [text, _source(gradients, measure, vectors, rope, sensitivity)]) / "measurements.npz",
         lambda path: Measurements.load(path, context.model),
         lambda: measure_model(
@@ -85,22 +105,6 @@ def fisher_klt(
             weights_sha256=context.model_id,
         ),
     )
-    code = source_hash(veloxquant_mlx, veloxquant_kernels)
-    name = f"{scope}-{target:g}-{sinks}-{'ages' if ages else 'one-age'}-{at_tokens}.safetensors"
-    fitted = _kept(
-        _place(context, [text, code]) / name,
-        lambda path: FisherCode.load(path, scope=scope),
-        lambda: fit_code(
-            measured,
-            target=target,
-            scope=scope,
-            sinks=sinks,
-            ages=AGES if ages else (),
-            at_tokens=at_tokens,
-            say=lambda line: print(f"fisher_klt@{target:g} {scope}: {line}", flush=True),
-        ),
-    )
-    return fitted.caches(context.model, weights_sha256=context.model_id)
 
 
 def _say_progress(progress: Progress) -> None:

@@ -193,6 +193,11 @@ def append_line(path: Path, line: str) -> None:
         raise UnfitEnvironmentError(f"cannot write to {path}: {error}") from error
 
 
+def encoded(text: str | bytes) -> bytes:
+    """A text as it is written: UTF-8, in which a name that is none may stand; bytes as they are."""
+    return text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
+
+
 def write_text(path: Path, text: str | bytes) -> None:
     """Write a text, as UTF-8, or bytes where the user asked for them.
 
@@ -203,8 +208,7 @@ def write_text(path: Path, text: str | bytes) -> None:
     Raises:
         UnfitEnvironmentError: it cannot be written; what was there is as it was.
     """
-    # a name that is no UTF-8 may stand in a message
-    content = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
+    content = encoded(text)
     try:
         mode = _mode(path)
         if mode is not None and not stat.S_ISREG(mode):

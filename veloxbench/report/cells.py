@@ -18,6 +18,7 @@ from veloxbench.records.frozen import Frozen
 from veloxbench.records.intervals import MIN_RATIO_PAIRS
 from veloxbench.records.quality_words import quality_word
 from veloxbench.records.record import Estimate, Record
+from veloxbench.report.recommend import Footprint
 
 Cell = Callable[[Record], str]
 Column = tuple[str, Cell]
@@ -150,22 +151,12 @@ def verdict(record: Record) -> str:
 
 
 def all_in(tokens: int) -> Cell:
-    """Bits a value of the caches of one sequence of ``tokens`` tokens, static tables counted.
-
-    Resident bits are those that were measured, at the context of the record; the tables are spread over the values that
-    ``tokens`` tokens hold. A layer that held fewer tokens than others has a sliding window, and holds no more.
-    """
+    """Bits a value of the caches of one sequence of ``tokens`` tokens, static tables counted."""
 
     def cell(record: Record) -> str:
-        layers = record.engagement
-        if "static_bytes" not in record.metrics or not layers:
+        if "static_bytes" not in record.metrics or not record.engagement:
             return ""
-        longest = max(layer.tokens for layer in layers)
-        values = sum(
-            layer.n_values * (tokens / longest if layer.tokens == longest else 1.0) for layer in layers if layer.tokens
-        )
-        bits = record.metrics["bits_per_value"].value
-        return f"{bits + 8 * record.metrics['static_bytes'].value / values:.3f}"
+        return f"{Footprint(record).bits(tokens):.3f}"
 
     return cell
 

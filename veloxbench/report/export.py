@@ -12,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 
 from veloxbench.errors import unknown_name
+from veloxbench.records.journal import encoded
 from veloxbench.records.record import FailedMeasurement, Record
 from veloxbench.records.selection import table_rows
 from veloxbench.report.cells import Column, figure, memory_ratio, method, verdict
@@ -156,11 +157,11 @@ def as_junit(records: Records, failures: Failures = (), others: int = 0) -> byte
 
 
 def _as_markdown(records: Records, failures: Failures = (), others: int = 0) -> bytes:
-    return render(records, failures, others).encode("utf-8", "backslashreplace")
+    return encoded(render(records, failures, others))
 
 
 def _as_html(records: Records, failures: Failures = (), others: int = 0) -> bytes:
-    return render_html(records, failures, others).encode("utf-8", "backslashreplace")
+    return encoded(render_html(records, failures, others))
 
 
 FORMATS: Mapping[str, Callable[[Records, Failures, int], bytes]] = {
@@ -171,7 +172,7 @@ FORMATS: Mapping[str, Callable[[Records, Failures, int], bytes]] = {
     "parquet": as_parquet,
     "latex": as_latex,
     "junit": as_junit,
-    "llama": lambda records, failures, others: perplexity_blocks(records).encode("utf-8", "backslashreplace"),
+    "llama": lambda records, failures, others: encoded(perplexity_blocks(records)),
 }
 """What writes a report in each form, from records, failures and the number of older records that were left out."""
 

@@ -272,10 +272,10 @@ def memory(records: Sequence[Record]) -> list[str]:
         parts.append(
             f"### Memory, {title}\n\n{record_table(columns, rows)}\n\n"
             "Each arm in a process of its own. bits/value equals the method's formula exactly, or the run fails; "
-            "*all-in* adds static tables, spread over one sequence of that many tokens, to the bits measured at this "
-            "context; *allocated* counts whole buffers, which grow in steps; *unaccounted* is what MLX holds beyond "
-            "weights and the arrays counted. Peaks are MLX's, above the weights; the process peak is its resident "
-            "size in prefill."
+            "*all-in* extrapolates to one sequence of that many tokens, static tables counted and sliding windows no "
+            "longer than they are; *allocated* counts whole buffers, which grow in steps; *unaccounted* is what MLX "
+            "holds beyond weights and the arrays counted. Peaks are MLX's, above the weights; the process peak is its "
+            "resident size in prefill."
         )
     return parts
 

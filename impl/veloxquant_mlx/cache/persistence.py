@@ -113,7 +113,7 @@ def _check_theirs(cache: Any) -> None:
                 raise ValueError(f"{name} must hold arrays, got {str(array)[:50]}")
         return
     first = [side[0] if isinstance(side, (list, tuple)) else side for side in (cache.keys, cache.values)]
-    place: Any = getattr(cache, "_idx", None) if hasattr(cache, "_idx") else cache.offset
+    place: Any = getattr(cache, "_idx", cache.offset)
     check_count(f"{name}: tokens", place)
     if all(array is None for array in first) and not place:
         return

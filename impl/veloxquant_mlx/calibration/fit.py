@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from veloxquant_mlx.codes.deadzone import DEAD_ZONE
 from veloxquant_mlx.transforms.coded_matrix import CodedMatrix, check_table_bits, code_matrix
 from veloxquant_mlx.transforms.klt import Block, CachedShape, LayerKLT, Scope
 from veloxquant_mlx.transforms.rope import LayerRopes
@@ -18,9 +19,6 @@ Singles = NDArray[np.float32]
 
 PREDICTOR_RIDGE: Final = 1e-3
 """Of the mean square of the decoded vector below: keeps its empty directions out of the forecast."""
-
-DEAD_ZONE: Final = 0.6
-"""A coefficient below this part of a step is sent to zero; larger ones are cut at every step from there."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxquant_mlx.calibration.fit import DEAD_ZONE
-
 Singles = NDArray[np.float32]
 Symbols = NDArray[np.int32]
 
+DEAD_ZONE: Final = 0.6
+"""A coefficient below this part of a step is sent to zero; larger ones are cut at every step from there."""
 CENTROIDS: Final = 16
 """Bins on each side of zero with a centroid of their own; the last one's place within its bin serves all behind."""
 LEAST_COUNT: Final = 50
