@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, special
+from scipy import special
 
 ALPHA = 0.01
 """Family-wise rate of false regressions over a tier."""
@@ -142,4 +142,6 @@ def smallest_detectable(baseline: Sequence[float], margin: float, n_tests: int, 
     high = max(margin, 1e-12) * 1e4
     if missing_power(high) > 0:
         return None
+    from scipy import optimize  # half a second, which judging alone does without
+
     return float(optimize.brentq(missing_power, margin, high, rtol=1e-4))

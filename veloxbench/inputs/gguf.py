@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
@@ -80,7 +79,9 @@ def convert_gguf(path: Path, directory: Path, reporter: Reporter, *, tokenizer_j
     Raises:
         UsageError: an architecture or a tokenizer that this conversion does not know.
     """
-    reader = gguf.GGUFReader(path)
+    from gguf import GGUFReader  # half a second, which only a conversion needs
+
+    reader = GGUFReader(path)
 
     def value(key: str, default: Any = None) -> Any:
         field = reader.fields.get(key)
@@ -175,7 +176,9 @@ def _mlx_name(name: str, config: Mapping[str, Any]) -> str:
 
 
 def _mlx_weight(tensor: Any, config: Mapping[str, Any]) -> Array:
-    weight = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+    from gguf import dequantize
+
+    weight = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
     if config["model_type"] == "llama" and re.fullmatch(r"blk\.\d+\.attn_[qk]\.\w+", tensor.name):
         n_heads = config["num_attention_heads" if "attn_q" in tensor.name else "num_key_value_heads"]
         return halves_from_pairs(weight, n_heads)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from veloxbench.errors import NotFiniteError
 from veloxbench.records.record import Estimate
@@ -42,7 +42,8 @@ def mean_interval(samples: ArrayLike, unit: str) -> Estimate:
     mean = float(values.mean())
     if values.size < 2:
         return Estimate(value=mean, unit=unit)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, values.size - 1) * stats.sem(values))
+    error = values.std(ddof=1) / np.sqrt(values.size)
+    half = float(special.stdtrit(values.size - 1, 0.5 + CONFIDENCE / 2) * error)
     return Estimate(value=mean, low=mean - half, high=mean + half, unit=unit, interval=f"Student t, n={values.size}")
 
 
@@ -97,9 +98,9 @@ def median_interval(samples: ArrayLike, unit: str) -> Estimate:
     median = float(np.median(values))
     if values.size < 2:
         return Estimate(value=median, unit=unit)
-    k = int(stats.binom.ppf((1 - CONFIDENCE) / 2, values.size, 0.5))
-    k = max(k, 1)
-    coverage = 1 - 2 * float(stats.binom.cdf(k - 1, values.size, 0.5))
+    below = special.bdtr(np.arange(values.size + 1), values.size, 0.5)  # at most that many lie below the median
+    k = max(int(np.searchsorted(below, (1 - CONFIDENCE) / 2)), 1)
+    coverage = 1 - 2 * float(below[k - 1])
     return Estimate(
         value=median,
         low=float(values[k - 1]),

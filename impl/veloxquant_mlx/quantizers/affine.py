@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from veloxquant_kernels.affine import affine_quantize_pack, affine_unpack_dequantize
 from veloxquant_kernels.packing import check_code_bits, packed_words
 from veloxquant_mlx.methods import METHODS, Role, WidthOptions
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
+from veloxquant_mlx.quantizers.lloyd_max import Gaussian
 
 
 @functools.cache
@@ -23,11 +24,12 @@ def min_max_distortion(group_size: int, code_bits: int) -> float:
     The two extremes are exact; the others are N(0, 1) truncated to lie between them. Integrated over the joint density
     of minimum and maximum.
     """
+    density = Gaussian().density
     grid = np.linspace(-6, 6, 241)
     low, high = (side.ravel() for side in np.meshgrid(grid, grid, indexing="ij"))
     low, high = low[low < high], high[low < high]
     inside = special.ndtr(high) - special.ndtr(low)
-    joint = stats.norm.pdf(low) * stats.norm.pdf(high) * inside ** (group_size - 2)
+    joint = density(low) * density(high) * inside ** (group_size - 2)
     likely = joint > 1e-12 * joint.max()
     low, high, inside, joint = low[likely], high[likely], inside[likely], joint[likely]
     step = (high - low) / ((1 << code_bits) - 1)
@@ -35,7 +37,7 @@ def min_max_distortion(group_size: int, code_bits: int) -> float:
     for code in range(1 << code_bits):
         level = low + code * step
         below, above = (
-            (1 + level**2) * special.ndtr(x) - (x - 2 * level) * stats.norm.pdf(x)
+            (1 + level**2) * special.ndtr(x) - (x - 2 * level) * density(x)
             for x in (np.maximum(level - step / 2, low), np.minimum(level + step / 2, high))
         )
         error += above - below
