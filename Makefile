@@ -14,7 +14,7 @@ bench: $(VENV)/.installed
 	$(BIN)/veloxbench run --profile $(PROFILE) --out results
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/pytest suites
 
 check: $(VENV)/.installed

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,28 @@ def _missing(tool: str):
     if os.environ.get("VELOXBENCH_REQUIRE_COMPILER") == "1":
         pytest.fail(tool)
     pytest.skip(tool)
+
+
+LONGEST = (
+    "kernels/test_codecs.py",
+    "kernels/test_fused_attention.py",
+    "test_contributing.py",
+    "veloxbench/test_gate_end_to_end.py",
+    "veloxbench/test_gate_travels.py",
+    "veloxbench/trials/test_timing_trial.py",
+    "kernels/test_verify.py",
+    "veloxbench/test_compare.py",
+    "impl/test_ratequant_examples.py",
+    "veloxbench/test_run.py",
+    "veloxbench/test_use.py",
+)
+"""Files of a minute and more, begun first: what is begun last must not keep one process at work when others are done."""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, the others as they were."""
+    place = {Path(__file__).parent / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

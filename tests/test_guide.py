@@ -22,8 +22,7 @@ def test_the_code_of_the_guide_runs():
     """Every snippet, one after the other in one session, as a reader would type them.
 
     Four substitutions: the default model for the hub's, two calibration sequences for thirty-two and sixteen, which
-    cost minutes and run in the examples' test, the default model's 30 layers for the 32 of the guide's, and eight
-    generated tokens for mlx-lm's 256.
+    cost minutes, the default model's 30 layers for the 32 of the guide's, and eight generated tokens for mlx-lm's 256.
     """
     session: dict[str, object] = {}
     source = "\n".join(SNIPPETS)

@@ -177,7 +177,7 @@ def _module(name: str) -> Any:
 
 
 def _tiny() -> Any:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "veloxbench" / "inputs"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "veloxbench"))
     return _module("tiny_models")
 
 

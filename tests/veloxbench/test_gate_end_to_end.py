@@ -1,4 +1,4 @@
-"""The gate on the real model cut to four layers: measured, approved, judged, damaged, through both front doors."""
+"""The gate on the real model cut to two layers: measured, approved, judged, damaged, through both front doors."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 GRID = """
 summary = "seconds"
 models = ["smollm2-135m"]
-n_layers = 4
+n_layers = 2
 corpus = "bundled"
 suites = ["perplexity"]
 throughput = []

@@ -23,7 +23,7 @@ arms = ["turboquant_mse@4"]
 [[protocols]]
 name = "chunked"
 sequences = 16
-length = 48
+length = 32
 chunk = 16
 score_from = 16
 """

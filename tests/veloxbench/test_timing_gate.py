@@ -65,18 +65,18 @@ def test_linear_drift_of_any_size_cancels_in_a_block():
 def test_false_alarms_stay_below_alpha(noise, slowdown):
     """At most 1% regress where the slowdown is within the margin, also at its edge and with infinite variance.
 
-    300 gates at 1%: more than 8 false alarms have a probability of 0.4%.
+    150 gates at 1%: more than 6 false alarms have a probability of 0.1%.
     """
     rng = np.random.default_rng(1)
-    found = verdicts(slowdown, noise, rng, gates=300)
-    assert found.count(Verdict.REGRESS) <= stats.binom.ppf(0.996, 300, SPEC.alpha)
+    found = verdicts(slowdown, noise, rng, gates=150)
+    assert found.count(Verdict.REGRESS) <= stats.binom.ppf(0.996, 150, SPEC.alpha)
 
 
 @pytest.mark.parametrize("noise", [normal, hiccups])
 def test_a_slowdown_of_detect_passes_at_most_beta_of_the_time(noise):
-    """A 5% slowdown passes in at most 2% of the gates (200 of them: more than 10 have a probability under 0.4%)."""
-    found = verdicts(SPEC.detect, noise, np.random.default_rng(2), gates=200)
-    assert found.count(Verdict.PASS) <= stats.binom.ppf(0.996, 200, SPEC.beta)
+    """A 5% slowdown passes in at most 2% of the gates (100 of them: more than 7 have a probability of 0.1%)."""
+    found = verdicts(SPEC.detect, noise, np.random.default_rng(2), gates=100)
+    assert found.count(Verdict.PASS) <= stats.binom.ppf(0.996, 100, SPEC.beta)
 
 
 def test_power_is_close_to_that_of_the_fixed_test():

@@ -10,6 +10,7 @@ published perplexities.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -416,12 +417,19 @@ def load_tokenizer(handle: ModelHandle) -> TokenizerWrapper:
     """
     files = _tokenizer_files(handle.directory)
     with _loading(handle, *(file.name for file in files), "config.json"):
-        eos = load_config(handle.directory).get("eos_token_id")
-        tokenizer: TokenizerWrapper = mlx_load_tokenizer(  # type: ignore[no-untyped-call]
-            handle.directory, {"trust_remote_code": False}, eos_token_ids=eos
-        )
-        tokenizer.encode("a")
+        tokenizer = _read_tokenizer(handle)
         _check_unchanged(handle, "tokenizer", handle.tokenizer_sha256, sha256_of(*files))
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=1)
+def _read_tokenizer(handle: ModelHandle) -> TokenizerWrapper:
+    """Planning and measuring ask for the same one, which takes a second to build."""
+    eos = load_config(handle.directory).get("eos_token_id")
+    tokenizer: TokenizerWrapper = mlx_load_tokenizer(  # type: ignore[no-untyped-call]
+        handle.directory, {"trust_remote_code": False}, eos_token_ids=eos
+    )
+    tokenizer.encode("a")
     return tokenizer
 
 

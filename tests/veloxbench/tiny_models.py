@@ -24,12 +24,17 @@ def tiny_llama(directory):
     random = np.random.default_rng(3)
     arrays = {name: mx.array(random.normal(size=shape)).astype(mx.bfloat16) for name, shape in weights.items()}
     mx.save_safetensors(str(directory / "model.safetensors"), arrays)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    save_tokenizer(directory, VOCABULARY)
+    (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
+    return directory
+
+
+def save_tokenizer(directory, vocabulary):
+    """One token a word, the words w0, w1, …"""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\nA model.\n")
-    return directory
 
 
 def tiny_llama2c(path):
