@@ -29,7 +29,7 @@ LONGEST = (
     "veloxbench/test_run.py",
     "veloxbench/test_use.py",
 )
-"""Files of a minute and more, begun first: what is begun last must not keep one process at work when others are done."""
+"""Files of a minute and more, begun first, so that at the end no process is at work on one while others are done."""
 
 
 def pytest_collection_modifyitems(items):
