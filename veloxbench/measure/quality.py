@@ -137,7 +137,7 @@ def reference_metrics(nll: NDArray[np.float64], floor: NDArray[np.float64], laye
         "ppl": _exponential(mean),
         "kld_floor_mean": mean_interval(floor.mean(axis=1), "nats/token"),
         "kld_floor_max": Estimate(value=float(floor.max()), unit="nats/token"),
-        **_cost(layers),
+        **cost(layers),
     }
     return Measured(metrics, {"nll": per_sequence.tolist(), "kld_floor": floor.mean(axis=1).tolist()}, layers)
 
@@ -169,12 +169,13 @@ def arm_metrics(stats: PositionStats, reference_nll: NDArray[np.float64], layers
         "kld_p999": quantile_interval(groups, 0.999, "nats/token"),
         "top1_agreement": mean_interval(samples["top1"], "fraction"),
         "delta_p_rms": _mapped(squared, lambda s: float(np.sqrt(max(s, 0.0))), "probability"),
-        **_cost(layers),
+        **cost(layers),
     }
     return Measured(metrics, {name: values.tolist() for name, values in samples.items()}, layers)
 
 
-def _cost(layers: list[LayerEngagement]) -> dict[str, Estimate]:
+def cost(layers: list[LayerEngagement]) -> dict[str, Estimate]:
+    """What the tokens held cost, from the arrays held."""
     return {
         "bits_per_value": Estimate(value=bits_per_value(layers), unit="bits"),
         "allocated_bits_per_value": Estimate(value=allocated_bits_per_value(layers), unit="bits"),
@@ -199,6 +200,14 @@ def _mapped(estimate: Estimate, function: Callable[[float], float], unit: str) -
 
 def _exponential(mean_nll: Estimate) -> Estimate:
     return _mapped(mean_nll, lambda value: float(np.exp(value)), "ppl")
+
+
+def kept_decoded(arm: ArmCaches) -> ArmCaches:
+    """The arm, its caches told to keep decoded tokens: what attention reads is the same, and each record says so."""
+    for cache in arm.caches:
+        if hasattr(cache.inner, "keep_decoded"):
+            cache.inner.keep_decoded = True
+    return arm
 
 
 @measures
@@ -231,10 +240,7 @@ class Perplexity(Suite):
     def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
         """Feed the arm and compare every scored position with the reference; the reference gets its noise floor."""
         bench = needed(bench)
-        task, tokens, arm = item.cell.task, item.block.tokens, bench.caches(item.cell.arm)
-        for cache in arm.caches:
-            if hasattr(cache.inner, "keep_decoded"):
-                cache.inner.keep_decoded = True  # what attention reads is the same, and each record says so
+        task, tokens, arm = item.cell.task, item.block.tokens, kept_decoded(bench.caches(item.cell.arm))
         if item.cell.arm == REFERENCE:
             nll = run_reference(computed_reference(item, bench, arm), len(tokens), tick)
             again, kept = bench.caches(REFERENCE), reference_rows_of(item, bench)

@@ -21,6 +21,7 @@ from veloxquant_mlx.allocators import sensitivity
 from veloxquant_mlx.cache.base import PackedKVCache
 from veloxquant_mlx.calibration import gradients, measure, vectors
 from veloxquant_mlx.calibration.fisher_klt import FisherCode
+from veloxquant_mlx.calibration.fit import TableBits
 from veloxquant_mlx.calibration.fitting import AGES, fit_code
 from veloxquant_mlx.calibration.measure import Measurements, Progress, measure_model
 from veloxquant_mlx.transforms import rope
@@ -63,6 +64,7 @@ def fisher_klt(
     sinks: int = 4,
     ages: bool = True,
     at_tokens: int = 2048,
+    tables: int = 16,
     text: str = "wikitext-2",
 ) -> list[Any]:
     """Measure the model once, fit the target once, build.
@@ -72,10 +74,12 @@ def fisher_klt(
         sinks: first tokens kept in fp16, paid for.
         ages: whether tokens younger than 64 and 16 are coded more finely.
         at_tokens: sequence length at which the target holds on calibration text.
+        tables: bits an entry of the static tables, 16 (fp16) or 2 to 8.
         text: whose calibration part the model is measured on; several joined by ``+``.
     """
+    bits = TableBits(tables, tables, tables)
     code = source_hash(veloxquant_mlx, veloxquant_kernels)
-    name = f"{scope}-{target:g}-{sinks}-{'ages' if ages else 'one-age'}-{at_tokens}.safetensors"
+    name = f"{scope}-{target:g}-{sinks}-{'ages' if ages else 'one-age'}-{at_tokens}-{tables}.safetensors"
     fitted = _kept(
         _place(context, [text, code]) / name,
         lambda path: FisherCode.load(path, scope=scope),
@@ -86,6 +90,7 @@ def fisher_klt(
             sinks=sinks,
             ages=AGES if ages else (),
             at_tokens=at_tokens,
+            bits=bits,
             say=lambda line: print(f"fisher_klt@{target:g} {scope}: {line}", flush=True),
         ),
     )

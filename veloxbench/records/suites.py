@@ -110,6 +110,12 @@ _OWN = (
         },
     ),
     SuiteRow(
+        "retrieval",
+        "does the model still find what was said long ago",
+        moved_by="rounding",
+        exact=("bits_per_value", "allocated_bits_per_value", "engaged_layers"),
+    ),
+    SuiteRow(
         "memory",
         "how many bytes are resident",
         moved_by="rounding",

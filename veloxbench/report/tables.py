@@ -192,6 +192,41 @@ def quality(records: Sequence[Record]) -> list[str]:
     ]
 
 
+RETRIEVAL: Mapping[str, str] = {
+    "repeated": "A random sequence comes twice; the second time every token can be copied from half the length back.",
+    "needles": "Numbers are told at depths of a text and asked for at its end; only the digits of the answers count.",
+    "by depth": "Plain text in chunks of 64 tokens, in equal parts from the first token to the last.",
+}
+
+
+@register_table("retrieval")
+def retrieval(records: Sequence[Record]) -> list[str]:
+    """What is still found, and the divergence from fp16 there, together and by depth."""
+    parts = []
+    for title, rows in groups(records).items():
+        depths = dict.fromkeys(name for row in rows for name in row.metrics if name.startswith("kld_mean_"))
+        columns: list[Column] = [
+            ("method", method),
+            ("bits/value", figure("bits_per_value", "{:.3f}")),
+            ("recalled", figure("recalled", "{:.1%}")),
+            ("KLD", figure("kld_mean")),
+            *((f"KLD {_depth(name)}", figure(name, plain=True)) for name in depths),
+            ("ΔNLL", figure("delta_nll")),
+            ("top-1", figure("top1_agreement")),
+        ]
+        parts.append(
+            f"### Retrieval, {title}\n\n{record_table(columns, rows)}\n\n{RETRIEVAL[rows[0].subject.protocol]} "
+            "*Recalled* are tokens that the model gives more than half of the probability; KLD and NLL against fp16 at "
+            "the same positions, nats per token."
+        )
+    return parts
+
+
+def _depth(metric: str) -> str:
+    where, _, depth = metric.removeprefix("kld_mean_").partition("_")
+    return f"{where} {depth}"
+
+
 def _noise_floor(records: Sequence[Record]) -> str:
     notes = []
     for record in records:
