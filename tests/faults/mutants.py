@@ -714,7 +714,7 @@ Each was then read as a user's command reads it. {tried} attempts are counted he
 - *followed*: a file of the user's own, which may say what it likes: the record carries the hash of the changed bytes;
 - *failed*: another exception, a crash, a hang, a file outside the cache, or a wrong figure under the right name.
 
-`make faults` repeats the campaign (hours); `.ci/run` tries a few of each in `make test`.
+`make faults` repeats the campaign (hours; one that was broken off goes on); a stage of `.ci/run` tries 25 of each.
 
 ## Damaged files
 
