@@ -27,6 +27,7 @@ class ExitCode(IntEnum):
     BASELINE = 3
     USAGE = 4
     ENVIRONMENT = 5
+    INTERRUPTED = 130
 
 
 class VeloxError(Exception):

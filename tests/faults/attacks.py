@@ -116,13 +116,19 @@ def attack_gate(work: Path, chance: random.Random) -> str:
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _written() -> list[Any]:
+    """Eight times the records of a run, under keys of their own."""
+    return [_subject(record, protocol=f"{i}") for i in range(8) for record in written.pristine_run()[0]]
+
+
 def attack_store(work: Path, chance: random.Random) -> str:
     """A writer is killed at a random moment: what it had reported is there, and nothing else; the next one goes on."""
     from veloxbench.records.store import open_store, read_records
 
     out = work / "killed"
     shutil.rmtree(out, ignore_errors=True)
-    records = [_subject(record, protocol=f"{i}") for i in range(8) for record in written.pristine_run()[0]]
+    records = _written()
     told, tell = os.pipe()
     child = os.fork()
     if child == 0:

@@ -42,7 +42,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import attacks
 import written
 
-HANG_S = 120.0
+HANG_S = 1200.0  # wall time: of a process that gives way to all others
+PART = 500
+"""Mutants between two writes of the campaign's record."""
 OUTCOMES = ("refused", "healed", "followed", "failed")
 
 # --- mutation -------------------------------------------------------------------------------------------------------
@@ -568,10 +570,13 @@ class Tally:
     failures: list[str]
 
 
-def campaign(names: list[str], count: int, seed: int) -> dict[str, Tally]:
-    """Try ``count`` mutants of every format in a child: if it dies or hangs that is a failure, and the next goes on."""
+def campaign(names: list[str], count: int, seed: int, start: int = 0) -> dict[str, Tally]:
+    """Try mutants up to ``count`` of every format in a child: a death or a hang is a failure, and the next goes on.
+
+    Of the first format those before ``start`` are left out: they were tried before.
+    """
     tallies = {name: Tally(Counter(), []) for name in names}
-    left, start = names, 0
+    left = names
     while left:
         left, start = _child(left, count, seed, start, tallies)
     return tallies
@@ -709,7 +714,7 @@ Each was then read as a user's command reads it. {tried} attempts are counted he
 - *followed*: a file of the user's own, which may say what it likes: the record carries the hash of the changed bytes;
 - *failed*: another exception, a crash, a hang, a file outside the cache, or a wrong figure under the right name.
 
-`make faults` repeats the campaign (hours); `.ci/run` tries a few of each in `make test`.
+`make faults` repeats the campaign (hours; one that was broken off goes on); a stage of `.ci/run` tries 25 of each.
 
 ## Damaged files
 
@@ -754,7 +759,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=3000, help="mutants of every format")
     parser.add_argument("--seed", type=int, default=0, help="of the changes")
     parser.add_argument("--format", action="append", help="only formats whose name contains this; may be repeated")
-    parser.add_argument("--record", type=Path, help="keep each format's result here as soon as it is known")
+    parser.add_argument("--record", type=Path, help="keep the results here; a campaign that was broken off goes on")
     parser.add_argument("--page", action="store_true", help="only write docs/reliability.md from its record")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
@@ -773,11 +778,18 @@ def main() -> int:
         PAGE.write_text(page(kept(RECORD)), encoding="utf-8")
         return 0
     names = [n for n in (*FORMATS, *ATTACKS) if not asked.format or any(part in n for part in asked.format)]
-    tallies = {}
+    tallies = kept(asked.record) if asked.record else {}
+    if all(name in tallies and tallies[name].outcomes.total() >= asked.count for name in names):  # it is complete
+        tallies = {name: tally for name, tally in tallies.items() if name not in names}
     for name in names:
-        tallies |= campaign([name], asked.count, asked.seed)
-        if asked.record:
-            keep(asked.record, kept(asked.record) | tallies)
+        tally = tallies.setdefault(name, Tally(Counter(), []))
+        while (tried := tally.outcomes.total()) < asked.count:  # in parts, for a campaign that is broken off goes on
+            more = campaign([name], min(asked.count, tried + PART), asked.seed, tried)[name]
+            tally.outcomes.update(more.outcomes)
+            tally.failures += more.failures
+            if asked.record:
+                keep(asked.record, tallies)
+    tallies = {name: tallies[name] for name in names}
     print(table(tallies))
     for tally in tallies.values():
         print("".join(f"{failure}\n" for failure in tally.failures[:SHOWN_FAILURES]), end="")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +119,17 @@ def test_nothing_decoded_survives_a_step(scope: str) -> None:
 
 
 def test_a_vector_that_nobody_took_is_seen_and_then_thrown_away() -> None:
-    """A pass that breaks off after the first layer leaves an entry: the account sees it, the next pass removes it."""
+    """A pass that breaks off after the first layer leaves an entry: the account sees it, a copy's pass removes it."""
     model, made = model_of("llama"), code("below")
     caches = made.caches(model)
+    fresh = copy.deepcopy(caches)
     keys = mx.array(np.random.default_rng(0).standard_normal((1, 2, 20, 32)).astype(np.float16))
     caches[0].update_and_fetch(keys, keys)
     with pytest.raises(EngagementError, match="account leaves out"):
         account.held_arrays(caches[0])
-    fresh = made.caches(model)
     feed(model, fresh, ids(30), [30])
     assert account.held_arrays(fresh[0])
+    assert account.held_arrays(caches[0])
 
 
 def test_layers_must_step_together() -> None:
@@ -410,3 +412,67 @@ def test_attach_takes_a_calibration_of_this_model_only() -> None:
         tokens = [token for token, _ in generate_step(mx.array([97, 98, 99]), model, max_tokens=4)]
         assert len(tokens) == 4
     assert {type(cache) for cache in make_prompt_cache(model)} == {KVCache}
+
+
+def lists_of_one_calibration(kind: str, folder: Path) -> tuple[list[Any], list[Any]]:
+    """Two lists of empty caches: made one after the other, the second a copy of the first, or both from one file."""
+    made = code("below")
+    caches = made.caches(model_of("llama"))
+    if kind == "made":
+        return caches, made.caches(model_of("llama"))
+    if kind == "copied":
+        return caches, copy.deepcopy(caches)
+    save_prompt_cache(folder / "c.safetensors", caches)
+    return load_prompt_cache(folder / "c.safetensors"), load_prompt_cache(folder / "c.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["made", "copied", "loaded"])
+def test_a_pass_that_was_broken_off_leaves_nothing_to_other_caches(kind: str, tmp_path: Path) -> None:
+    """A pass ends in an exception after layer 0; a prompt as long, in other caches, gives the logits that it always
+    gives, alone and in a batch of two."""
+    model, tokens = model_of("llama"), ids(40, 1)
+    clean = feed(model, code("below").caches(model), tokens, [40])[0]
+    for batched in (False, True):
+        broken, caches = lists_of_one_calibration(kind, tmp_path)
+        if batched:
+            broken, caches = (
+                [PackedKVCache.merge([one, copy.deepcopy(one)]) for one in each] for each in (broken, caches)
+            )
+        n_batch = 1 + batched
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        broken[1].update_and_fetch = stop
+        with pytest.raises(KeyboardInterrupt):
+            feed(model, broken, ids(40, 2, n_batch), [40])
+        got = feed(model, caches, mx.repeat(tokens, n_batch, axis=0), [40])[0]
+        assert mx.abs(got - clean).max().item() < 1e-4  # logits of order 1 in fp32; a batch adds in another order
+
+
+def test_two_threads_that_copy_a_cache_do_not_meet() -> None:
+    """Sequences that step layer by layer in turns, each in its thread, give what each gives alone."""
+    model, made = model_of("llama"), code("below")
+    tokens = [ids(40, seed) for seed in (1, 2)]
+    clean = [feed(model, made.caches(model), each, [40])[0] for each in tokens]
+    caches = made.caches(model)
+    lists, got = [caches, copy.deepcopy(caches)], [None, None]
+    turns = threading.Barrier(2, timeout=60)
+
+    def run(i: int) -> None:
+        for cache in lists[i]:
+            inner = cache.update_and_fetch
+
+            def in_turn(keys: mx.array, values: mx.array, inner: Any = inner) -> Any:
+                turns.wait()
+                return inner(keys, values)
+
+            cache.update_and_fetch = in_turn
+        got[i] = feed(model, lists[i], tokens[i], [40])[0]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(mx.array_equal(one, other) for one, other in zip(got, clean, strict=True))

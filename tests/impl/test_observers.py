@@ -285,7 +285,7 @@ def test_the_last_outlier_may_leave_the_window(gemma_model: Any) -> None:
     keys[:, :, [70, 390]] *= 5
     x = mx.array(keys)
     cache.update_and_fetch(x[:, :, :300], x[:, :, :300])
-    cache.drop_old()  # as the next update begins
+    cache.begin_step()  # as the next update begins
     assert {h.name for h in cache.held_arrays()} == {"keys.codes", "keys.norms", "values.codes", "values.norms"}
     assert cache.bits_per_value() == 1 + 16 / 64
     cache.update_and_fetch(x[:, :, 300:], x[:, :, 300:])

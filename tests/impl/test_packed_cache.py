@@ -275,7 +275,7 @@ def test_a_window_of_fp16_tokens_alone_has_a_cost(method: str) -> None:
     cache = PackedKVCache(config.layer_spec(0, None, None, 32))
     x = tokens(296, 1)
     filled(cache, x, x, [296])
-    cache.drop_old()  # as the next update begins
+    cache.begin_step()  # as the next update begins
     assert cache.storage.keys.coded.blocks == 0
     assert cache.bits_per_value() == 16
     assert float(cache.formula_nbytes()) == used_bytes(cache)

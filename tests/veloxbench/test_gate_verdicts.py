@@ -140,6 +140,16 @@ def test_sign_flips_guard_against_one_wild_sequence():
     assert test.p_pass >= np.mean(flips <= (values - 0.6).sum() + 1e-12) - 1e-12
 
 
+def test_sign_flips_are_counted_one_by_one():
+    """The p-value of sixteen differences is the share of all 65536 flips that reach the observed sum."""
+    values = np.random.default_rng(4).normal(0.3, 1, N)
+    flips = np.array(list(itertools.product([1, -1], repeat=N))) @ (values - 0.1)
+    counted = np.mean(flips >= (values - 0.1).sum() - 1e-9)
+    assert paired_test(values, 0.1).p_regress == max(
+        counted, stats.ttest_1samp(values, 0.1, alternative="greater").pvalue
+    )
+
+
 def test_differences_that_are_all_equal_are_certain():
     """No spread, no test: the mean is compared with the margin itself."""
     assert paired_test(np.full(N, 0.5), 0.4).p_regress == 0.0

@@ -93,20 +93,30 @@ def _sign_flip(values: NDArray[np.float64], margin: float, alternative: Alternat
     differences = values - margin if alternative == "greater" else margin - values
     observed = float(differences.sum())
     # flips that only round differently from the observed signs count as equal to them
-    reached = _flips(values.size) @ differences >= observed - 1e-12 * float(np.abs(differences).sum())
+    limit = observed - 1e-12 * float(np.abs(differences).sum())
     if values.size <= ALL_FLIPS_UP_TO:
-        return float(reached.mean())
+        return _reached(differences, limit) / 2**values.size
+    reached = _random_flips(values.size) @ differences >= limit
     return float((reached.sum() + 1) / (reached.size + 1))
 
 
+def _reached(differences: NDArray[np.float64], limit: float) -> int:
+    """How many of all sign flips give a sum of at least ``limit``: sums of one half, looked up among the other's."""
+    half = differences.size // 2
+    some, others = (_all_flips(part.size) @ part for part in (differences[:half], differences[half:]))
+    return int(others.size * some.size - np.searchsorted(np.sort(others), limit - some).sum())
+
+
 @functools.cache
-def _flips(n: int) -> NDArray[np.float64]:
-    """All sign vectors of length ``n``, or many random ones: ``[flips, n]`` of ±1."""
-    if n <= ALL_FLIPS_UP_TO:
-        bits = np.arange(2**n)[:, None] >> np.arange(n) & 1
-    else:
-        bits = np.random.default_rng(0).integers(0, 2, size=(RANDOM_FLIPS, n))
-    return np.asarray(1 - 2 * bits, dtype=np.float64)
+def _all_flips(n: int) -> NDArray[np.float64]:
+    """All sign vectors of length ``n``: ``[2**n, n]`` of ±1."""
+    return np.asarray(1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1))
+
+
+@functools.cache
+def _random_flips(n: int) -> NDArray[np.float64]:
+    """Many random sign vectors of length ``n``: ``[flips, n]`` of ±1."""
+    return np.asarray(1.0 - 2.0 * np.random.default_rng(0).integers(0, 2, size=(RANDOM_FLIPS, n)))
 
 
 def smallest_detectable(baseline: Sequence[float], margin: float, n_tests: int, spread: float = 0.0) -> float | None:
@@ -127,21 +137,31 @@ def smallest_detectable(baseline: Sequence[float], margin: float, n_tests: int, 
     if mean == 0:
         return None
     variation = float(values.std(ddof=1)) / abs(mean)
+    # the change at which (change - margin) / error is that shift: a quadratic equation, for the error grows with it
+    shift = _detected_shift(n, n_tests)
+    slope = n - (shift * variation) ** 2
+    if slope <= 0:
+        return None
+    root = shift * math.sqrt(n * spread**2 + variation**2 * (n * margin**2 - (shift * spread) ** 2))
+    change = (n * margin + root) / slope
+    return change if change <= FARTHEST * margin else None
+
+
+FARTHEST = 1e4
+"""Margins beyond which a change that is detected is none that anybody waits for."""
+
+
+@functools.cache
+def _detected_shift(n: int, n_tests: int) -> float:
+    """By how many standard errors a change must exceed the margin to be called a regression with :data:`POWER`."""
     critical = _above(ALPHA / max(n_tests, 1), n)
 
-    def missing_power(change: float) -> float:
-        error = math.hypot(spread, variation * change) / math.sqrt(n)
-        if error == 0:
-            return POWER - 1.0
-        shift = (change - margin) / error
+    def missing_power(shift: float) -> float:
         missed = float(special.nctdtr(n - 1, shift, critical))
         if math.isnan(missed):  # far out, where the normal distribution serves as well
             missed = float(special.ndtr(critical - shift))
         return POWER - 1.0 + missed
 
-    high = max(margin, 1e-12) * 1e4
-    if missing_power(high) > 0:
-        return None
     from scipy import optimize  # half a second, which judging alone does without
 
-    return float(optimize.brentq(missing_power, margin, high, rtol=1e-4))
+    return float(optimize.brentq(missing_power, 0.0, 1e6, rtol=1e-6))

@@ -69,8 +69,9 @@ class AlignedBatch(TokenStore, Generic[Single]):
         """Append ``[B, H, L, D]``, padding left out, and return ``[B, H, T, D]`` aligned."""
         dtype, new = keys.dtype, keys.shape[2]
         stored = half(keys), half(values)
+        for sequence in self.sequences:
+            sequence.begin_step()
         for i, sequence in enumerate(self.sequences):
-            sequence.drop_old()
             begin = min(new, max(0, self._left[i] - self._idx))
             count = new - begin
             if self._remaining is not None:

@@ -15,6 +15,7 @@ import copy
 import importlib
 import itertools
 import json
+import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -88,16 +89,21 @@ class Handed:
     before: mx.array
 
 
-class Handoff:
+class Handoff(threading.local):
     """Where layers leave what they have decoded for the layers that are predicted from them, until these take it.
 
-    One object serves all caches of a calibration: sequences pass through the layers in the same order, so whoever reads
-    takes the oldest entry of its step. An entry that nobody took, because a pass was broken off, is thrown away by the
-    next one.
+    Caches that were made together have one, with their copies. Sequences of a batch pass through the layers in the same
+    order, so whoever reads takes the oldest entry. What nobody took, because a pass was broken off, is forgotten when
+    its layer steps again, in these caches or in copies of them. Every thread has entries of its own.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[int, deque[Handed]] = {}
+
+    def forget(self, readers: Iterable[int]) -> None:
+        """A step begins for the layer below these readers: what waits for them is of another."""
+        for reader in readers:
+            self._waiting.pop(reader, None)
 
     def give(self, readers: Iterable[int], handed: Handed) -> None:
         """Leave an entry for each reader."""
@@ -110,15 +116,14 @@ class Handoff:
         Raises:
             RuntimeError: there is none.
         """
-        waiting = self._waiting.get(reader, deque())
-        while waiting:
-            handed = waiting.popleft()
-            if (handed.offset, handed.stop, handed.decoded.shape[0]) == (offset, stop, n_batch):
-                return handed
-        raise RuntimeError(
-            f"layer {reader} is predicted from layer {source}, which decoded nothing for tokens {offset} to {stop}: "
-            "caches of one calibration must be updated layer by layer, all from the same token on"
-        )
+        waiting = self._waiting.get(reader)
+        handed = waiting.popleft() if waiting else None
+        if handed is None or (handed.offset, handed.stop, handed.decoded.shape[0]) != (offset, stop, n_batch):
+            raise RuntimeError(
+                f"layer {reader} is predicted from layer {source}, which decoded nothing for tokens {offset} to "
+                f"{stop}: caches of one calibration must be updated layer by layer, all from the same token on"
+            )
+        return handed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handoff:
         """Itself: copies of a cache meet in the same place."""
@@ -533,8 +538,9 @@ class CodedStore(LayerStore):
             kept = tuple(mx.contiguous(side[:, :, : max(0, offset - start)]) for side in (keys, values))
             self._fetched = (start, kept[0], kept[1])
 
-    def drop_old(self, offset: int) -> None:
-        """Free tokens before a sliding window, up to the last multiple of 32."""
+    def begin_step(self, offset: int) -> None:
+        """Forget what a broken-off step left, and free tokens before a sliding window up to the last multiple of 32."""
+        self.spec.handoff.forget(self.spec.code.readers)
         if self.spec.max_size is None:
             return
         start = (offset - self.spec.max_size) // SMALL_BLOCK * SMALL_BLOCK

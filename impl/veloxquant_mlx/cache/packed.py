@@ -47,7 +47,7 @@ class PackedKVCache(PackedSequence):
         the new ones for several, oldest first.
         """
         new = keys.shape[2]
-        self.drop_old()
+        self.begin_step()
         self.store(keys, values)
         max_size = self.max_size
         wanted = self.offset if max_size is None else min(self.offset, max_size - 1 + new)

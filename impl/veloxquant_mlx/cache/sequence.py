@@ -188,11 +188,11 @@ class PackedSequence(TokenStore):
         """Decode the last ``tokens`` tokens to ``[B, H, tokens, D]``."""
         return self.storage.fetch(self.offset, tokens, dtype)
 
-    def drop_old(self) -> None:
-        """Free what a sliding window has left behind, in steps: before tokens come, for the layers that share these
-        keys and values read them after.
+    def begin_step(self) -> None:
+        """Tokens are about to come: free what a sliding window has left behind, in steps; not later, for the layers
+        that share these keys and values read them after.
         """
-        self.storage.drop_old(self.offset)
+        self.storage.begin_step(self.offset)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Everything that attention has read, decoded, in the dtype that was last stored.

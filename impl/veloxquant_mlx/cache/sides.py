@@ -117,7 +117,7 @@ class SidesStore(LayerStore):
         if self._outliers is not None:
             self._outliers.check(f"{where}: outliers", self.keys.shape, offset)
 
-    def drop_old(self, offset: int) -> None:
+    def begin_step(self, offset: int) -> None:
         """Free what a sliding window has left behind, in steps."""
         if self.spec.max_size is None:
             return

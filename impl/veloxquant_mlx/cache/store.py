@@ -66,8 +66,8 @@ class LayerStore(ABC):
         """Forget the last ``n`` tokens; ``offset`` are left."""
 
     @abstractmethod
-    def drop_old(self, offset: int) -> None:
-        """Free what a sliding window has left behind, in steps."""
+    def begin_step(self, offset: int) -> None:
+        """Tokens are about to come: free what a sliding window has left behind, in steps."""
 
     @abstractmethod
     def rows(self, index: slice) -> Self:

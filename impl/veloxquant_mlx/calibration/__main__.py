@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import mlx_lm
 import typer
@@ -89,10 +90,22 @@ def calibrate(
     )
 
 
-def main() -> None:
-    """The command; bad input is one sentence and exit code 2."""
+@functools.wraps(calibrate)
+def _stoppable(*arguments: Any, **options: Any) -> None:
     try:
-        typer.run(calibrate)
+        calibrate(*arguments, **options)
+    except KeyboardInterrupt:
+        CONSOLE.print(
+            "calibration: stopped; type the same command again (what --measurements has kept is not measured anew)",
+            markup=False,
+        )
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """The command; bad input is one sentence and exit code 2, Ctrl-C one and 130."""
+    try:
+        typer.run(_stoppable)
     except (ValueError, OSError) as error:
         CONSOLE.print(f"calibration: {error}", style="red", markup=False)
         raise SystemExit(2) from error

@@ -44,7 +44,7 @@ class FisherCode:
         bits_per_value: realised on held-out calibration vectors at ``at_tokens`` tokens, everything counted.
         at_tokens: context of that figure.
         path: where it lies; None before it is saved.
-        handoff: where its caches' layers meet.
+        handoff: where layers meet of caches that were loaded one by one; caches made together have their own.
     """
 
     klt: KLTCalibration
@@ -68,8 +68,8 @@ class FisherCode:
         """Of the oldest tokens, in √nats."""
         return self.klt.step
 
-    def spec(self, layer: int, max_size: int | None) -> CodedSpec:
-        """How to store one layer, ``max_size`` its sliding window."""
+    def spec(self, layer: int, max_size: int | None, handoff: Handoff | None = None) -> CodedSpec:
+        """How to store one layer, ``max_size`` its sliding window, ``handoff`` where it meets the others."""
         return CodedSpec(
             calibration_sha256=self.sha256,
             path=self.path,
@@ -78,7 +78,7 @@ class FisherCode:
             ages=tuple(age for age, _ in self.ages),
             max_size=max_size,
             code=self.layers[layer],
-            handoff=self.handoff,
+            handoff=handoff or self.handoff,
         )
 
     def caches(self, model: Module, *, weights_sha256: str | None = None) -> list[Any]:
@@ -99,8 +99,9 @@ class FisherCode:
                 f"the calibration has {len(self.layers)} layers and the model {len(attention)} that it could code: "
                 "it is another model's"
             )
+        handoff = Handoff()
         return [
-            PackedKVCache(self.spec(i, getattr(cache, "max_size", None))) if i in self.layers else cache
+            PackedKVCache(self.spec(i, getattr(cache, "max_size", None), handoff)) if i in self.layers else cache
             for i, cache in enumerate(own)
         ]
 
