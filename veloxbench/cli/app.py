@@ -90,8 +90,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except VeloxError as error:
         to_stderr(f"veloxbench: {error}")
         return int(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        to_stderr("veloxbench: stopped; type the same command again to go on")
+    except (KeyboardInterrupt, typer.Abort) as error:
+        kept = str(error) or str(error.__cause__ or "")  # what the command says of its work, where it says something
+        to_stderr(f"veloxbench: stopped; {kept or 'type the same command again to go on'}")
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
