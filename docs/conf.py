@@ -7,7 +7,14 @@ where the pages are read as files.
 project = "VeloxBench"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "BENCHMARK_RESULTS.md", "CHANGELOG.md", "docs/**", "examples/*/README.md"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "BENCHMARK_RESULTS.md",
+    "CHANGELOG.md",
+    "docs/**",
+    "examples/*/README.md",
+]
 exclude_patterns = ["docs/conf.py"]
 html_theme = "furo"
 html_title = "VeloxBench"

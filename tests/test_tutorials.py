@@ -5,7 +5,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import sysconfig
 import venv
 from pathlib import Path

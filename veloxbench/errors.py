@@ -27,6 +27,7 @@ class ExitCode(IntEnum):
     BASELINE = 3
     USAGE = 4
     ENVIRONMENT = 5
+    INTERRUPTED = 130
 
 
 class VeloxError(Exception):
@@ -56,6 +57,15 @@ class BaselineError(VeloxError):
     """A baseline is missing, edited by hand, expired or of something else: nothing can be judged by it."""
 
     exit_code = ExitCode.BASELINE
+
+
+class Stopped(VeloxError):
+    """Ctrl-C, where a command can say what of its work is kept and how to go on."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+    def __init__(self, kept: str) -> None:
+        super().__init__(f"stopped; {kept}")
 
 
 class NotFiniteError(VeloxError, ValueError):

@@ -28,8 +28,6 @@ from veloxbench.cli.trials import trial
 from veloxbench.cli.use import HANDS_ON, chat, generate, serve
 from veloxbench.errors import ExitCode, UsageError, VeloxError
 
-INTERRUPTED = 130
-
 app = typer.Typer(
     name="veloxbench",
     no_args_is_help=True,
@@ -90,10 +88,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except VeloxError as error:
         to_stderr(f"veloxbench: {error}")
         return int(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        kept = str(error) or str(error.__cause__ or "")  # what the command says of its work, where it says something
-        to_stderr(f"veloxbench: stopped; {kept or 'type the same command again to go on'}")
-        return INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):
+        result = int(ExitCode.INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.PASS)
@@ -102,6 +98,8 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         to_stderr(f"veloxbench: {blamed(error)}")
         return int(ExitCode.ENVIRONMENT)
+    if result == ExitCode.INTERRUPTED:  # typer makes it of Ctrl-C, without a word
+        to_stderr("veloxbench: stopped; type the same command again to go on")
     return result if isinstance(result, int) else int(ExitCode.PASS)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from veloxbench.cli.output import above_zero, listed, numbers
+from veloxbench.errors import Stopped
 from veloxbench.records.suites import all_suites
 
 
@@ -97,7 +98,7 @@ def run(
                     outcome = carried.all()
                 except KeyboardInterrupt:
                     kept = sum(store.get(key) is not None for key in carried.keys)
-                    raise KeyboardInterrupt(
+                    raise Stopped(
                         f"{kept} of {len(carried.keys)} measurements are kept in {out}; "
                         "type the same command again to go on"
                     ) from None

@@ -110,7 +110,11 @@ def _measured(context: BuildContext, text: str) -> Measurements:
 
 def _say_progress(progress: Progress) -> None:
     left = progress.seconds_left or 0.0
-    print(f"fisher_klt: {progress.stage}, {progress.done:.0%}, about {left / 60:.1f} min left", file=sys.stderr, flush=True)
+    print(
+        f"fisher_klt: {progress.stage}, {progress.done:.0%}, about {left / 60:.1f} min left",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _source(*modules: Any) -> str:

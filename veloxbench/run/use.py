@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from rich.filesize import decimal
 
-from veloxbench.errors import UnfitEnvironmentError, UsageError
+from veloxbench.errors import Stopped, UnfitEnvironmentError, UsageError
 from veloxbench.inputs.models import resolve_model
 from veloxbench.inputs.sources import cache_dir
 from veloxbench.inputs.transfer_progress import default_reporter
@@ -158,7 +158,7 @@ def mlx_lm_command(name: str, model: str, arm: Arm, options: Sequence[str], say:
         except KeyboardInterrupt:
             if loader.last and name == "generate":
                 report()
-            raise KeyboardInterrupt(STOPPED[name] if loader.shapes else NOT_READY) from None
+            raise Stopped(STOPPED[name] if loader.shapes else NOT_READY) from None
         except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
             if isinstance(error, UsageError | UnfitEnvironmentError):
                 raise

@@ -12,6 +12,7 @@ class RowScaleCache(KVCache):
         self.keys = self.values = self.key_scales = self.value_scales = None
 
     def update_and_fetch(self, keys, values):
+        """Store ``[B, H, T, D]`` keys and values; all that is held, decoded."""
         key_codes, key_scales = encode(keys)
         value_codes, value_scales = encode(values)
         self.keys, self.key_scales = self._grown(self.keys, key_codes), self._grown(self.key_scales, key_scales)
@@ -25,6 +26,7 @@ class RowScaleCache(KVCache):
 
     @property
     def state(self):
+        """What mlx-lm saves."""
         return self.keys, self.key_scales, self.values, self.value_scales, self.offset
 
     @state.setter

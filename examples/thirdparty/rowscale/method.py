@@ -2,9 +2,8 @@
 
 from fractions import Fraction
 
-from veloxbench.methods.registry import plain_caches, register
-
 from rowscale.cache import RowScaleCache
+from veloxbench.methods.registry import plain_caches, register
 
 
 def formula(cache, tokens, geometry):

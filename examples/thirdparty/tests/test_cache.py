@@ -2,7 +2,6 @@
 
 import mlx.core as mx
 import numpy as np
-
 from rowscale.cache import RowScaleCache
 
 
