@@ -13,7 +13,7 @@ include_patterns = [
     "BENCHMARK_RESULTS.md",
     "CHANGELOG.md",
     "docs/**",
-    "examples/*/README.md",
+    "examples/thirdparty/README.md",
 ]
 exclude_patterns = ["docs/conf.py"]
 html_theme = "furo"
