@@ -1,5 +1,6 @@
 # make bench  - environment, install, and the main job: results/BENCHMARK_RESULTS.md on this machine
 # make test   - environment, install, and every test that needs no minutes of model time (JOBS processes, 1-2 GB each)
+# make docs   - the documentation site, in site/
 # make check  - lint, types and staleness, in seconds
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ PROFILE ?= default
 JOBS ?= 2
 TESTS ?= tests
 
-.PHONY: bench test check fresh faults format report clean
+.PHONY: bench test check docs fresh faults format report clean
 
 bench: $(VENV)/.installed
 	$(BIN)/veloxbench doctor
@@ -23,6 +24,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) --no-print-directory fresh
+
+# the documentation site, in site/; a warning is an error
+docs: $(VENV)/.installed
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . site
 
 # generated files are what their sources say
 fresh: $(VENV)/.installed

@@ -59,6 +59,15 @@ class BaselineError(VeloxError):
     exit_code = ExitCode.BASELINE
 
 
+class Stopped(VeloxError):
+    """Ctrl-C, where a command can say what of its work is kept and how to go on."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+    def __init__(self, kept: str) -> None:
+        super().__init__(f"stopped; {kept}")
+
+
 class NotFiniteError(VeloxError, ValueError):
     """A figure that was measured is NaN or infinite: no result, and never a pass."""
 

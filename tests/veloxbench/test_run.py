@@ -247,6 +247,27 @@ def test_no_records_is_a_sentence(tmp_path, capsys):
     assert "there are no records" in capsys.readouterr().err
 
 
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(cut_model, grid_file, tmp_path, monkeypatch, capsys):
+    """Stopped in the second of four: exit 130, one is kept, and the same command measures the other three."""
+    from veloxbench.run import runner
+
+    measure, calls = runner.measure, iter(range(100))
+
+    def stopped_in_the_second(*arguments):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(runner, "measure", stopped_in_the_second)
+    command = ["run", "--profile", str(grid_file), "--models", str(cut_model), "--suites", "perplexity"]
+    command += ["--methods", "turboquant_mse@4", "--out", str(tmp_path / "out")]
+    assert veloxbench(command) == 130
+    said = capsys.readouterr().err
+    assert f"stopped; 1 of 4 measurements are kept in {tmp_path / 'out'}; type the same command again to go on" in said
+    assert veloxbench(command) == 0
+    assert "3 measured, 1 recorded before, 0 failed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["run", "report", "models", "corpora", "methods", "doctor", "schema"])
 def test_help_teaches_every_command(command, capsys):
     """``--help`` of each command says what it does."""

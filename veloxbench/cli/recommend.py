@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from veloxbench.cli.output import to_stderr
-from veloxbench.errors import UsageError
+from veloxbench.errors import ExitCode, UsageError
 from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.record import Record
 
@@ -53,7 +53,7 @@ def recommend(
         typer.Option(help="Folders or files of records; by default `results`, if it is there, and those that ship."),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure the model first (profile `quick`, into `results`).")
+        bool, typer.Option("--measure", help="Measure the model first (profile `recommend`, into `results`).")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
@@ -115,13 +115,16 @@ def _same_weights(record: Record, weights_sha256: str) -> bool:
 
 
 def _measure(model: str, out: Path) -> None:
-    """The quick profile on a model, into the folder that is read afterwards; what is recorded is not measured again."""
+    """The profile ``recommend`` on a model, into the folder that is read afterwards, where what is recorded stays.
+
+    An arm that fails is named by the run and is no candidate; the others are.
+    """
     from veloxbench.cli.run import run
 
     try:
-        run(profile="quick", models=model, suites="perplexity,memory,throughput", out=out)
+        run(profile="recommend", models=model, out=out)
     except typer.Exit as left:
-        if left.exit_code:
+        if left.exit_code not in (0, ExitCode.REGRESSION):
             raise
 
 

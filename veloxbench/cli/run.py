@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from veloxbench.cli.output import above_zero, listed, numbers
+from veloxbench.errors import Stopped
 from veloxbench.records.suites import all_suites
 
 
@@ -93,7 +94,14 @@ def run(
         try:
             options = {"accept_licence": accept_licence, "fresh": fresh}
             with Run(grid, store, default_reporter(), progress, **options) as carried:
-                outcome = carried.all()
+                try:
+                    outcome = carried.all()
+                except KeyboardInterrupt:
+                    kept = sum(store.get(key) is not None for key in carried.keys)
+                    raise Stopped(
+                        f"{kept} of {len(carried.keys)} measurements are kept in {out}; "
+                        "type the same command again to go on"
+                    ) from None
         finally:
             if isinstance(progress, BarProgress):
                 progress.stop()

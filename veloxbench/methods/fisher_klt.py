@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -91,7 +92,7 @@ def fisher_klt(
             ages=AGES if ages else (),
             at_tokens=at_tokens,
             bits=bits,
-            say=lambda line: print(f"fisher_klt@{target:g} {scope}: {line}", flush=True),
+            say=lambda line: print(f"fisher_klt@{target:g} {scope}: {line}", file=sys.stderr, flush=True),
         ),
     )
     return fitted.caches(context.model, weights_sha256=context.model_id)
@@ -114,7 +115,11 @@ def _measured(context: BuildContext, text: str) -> Measurements:
 
 def _say_progress(progress: Progress) -> None:
     left = progress.seconds_left or 0.0
-    print(f"fisher_klt: {progress.stage}, {progress.done:.0%}, about {left / 60:.1f} min left", flush=True)
+    print(
+        f"fisher_klt: {progress.stage}, {progress.done:.0%}, about {left / 60:.1f} min left",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _source(*modules: Any) -> str:

@@ -22,10 +22,12 @@ from veloxbench.records.selection import is_control, newest_per_row, table_rows
 from veloxbench.records.store import read_records
 from veloxbench.report.allocation import METHOD, comparisons
 from veloxbench.report.cells import format_estimate, pipe_table
+from veloxbench.report.recommend import Wish, recommend
 from veloxbench.report.tables import GUIDE_CLAIMS, quality_groups
 
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SENSITIVITY = "sensitivity.json"
+README_MODEL = "smollm2-135m"
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,28 @@ def _outliers(sources: Sources) -> str:
     return _table(header, body)
 
 
+AT_TOKENS = 8192
+"""Context at which the README counts bytes, tables included."""
+
+
+def _best(sources: Sources) -> str:
+    """The caches of the README's model that none beats in both bytes and quality, the smallest last."""
+    of_model = [r for r in sources.records if (r.subject.model.name, r.subject.model.n_layers) == (README_MODEL, None)]
+    answer = recommend(README_MODEL, of_model, Wish(AT_TOKENS), AT_TOKENS)
+    body = [
+        [
+            f"{one.arm}",
+            f"{one.footprint.bits(AT_TOKENS):.2f}",
+            f"{16 / one.footprint.bits(AT_TOKENS):.1f} times smaller" if not one.is_reference else "",
+            "none" if one.is_reference else format_estimate(one.kld),
+            "none" if one.is_reference else f"{format_estimate(one.changed)} of 100",
+            one.word.word,
+        ]
+        for one in reversed(answer.pareto)
+    ]
+    return _table(("cache", "bits a value", "than fp16", "loss", "changed", "verdict"), body)
+
+
 TABLES: Mapping[str, Callable[[Sources], str]] = {
     "claims": _claims,
     "allocation": _allocation,
@@ -208,13 +232,14 @@ TABLES: Mapping[str, Callable[[Sources], str]] = {
     "bands": _bands,
     "durations": _durations,
     "outliers": _outliers,
+    "best": _best,
 }
 """Every block that a page may have."""
 
 OF_DEPTH = ("bands", "durations", "outliers")
 NOT_MEASURED = "No record yet; `examples/sensitivity_by_depth.py` makes one."
 
-PAGES = (Path("docs/guide.md"), Path("docs/ratequant.md"))
+PAGES = (Path("README.md"), Path("docs/guide.md"), Path("docs/ratequant.md"))
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from rich.filesize import decimal
 
-from veloxbench.errors import UnfitEnvironmentError, UsageError
+from veloxbench.errors import Stopped, UnfitEnvironmentError, UsageError
 from veloxbench.inputs.models import resolve_model
 from veloxbench.inputs.sources import cache_dir
 from veloxbench.inputs.transfer_progress import default_reporter
@@ -25,6 +25,15 @@ Say = Callable[[str], None]
 
 REFUSED = ("--kv-bits", "--kv-group-size", "--quantized-kv-start", "--max-kv-size", "--prompt-cache-file")
 """mlx-lm's options that say which caches to use: ``--cache`` does that here, and they would have no effect."""
+
+
+STOPPED = {
+    "generate": "the text so far stands above, and nothing else is kept; the same command begins it anew",
+    "chat": "the conversation was in memory alone; the same command opens a new one",
+    "server": "the server has stopped, and the prompts that it stored are gone; the same command starts it again",
+}
+"""What is left of one of mlx-lm's commands when Ctrl-C ends it, by the command's name."""
+NOT_READY = "the model was not ready yet; finished downloads and calibrations are kept, and the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -146,12 +155,18 @@ def mlx_lm_command(name: str, model: str, arm: Arm, options: Sequence[str], say:
             return
         except EOFError:
             pass  # the end of a chat whose input is a file
+        except KeyboardInterrupt:
+            if loader.last and name == "generate":
+                report()
+            raise Stopped(STOPPED[name] if loader.shapes else NOT_READY) from None
         except (ValueError, RuntimeError, OSError, TypeError, KeyError) as error:
             if isinstance(error, UsageError | UnfitEnvironmentError):
                 raise
             raise UnfitEnvironmentError(f"mlx_lm.{name} failed: {type(error).__name__}: {error}") from error
     if name == "generate":
         report()
+    elif name == "server":
+        say(STOPPED[name])
 
 
 def _reporting(name: str, module: Any, report: Callable[..., None]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import math
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from gate_records import SOMEWHERE
@@ -18,6 +20,7 @@ from veloxbench.methods.veloxquant import configuration
 from veloxbench.records.arm import Arm
 from veloxbench.records.quality_words import WORDS, quality_word, word_named
 from veloxbench.records.record import Estimate, LayerEngagement, MethodRef, ModelRef, Record, Subject, TextRef
+from veloxbench.records.store import read_records
 from veloxbench.report.recommend import Footprint, Wish, recommend
 from veloxbench.report.recommend_page import answer_as_json, render_answer
 from veloxquant_mlx.cache.base import KVCacheConfig
@@ -339,3 +342,49 @@ def test_the_reference_fits_or_does_not_like_any_other():
     assert answer.choice.is_reference
     assert replace(answer.wish, memory=1).memory == 1
     assert answer.choice.objections(replace(answer.wish, memory=1))
+
+
+HELD_OUT = """
+summary = "the choice on text that no figure comes from"
+models = ["smollm2-135m"]
+part = "calibration"
+suites = ["perplexity"]
+arms = ["{arm}"]
+
+[[protocols]]
+name = "decode"
+sequences = 16
+prefix = {prefix}
+steps = {steps}
+"""
+
+
+@pytest.mark.slow
+def test_held_out_text_confirms_what_the_answer_says(tmp_path, capsys, record_property):
+    """The loss and the changed tokens of the choice, measured on articles that neither it nor its figures have seen.
+
+    WikiText-2's validation part for figures of its test part: a difference of two means is within the root of the sum
+    of their half intervals squared in 95 of 100 cases.
+    """
+    shipped = Path(__file__).parents[3] / "records" / "smollm2-135m.jsonl"
+    wish = ["--min-verdict", "noticeable", "--speed", "0.5", "--context", "2k", "--records", str(shipped)]
+    assert _run(["recommend", "--model", "smollm2-135m", "--json", *wish]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (said,) = (one for one in told["candidates"] if one["cache"] == told["choice"])
+    behind = {record.id: record for record in read_records(shipped)}
+    (quoted,) = (behind[id] for id in said["records"] if behind[id].subject.suite == "perplexity")
+    assert quoted.subject.protocol == "decode"
+    grid = tmp_path / "held-out.toml"
+    settings = {name: quoted.subject.settings[name] for name in ("prefix", "steps")}
+    grid.write_text(HELD_OUT.format(arm=told["choice"], **settings))
+    assert _run(["run", "--profile", str(grid), "--out", str(tmp_path / "held-out")]) == 0
+    (measured,) = (r for r in read_records(tmp_path / "held-out") if str(r.subject.method.alone) == told["choice"])
+    assert measured.subject.text.tokens_sha256 != quoted.subject.text.tokens_sha256
+    for name in ("kld_mean", "top1_agreement"):
+        one, other = quoted.metrics[name], measured.metrics[name]
+        apart = abs(one.value - other.value)
+        allowed = math.hypot(*((estimate.high - estimate.low) / 2 for estimate in (one, other)))
+        record_property(
+            name, f"{one.value:.4f} said, {other.value:.4f} measured, {apart / allowed:.2f} of the interval"
+        )
+        assert apart <= allowed

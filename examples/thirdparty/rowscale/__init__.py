@@ -1,0 +1,1 @@
+"""A KV cache of one byte per value and one scale per row."""
