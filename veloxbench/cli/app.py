@@ -21,6 +21,7 @@ from veloxbench.cli.inputs import corpora, models
 from veloxbench.cli.machine import doctor, kernels
 from veloxbench.cli.methods import methods
 from veloxbench.cli.output import to_stderr
+from veloxbench.cli.peers import peers_app
 from veloxbench.cli.recommend import recommend
 from veloxbench.cli.records import merge
 from veloxbench.cli.report import report, schema
@@ -72,6 +73,7 @@ for command in (run, merge, recommend, report, gate, compare, models, corpora, m
 for door in (generate, chat, serve):
     app.command(context_settings=HANDS_ON)(door)
 app.add_typer(baseline_app)
+app.add_typer(peers_app)
 app.add_typer(trial)
 for name in RENAMED:
     app.command(name, hidden=True, add_help_option=False, context_settings=HANDS_ON)(_renamed)

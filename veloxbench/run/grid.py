@@ -28,10 +28,13 @@ ERRORS_SHOWN = 20
 
 
 class ArmSpec(Frozen):
-    """A method with the targets to measure; a parameter that is a list is measured at each of its values."""
+    """A method with the targets to measure, none where it has settings alone (a peer's).
+
+    A parameter that is a list is measured at each of its values.
+    """
 
     method: str
-    targets: tuple[float, ...] = Field(min_length=1)
+    targets: tuple[float, ...] = ()
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -41,9 +44,10 @@ class ArmSpec(Frozen):
         if not isinstance(value, str):
             return value
         arm = Arm.parse(value)
-        if arm.target is None:
+        if arm.target is None and get_method(arm.name).targets is not None:
             raise ValueError(f"{value!r} needs a target, as in {arm.name}@4")
-        return {"method": arm.name, "targets": (arm.target,), "parameters": arm.parameters}
+        targets = () if arm.target is None else (arm.target,)
+        return {"method": arm.name, "targets": targets, "parameters": arm.parameters}
 
     @model_validator(mode="after")
     def _exist(self) -> ArmSpec:
@@ -63,7 +67,7 @@ class ArmSpec(Frozen):
 
     def _written(self) -> Iterator[Arm]:
         values = [value if isinstance(value, list) else [value] for value in self.parameters.values()]
-        for target, chosen in itertools.product(self.targets, itertools.product(*values)):
+        for target, chosen in itertools.product(self.targets or (None,), itertools.product(*values)):
             parameters = dict(zip(self.parameters, chosen, strict=True))
             yield Arm(name=self.method, target=target, parameters=parameters)
 
