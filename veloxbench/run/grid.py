@@ -20,7 +20,7 @@ from veloxbench.errors import UsageError, unknown_name, validation_reason
 from veloxbench.inputs.corpora import Role
 from veloxbench.measure.suite import Suite, get_suite, known_suites
 from veloxbench.methods.registry import checked, get_method
-from veloxbench.records.arm import Arm
+from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.suites import suite_row
 
@@ -236,8 +236,11 @@ def _arm_specs(grid: Grid, methods: Sequence[str], targets: Sequence[float]) -> 
     own = {spec.method: spec.targets for spec in grid.arms}
     for arm in map(Arm.parse, methods):
         method = get_method(arm.name)
+        if arm.alone == REFERENCE:
+            continue  # it is in every run
         if method.targets is None:
-            continue  # the reference is in every run
+            yield ArmSpec.model_construct(method=arm.name, targets=(), parameters=arm.parameters)
+            continue
         given = tuple(targets) if arm.target is None else (arm.target,)
         aimed_at = given or own.get(arm.name) or method.targets
         # not checked here: a run's options end in a sentence of their own
