@@ -129,7 +129,8 @@ class Holds(Suite):
         gc.collect()
         mx.clear_cache()
         mx.reset_peak_memory()
-        before, counted = mx.get_active_memory(), []
+        before = mx.get_active_memory()
+        counted: list[Inventory] = []
         for first, last in ((0, tokens // 2), (tokens // 2, tokens)):
             for start in range(first, last, PREFILL_CHUNK):
                 piece = item.block.tokens[:1, start : min(start + PREFILL_CHUNK, last)].astype(np.int32)
@@ -142,7 +143,7 @@ class Holds(Suite):
         mx.clear_cache()
         held = mx.get_active_memory() - before
         layers = arm.engagement()
-        figures = held_metrics(*counted, tokens, sum(shape.n_values for shape in shapes))
+        figures = held_metrics(counted[0], counted[1], tokens, sum(shape.n_values for shape in shapes))
         figures |= {
             "prefill_peak_bytes": Estimate(value=peak, unit="bytes"),
             "unaccounted_bytes": Estimate(value=held - counted[-1].total, unit="bytes"),

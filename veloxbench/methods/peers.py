@@ -11,6 +11,7 @@ No module of a peer is imported by this process: adapters import theirs inside f
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib
@@ -254,8 +255,8 @@ def _load_adapter(adapter: str) -> ModuleType:
 def _adapter_hash(adapter: str | None) -> str:
     if adapter is None:
         return ""
-    file = _load_adapter(adapter).__file__
-    return sha256_of(Path(str(file)))
+    text = Path(str(_load_adapter(adapter).__file__)).read_text(encoding="utf-8")
+    return sha256_text(ast.dump(ast.parse(text)))
 
 
 def _distribution_hash(site_packages: Path, name: str) -> str:

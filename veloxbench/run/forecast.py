@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from veloxbench.inputs.corpora import known_corpora
@@ -125,7 +125,7 @@ class _Times:
         return None if near is None else statistics.median(near) * _tokens(settings(cell))
 
 
-def _tokens(task: dict[str, object]) -> float:
+def _tokens(task: Mapping[str, object]) -> float:
     """Tokens that a task reads, by the names that the suites' settings have for them; 1 where it names none."""
 
     def number(name: str, absent: float = 0.0) -> float:

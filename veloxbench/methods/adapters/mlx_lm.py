@@ -40,6 +40,7 @@ def strict(context: BuildContext, target: float, *, group_size: int = 64) -> lis
 @entry(targets=(8, 6, 5, 4, 3, 2))
 def generate(context: BuildContext, target: float, *, group_size: int = 64, start: int = START) -> list[Any]:
     """``--kv-bits`` as ``mlx_lm.generate`` has it: fp16 until token 5000, quantized from then on."""
-    from mlx_lm.models.cache import KVCache
+    from mlx_lm.models.cache import make_prompt_cache
 
-    return plain_caches(context.model, lambda layer: _LateCache(KVCache(), int(target), group_size, start))
+    own = make_prompt_cache(context.model)
+    return plain_caches(context.model, lambda layer: _LateCache(own[layer], int(target), group_size, start))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from veloxbench.methods.peers import entry
@@ -9,9 +10,8 @@ from veloxbench.methods.registry import BuildContext
 
 
 def _built(context: BuildContext, method: str, **fields: Any) -> list[Any]:
-    from veloxquant_mlx import KVCacheBuilder, KVCacheConfig
-
-    return list(KVCacheBuilder.for_model(context.model, KVCacheConfig(method=method, **fields)))
+    theirs = importlib.import_module("veloxquant_mlx")  # in the peer's environment: the name is this project's too
+    return list(theirs.KVCacheBuilder.for_model(context.model, theirs.KVCacheConfig(method=method, **fields)))
 
 
 @entry()
