@@ -1,8 +1,8 @@
 """The holds suite: what is really resident, for caches of anybody, without their own account of it.
 
-Tokens go through the model into the caches of one arm, in a process of its own; then every array that can be reached
-from the caches is counted, whole buffers, fp16 copies and tables and all. Half way and at the end: what grew between is
-what a longer context costs.
+Keys and values of the model's shape are fed to the caches of one arm, in a process of its own, and no forward pass is
+needed: bytes do not depend on what a token was. Then every array that can be reached from the caches is counted, whole
+buffers, fp16 copies and tables and all. Half way and at the end: what grew between is what a longer context costs.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 from pydantic import Field
 
 from veloxbench.measure.account import Array, reachable
-from veloxbench.measure.suite import SLOWER, Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures, needed
+from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures, needed
 from veloxbench.methods.cache_under_test import CacheUnderTest, arrays_of
-from veloxbench.records.arm import REFERENCE, Arm
+from veloxbench.methods.registry import Geometry
+from veloxbench.records.arm import Arm
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.record import Estimate
 
@@ -32,7 +32,7 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 class HoldsSpec(Frozen):
-    """Tokens of one prompt; whole buffers are counted at the end and half way, so both should fill mlx-lm's steps."""
+    """Tokens that are fed; whole buffers are counted at the end and half way, so both should fill mlx-lm's steps."""
 
     tokens: int = Field(default=2048, ge=2)
 
@@ -111,15 +111,14 @@ class Holds(Suite):
     def cells(self, tasks: HoldsSpec, arms: Sequence[Arm]) -> Iterator[Cell]:
         """One per arm."""
         for arm in arms:
-            yield Cell(self.name, "prompt", tasks, arm, 1, tasks.tokens, tasks.tokens)
+            yield Cell(self.name, "arrays", tasks, arm)
 
     def seconds(self, cell: Cell, rates: Rates) -> float:
-        """Starting the process and the prompt."""
-        slower = 1.0 if cell.arm == REFERENCE else SLOWER
-        return 6 + slower * rates.prefix_seconds(cell.task.tokens)
+        """Starting the process; what is fed passes no layer of the model."""
+        return 8 + cell.task.tokens / 256
 
     def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
-        """Feed the prompt in two halves and count after each; this process must be the arm's own."""
+        """Feed all layers in two halves and count after each; this process must be the arm's own."""
         bench = needed(bench)
         weights: Any = tree_flatten(bench.model.parameters())  # type: ignore[no-untyped-call]
         known = [array for _, array in weights]
@@ -133,11 +132,8 @@ class Holds(Suite):
         counted: list[Inventory] = []
         for first, last in ((0, tokens // 2), (tokens // 2, tokens)):
             for start in range(first, last, PREFILL_CHUNK):
-                piece = item.block.tokens[:1, start : min(start + PREFILL_CHUNK, last)].astype(np.int32)
-                bench.model(mx.array(piece), cache=arm.caches)
-                mx.eval([arrays_of(cache) for cache in arm.caches])
+                _feed(arm.caches, bench.shapes, start, min(start + PREFILL_CHUNK, last))
             counted.append(inventory(arm.caches, widths, known))
-        mx.synchronize()
         peak = max(mx.get_peak_memory(), mx.get_active_memory()) - before
         gc.collect()
         mx.clear_cache()
@@ -145,8 +141,21 @@ class Holds(Suite):
         layers = arm.engagement()
         figures = held_metrics(counted[0], counted[1], tokens, sum(shape.n_values for shape in shapes))
         figures |= {
-            "prefill_peak_bytes": Estimate(value=peak, unit="bytes"),
+            "update_peak_bytes": Estimate(value=peak, unit="bytes"),
             "unaccounted_bytes": Estimate(value=held - counted[-1].total, unit="bytes"),
             "engaged_layers": Estimate(value=sum(layer.engaged for layer in layers), unit="layers"),
         }
         return Measured(figures, {}, layers)
+
+
+def _feed(caches: Sequence[CacheUnderTest], shapes: Sequence[Geometry | None], start: int, stop: int) -> None:
+    """Normal keys and values of some tokens into every layer, one layer after the other as a model does it."""
+    for layer, (cache, shape) in enumerate(zip(caches, shapes, strict=True)):
+        if shape is None:
+            continue
+        sides = (
+            mx.random.normal((1, shape.n_kv_heads, stop - start, width), key=mx.random.key(2 * (layer + start) + side))
+            for side, width in enumerate((shape.head_dim, shape.value_dim))
+        )
+        fetched = cache.update_and_fetch(*sides)
+        mx.eval(fetched, arrays_of(cache))

@@ -12,12 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_origin
 
 from mlx.nn.layers.base import Module
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from veloxbench import measure
+from veloxbench.errors import UsageError, validation_reason
 from veloxbench.inputs.corpora import TokenBlock
 from veloxbench.inputs.models import ModelHandle
 from veloxbench.measure.account import engagement
@@ -215,6 +216,23 @@ class Suite(ABC):
         Raises:
             EngagementError: the method did not hold a layer that it claims, or its bytes differ from its formula.
         """
+
+
+def cell_of(suite: Suite, settings: Mapping[str, Any], arm: Arm) -> Cell:
+    """The cell of an arm whose task has the settings that stand in a record.
+
+    Raises:
+        UsageError: the suite makes no such cell (any more).
+    """
+    task = {name: value for name, value in settings.items() if name != "seed"}
+    try:
+        tasks = TypeAdapter(suite.tasks).validate_python([task] if get_origin(suite.tasks) is tuple else task)
+    except ValidationError as error:
+        raise UsageError(f"the suite {suite.name} has no such task here: {validation_reason(error)}") from error
+    cells = [cell for cell in suite.cells(tasks, [arm]) if (cell.arm.label, cell.settings) == (arm.label, task)]
+    if not cells:
+        raise UsageError(f"the suite {suite.name} does not measure {arm} with these settings here: {task}")
+    return cells[0]
 
 
 SLOWER = 1.5

@@ -102,16 +102,17 @@ def measurements(
             blocks[size] = token_block(
                 text, tokenizer, n_sequences=cell.sequences, length=cell.length, vocabulary=handle.vocabulary
             )
-        planned.append(_measurement(cell, model, blocks[size]))
+        planned.append(measurement(cell, model, blocks[size]))
     return planned
 
 
 def measurements_without_model(grid: Grid, shard: Shard = WHOLE) -> list[Measurement]:
     """Every measurement of a grid that needs no model and that a shard takes, in order."""
-    return [_measurement(cell, NO_MODEL, NO_TEXT) for cell in cells(grid) if shard.takes(NO_MODEL.name, cell)]
+    return [measurement(cell, NO_MODEL, NO_TEXT) for cell in cells(grid) if shard.takes(NO_MODEL.name, cell)]
 
 
-def _measurement(cell: Cell, model: ModelRef, block: TokenBlock) -> Measurement:
+def measurement(cell: Cell, model: ModelRef, block: TokenBlock) -> Measurement:
+    """The measurement of a cell on a model and tokens, by the code and on the machine that are here."""
     suite = get_suite(cell.suite)
     subject = Subject(
         suite=cell.suite,

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, get_origin
+from typing import Any
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter
 from veloxbench.errors import VeloxError
 from veloxbench.inputs.corpora import Role, TokenBlock
 from veloxbench.inputs.models import ModelHandle
-from veloxbench.measure.suite import Bench, Measured, Measurement, get_suite
+from veloxbench.measure.suite import Bench, Measured, Measurement, cell_of, get_suite
 from veloxbench.records.arm import Arm
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.provenance import versions
@@ -86,9 +86,7 @@ def measured(request: Request, benches: Benches) -> Measured:
     """Measure a request in this process."""
     importlib.import_module("veloxbench.methods.fp16")
     suite = get_suite(request.subject.suite)
-    several = get_origin(suite.tasks) is tuple
-    tasks = TypeAdapter(suite.tasks).validate_python([request.task] if several else request.task)
-    (cell,) = suite.cells(tasks, [request.arm])
+    cell = cell_of(suite, request.task, request.arm)
     tokens = np.array(request.tokens, np.int32)
     block = TokenBlock(tokens, request.tokens_sha256, request.text, request.role, (), False, None)
     item = Measurement(request.subject, cell, block)
