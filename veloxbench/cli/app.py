@@ -21,7 +21,9 @@ from veloxbench.cli.inputs import corpora, models
 from veloxbench.cli.machine import doctor, kernels
 from veloxbench.cli.methods import methods
 from veloxbench.cli.output import to_stderr
+from veloxbench.cli.peers import peers_app
 from veloxbench.cli.recommend import recommend
+from veloxbench.cli.records import merge, submit, verify
 from veloxbench.cli.report import report, schema
 from veloxbench.cli.run import run
 from veloxbench.cli.trials import trial
@@ -64,11 +66,14 @@ def _renamed(context: typer.Context) -> None:
 RENAMED = {"aa": "trial timing", "damages": "trial damages"}
 """Commands by names that they had, and by those that they have."""
 
-for command in (run, recommend, report, gate, compare, models, corpora, methods, doctor, kernels, schema):
+for command in (run, merge, verify, submit, recommend, report, gate, compare):
+    app.command()(command)
+for command in (models, corpora, methods, doctor, kernels, schema):
     app.command()(command)
 for door in (generate, chat, serve):
     app.command(context_settings=HANDS_ON)(door)
 app.add_typer(baseline_app)
+app.add_typer(peers_app)
 app.add_typer(trial)
 for name in RENAMED:
     app.command(name, hidden=True, add_help_option=False, context_settings=HANDS_ON)(_renamed)

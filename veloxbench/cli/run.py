@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veloxbench.cli.output import above_zero, listed, numbers
+from veloxbench.cli.output import above_zero, listed, numbers, print_table
 from veloxbench.errors import Stopped
 from veloxbench.records.suites import all_suites
+
+if TYPE_CHECKING:
+    from veloxbench.run.grid import Grid
+    from veloxbench.run.plan import Shard
 
 
 def run(
@@ -49,6 +53,13 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure everything anew, also what is recorded already.")
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Measure one part of the grid, `2/5`; `veloxbench merge` makes one run of all parts."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print cells, expected minutes and downloads, and measure nothing.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the records of this grid as JSON on standard output.")
     ] = False,
@@ -68,16 +79,23 @@ def run(
     `veloxbench run --models ~/models/mine --corpus notes.txt --methods mlx-affine,turboquant_mse --targets 4,2`
 
     `veloxbench run --models mlx-community/Llama-3.2-3B-Instruct-4bit --suites perplexity`
+
+    `veloxbench run --profile full --plan`
+
+    `veloxbench run --profile full --shard 2/5 --out part2`, then `veloxbench merge part1 … part5 --out results`
     """
     from veloxbench.inputs.transfer_progress import default_reporter
     from veloxbench.records.store import JOURNAL, open_store
     from veloxbench.report.files import PAGE, write_pages
     from veloxbench.run.grid import customise, load_grid
+    from veloxbench.run.plan import WHOLE, Shard
     from veloxbench.run.progress import BarProgress, default_progress
     from veloxbench.run.runner import Run
 
     listed(corpus, "--corpus")
-    if (out / JOURNAL).exists():  # until this run knows what it is to measure, nothing in the folder is judged
+    part = WHOLE if shard is None else Shard.parse(shard)
+    # until this run knows what it is to measure, nothing in the folder is judged
+    if (out / JOURNAL).exists() and not plan:
         with open_store(out) as store:
             store.begin()
     grid = customise(
@@ -89,11 +107,14 @@ def run(
         corpus=corpus,
         budget_gib=memory_budget,
     )
+    if plan:
+        _print_plan(grid, part, out)
+        return
     progress = default_progress()
     with open_store(out) as store:
         try:
             options = {"accept_licence": accept_licence, "fresh": fresh}
-            with Run(grid, store, default_reporter(), progress, **options) as carried:
+            with Run(grid, store, default_reporter(), progress, shard=part, **options) as carried:
                 try:
                     outcome = carried.all()
                 except KeyboardInterrupt:
@@ -121,3 +142,33 @@ def run(
         f"tables in {out / PAGE}"
     )
     raise typer.Exit(int(outcome.exit_code))
+
+
+def _print_plan(grid: Grid, shard: Shard, out: Path) -> None:
+    """Cells, minutes and downloads of a run that is not carried out."""
+    from veloxbench.records.selection import read_folders, shipped_records
+    from veloxbench.run.forecast import expected, to_fetch
+
+    here = read_folders([out])[0] if out.exists() else []
+    lines = expected(grid, shard, read_folders(shipped_records())[0], here)
+    rows = [
+        (
+            line.model,
+            f"{line.suite}/{line.protocol}",
+            f"{line.cells}",
+            f"{line.recorded}",
+            "no record tells" if line.seconds is None else f"{line.seconds / 60:.1f}",
+        )
+        for line in lines
+    ]
+    print_table(("model", "suite", "cells", "recorded", "minutes"), rows)
+    told = sum(line.seconds or 0.0 for line in lines)
+    unknown = sum(line.cells - line.recorded for line in lines if line.seconds is None)
+    left = sum(line.cells - line.recorded for line in lines)
+    print(
+        f"{left} cells to measure, about {told / 60:.0f} minutes as records of such cells took"
+        + (f"; {unknown} cells of kinds that no record tells of" if unknown else "")
+    )
+    sizes = ((each.name, each.nbytes) for each in to_fetch(grid))
+    fetched = [f"{name} ({'size unknown' if size is None else f'{size / 1e6:.0f} MB'})" for name, size in sizes]
+    print(f"download: {', '.join(fetched) or 'nothing'}")

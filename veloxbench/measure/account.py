@@ -39,8 +39,14 @@ class HeldArray:
 Array = mx.array | NDArray[np.generic]
 
 
-def _reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Array]]:
-    """Every array, MLX's or NumPy's, reachable from an object through attributes, containers and dataclasses."""
+def reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Array]]:
+    """Every array, MLX's or NumPy's, reachable from an object through attributes, containers and dataclasses.
+
+    Args:
+        value: where to begin.
+        path: its name, with which those of the arrays begin.
+        seen: ids of what is not to be reported (any more).
+    """
     if isinstance(value, (mx.array, np.ndarray)):
         if id(value) not in seen:
             seen.add(id(value))
@@ -58,7 +64,7 @@ def _reachable(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Arr
         if dataclasses.is_dataclass(value):
             items += [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name)]
     for name, item in items:
-        yield from _reachable(item, f"{path}.{name}" if path else name, seen)
+        yield from reachable(item, f"{path}.{name}" if path else name, seen)
 
 
 def held_arrays(cache: Any) -> list[HeldArray]:
@@ -72,24 +78,27 @@ def held_arrays(cache: Any) -> list[HeldArray]:
     Raises:
         EngagementError: the cache holds an array that its own account leaves out.
     """
-    reachable = list(_reachable(cache, "", set()))
+    everything = list(reachable(cache, "", set()))
     if hasattr(cache, "held_arrays"):
         declared = [HeldArray(h.name, h.array, h.used_slots, h.slots) for h in cache.held_arrays()]
         known = [h.array for h in declared] + cache.static_arrays()
         if getattr(cache, "keep_decoded", False):
             known += cache.decoded_arrays()
-        missing = _left_out(reachable, known)
+        missing = _left_out(everything, known)
         if missing:
             raise EngagementError(
                 f"{type(cache).__name__} holds arrays that its account leaves out: {', '.join(missing)}"
             )
         return declared
-    tokens = min(int(cache.offset), getattr(cache, "max_size", None) or int(cache.offset))
-    return [
-        HeldArray(name, array, min(tokens, array.shape[-2]), array.shape[-2])
-        for name, array in reachable
-        if isinstance(array, mx.array)
-    ]
+    offset = getattr(cache, "offset", None)
+    tokens = min(int(offset), getattr(cache, "max_size", None) or int(offset)) if isinstance(offset, int) else None
+    return [_found(name, array, tokens) for name, array in everything if isinstance(array, mx.array)]
+
+
+def _found(name: str, array: mx.array, tokens: int | None) -> HeldArray:
+    """An array of a cache that gives no account: axis -2 are its token slots, where it has such an axis."""
+    slots = array.shape[-2] if array.ndim > 1 else 1
+    return HeldArray(name, array, slots if tokens is None else min(tokens, slots), slots)
 
 
 def _left_out(found: Sequence[tuple[str, Array]], known: Sequence[mx.array]) -> list[str]:
@@ -134,6 +143,8 @@ def engagement(
         tokens = max((h.used_slots for h in held), default=0)
         if hasattr(inner, "held_arrays"):  # its slots may be blocks of tokens
             tokens = int(inner.size())
+        elif held and isinstance(getattr(inner, "offset", None), int) and not getattr(inner, "max_size", None):
+            tokens = inner.offset  # of a peer's cache: its tokens may lie along any axis
         engaged = isinstance(inner, expected) and tokens > 0
         if claim and not engaged:
             raise EngagementError(

@@ -12,12 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_origin
 
 from mlx.nn.layers.base import Module
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from veloxbench import measure
+from veloxbench.errors import UsageError, validation_reason
 from veloxbench.inputs.corpora import TokenBlock
 from veloxbench.inputs.models import ModelHandle
 from veloxbench.measure.account import engagement
@@ -156,12 +157,14 @@ class Suite(ABC):
         section: the grid's key that holds its tasks.
         tasks: the section's type, for pydantic.
         default: the section where a grid does not have it; None: a grid that names the suite must have it.
+        own_process: whether every arm is measured in a process of its own, as those of peers always are.
     """
 
     name: ClassVar[str]
     section: ClassVar[str]
     tasks: ClassVar[Any]
     default: ClassVar[Any] = None
+    own_process: ClassVar[bool] = False
 
     @property
     def row(self) -> SuiteRow:
@@ -215,6 +218,23 @@ class Suite(ABC):
         """
 
 
+def cell_of(suite: Suite, settings: Mapping[str, Any], arm: Arm) -> Cell:
+    """The cell of an arm whose task has the settings that stand in a record.
+
+    Raises:
+        UsageError: the suite makes no such cell (any more).
+    """
+    task = {name: value for name, value in settings.items() if name != "seed"}
+    try:
+        tasks = TypeAdapter(suite.tasks).validate_python([task] if get_origin(suite.tasks) is tuple else task)
+    except ValidationError as error:
+        raise UsageError(f"the suite {suite.name} has no such task here: {validation_reason(error)}") from error
+    cells = [cell for cell in suite.cells(tasks, [arm]) if (cell.arm.label, cell.settings) == (arm.label, task)]
+    if not cells:
+        raise UsageError(f"the suite {suite.name} does not measure {arm} with these settings here: {task}")
+    return cells[0]
+
+
 SLOWER = 1.5
 """How much longer a quantized cache is assumed to take, for estimates."""
 
@@ -252,4 +272,4 @@ def known_suites() -> Mapping[str, Suite]:
 def get_suite(name: str) -> Suite:
     """The suite of that name; ``UsageError`` with near matches otherwise."""
     suite_row(name)
-    return known_suites()[name]
+    return _SUITES.get(name) or known_suites()[name]  # a peer's worker has those alone that it was asked for

@@ -38,6 +38,17 @@ class CacheUnderTest:
         self.inner[index] = value
 
 
+class ForeignUnderTest(CacheUnderTest):
+    """The adapter around a peer's cache, which passes for an instance of the peer's class.
+
+    Peers choose their attention by ``isinstance``, where mlx-lm asks for attributes.
+    """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self.inner)
+
+
 def arrays_of(cache: Any) -> list[mx.array]:
     """The arrays in a cache's declared state (to evaluate it)."""
     leaves: Any = tree_flatten(cache.state)

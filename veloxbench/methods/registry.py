@@ -17,7 +17,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from veloxbench.errors import UsageError, unknown_name
-from veloxbench.methods.cache_under_test import CacheUnderTest, arrays_of
+from veloxbench.methods.cache_under_test import CacheUnderTest, ForeignUnderTest, arrays_of
 from veloxbench.records.arm import Arm
 from veloxbench.records.plugins import load_plugins
 from veloxbench.records.provenance import code_hash
@@ -78,6 +78,12 @@ class Method:
     formula: Callable[..., Fraction]
     implementation: Callable[[], str]
     foreign: str | None = None
+
+    @property
+    def takes_any(self) -> bool:
+        """Whether the factory hands parameters that it does not name to somebody who knows them."""
+        parameters = inspect.signature(self.factory).parameters.values()
+        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
     def parameter_defaults(self) -> dict[str, Any]:
         """The factory's own keyword parameters with their defaults."""
@@ -140,11 +146,21 @@ def all_methods() -> dict[str, Method]:
 
 
 def get_method(name: str) -> Method:
-    """The method of that name; ``UsageError`` with near matches otherwise."""
-    methods = all_methods()
-    if name not in methods:
-        raise unknown_name("method", name, methods)
-    return methods[name]
+    """The method of that name (``peer/method`` for a peer's); ``UsageError`` with near matches otherwise."""
+    if is_foreign(name):
+        from veloxbench.methods.peers import peer_method  # it makes methods, and so stands on this module
+
+        return peer_method(name)
+    if name not in _REGISTRY:  # a peer's worker has the reference alone, without the packages of the others
+        all_methods()
+    if name not in _REGISTRY:
+        raise unknown_name("method", name, _REGISTRY)
+    return _REGISTRY[name]
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a method of that name is a peer's, to be measured in the peer's own environment."""
+    return "/" in name
 
 
 def checked(arm: Arm) -> Arm:
@@ -156,7 +172,7 @@ def checked(arm: Arm) -> Arm:
     method = get_method(arm.name)
     defaults = method.parameter_defaults()
     for key, value in arm.parameters.items():
-        if key not in defaults:
+        if key not in defaults and not method.takes_any:
             raise (
                 unknown_name(f"parameter of {arm.name}", key, defaults)
                 if defaults
@@ -168,7 +184,7 @@ def checked(arm: Arm) -> Arm:
     if arm.target is not None and method.targets is not None and arm.target not in method.targets:
         reachable = ", ".join(f"{target:g}" for target in method.targets)
         raise UsageError(f"{arm.name} cannot meet target {arm.target:g} ({method.target_means}); it has {reachable}")
-    given = {key: value for key, value in arm.parameters.items() if value != defaults[key]}
+    given = {key: value for key, value in arm.parameters.items() if key not in defaults or value != defaults[key]}
     return Arm(name=arm.name, target=arm.target, parameters=given)
 
 
@@ -192,7 +208,8 @@ def build(context: BuildContext, arm: Arm) -> tuple[list[CacheUnderTest], list[b
         raise UsageError(
             f"{arm.name}: the model has no standard attention layers that it can hold (its caches: {kinds})"
         )
-    return [CacheUnderTest(cache) for cache in caches], claimed
+    under_test = ForeignUnderTest if is_foreign(arm.name) else CacheUnderTest
+    return [under_test(cache) for cache in caches], claimed
 
 
 def plain_caches(model: Module, replace: Callable[[int], Any]) -> list[Any]:

@@ -110,7 +110,8 @@ def harness_hash() -> str:
     and a measurement carried out have this one alone.
     """
     root = Path(veloxbench.__file__).parent
-    files = [root / place for place in ("records/intervals.py", "inputs/models.py", "run/session.py")]
+    single = ("records/intervals.py", "inputs/models.py", "run/session.py", "run/apart.py", "run/worker.py")
+    files = [root / place for place in single]
     rooms = [sorted((root / room).glob("*.py")) for room in ("measure", "methods")]
     return _source_hash([*files, *itertools.chain(*rooms)])
 

@@ -6,14 +6,12 @@ gates and comparisons each judge a part of it, and every such part is chosen her
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.records.arm import REFERENCE
-from veloxbench.records.journal import read_content
 from veloxbench.records.record import FailedMeasurement, Record, Subject, content_hash
 from veloxbench.records.store import (
     JOURNAL,
@@ -23,6 +21,7 @@ from veloxbench.records.store import (
     read_failures,
     read_newest,
     read_records,
+    run_keys,
 )
 
 CONTROL = "shuffle"
@@ -78,17 +77,7 @@ def read_last_run(path: Path) -> list[Record]:
     plan = (path if path.is_dir() else path.parent) / LAST_RUN
     if not (path.is_dir() or path.name == JOURNAL) or not plan.exists():
         return read_records(path)
-    try:
-        noted = json.loads(read_content(plan))
-        keys = set(map(str, noted["keys"]))
-        planned = bool(noted.get("planned", True))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
-    if not planned:
-        raise UsageError(
-            f"the last run into {plan.parent} ended before it knew what to measure: nothing there is its result; "
-            "run it again"
-        )
+    keys = run_keys(plan)
     records = [record for file in journals(path) for record in find_records(file, keys)]
     if len({record.key for record in records}) < len(records):
         raise IntegrityError(f"two journals of {path} measure one key: which of them is the later one, nobody can tell")

@@ -131,6 +131,27 @@ def read_newest(file: Path) -> tuple[list[Record], int]:
     return [records[place] for place in reversed(places.values())], others
 
 
+def run_keys(plan: Path) -> list[str]:
+    """The keys that a run noted in its :data:`LAST_RUN`.
+
+    Raises:
+        IntegrityError: the note is damaged.
+        UsageError: the run ended before it knew its keys.
+    """
+    try:
+        noted = json.loads(read_content(plan))
+        keys = list(map(str, noted["keys"]))
+        planned = bool(noted.get("planned", True))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(f"{plan} does not hold the keys of the last run: {error}; run it again") from error
+    if not planned:
+        raise UsageError(
+            f"the last run into {plan.parent} ended before it knew what to measure: nothing there is its result; "
+            "run it again"
+        )
+    return keys
+
+
 def read_failures(path: Path) -> list[FailedMeasurement]:
     """Every measurement that crashed in the runs into a folder (or a journal file's folder), in order.
 

@@ -131,6 +131,7 @@ _OWN = (
             "engaged_layers",
         ),  # peaks are the allocator's, not ours
     ),
+    SuiteRow("holds", "what any cache really keeps in memory, by every array that can be reached", moved_by="rounding"),
     SuiteRow("throughput", "how fast it is", moved_by="speed"),
     SuiteRow("kernels", "how many bytes fused decode attention moves", moved_by="counter", exact=None),
 )

@@ -28,7 +28,7 @@ def render(records: Sequence[Record], failures: Sequence[FailedMeasurement] = ()
     if not records:
         return "# Benchmark results\n\nNo records yet: `veloxbench run` makes them.\n" + (failed and f"\n{failed}\n")
     models = by_model(rows)
-    parts = [_preamble(rows, others + len(records) - len(rows)), failed, CHOOSING_A_TARGET]
+    parts = [_preamble(rows, others + len(records) - len(rows)), _hardware(rows), failed, CHOOSING_A_TARGET]
     for model, of_model in models.items():
         parts += choosing_a_target(model, without_controls(of_model))
     for model, of_model in models.items():
@@ -87,6 +87,34 @@ def _preamble(rows: Sequence[Record], superseded: int) -> str:
         f"Machine: {'; '.join(chips)}. Code: {', '.join(commits)}."
     )
     return text + (f" {superseded} older records of the same rows were left out." if superseded else "")
+
+
+def _hardware(rows: Sequence[Record]) -> str:
+    """The machines, where there are several kinds."""
+    kinds = {(str(r.provenance.hardware.get("chip")), r.provenance.hardware.get("device")) for r in rows}
+    return f"## Hardware\n\n{hardware_table(rows)}" if len(kinds) > 1 else ""
+
+
+def hardware_table(records: Sequence[Record]) -> str:
+    """Every machine that records come from: what it is, what was measured on it, and until when."""
+    machines: dict[str, list[Record]] = {}
+    for record in records:
+        machines.setdefault(content_hash(record.provenance.hardware), []).append(record)
+    body = [
+        (
+            str(hardware.get("chip", "")),
+            str(hardware.get("physical_cores", "")),
+            f"{hardware.get('memory_gib', '')} GiB",
+            str(hardware.get("device", "")),
+            ", ".join(sorted({r.provenance.versions.get("mlx", "") for r in of_one})),
+            f"{len(of_one)}",
+            ", ".join(sorted({r.subject.model.name for r in of_one if r.subject.model != NO_MODEL})),
+            f"{max(r.provenance.started for r in of_one):%Y-%m-%d}",
+        )
+        for of_one in machines.values()
+        for hardware in (of_one[0].provenance.hardware,)
+    ]
+    return pipe_table(("chip", "cores", "memory", "device", "mlx", "records", "models", "last"), sorted(body))
 
 
 def _provenance(rows: Sequence[Record]) -> list[str]:

@@ -20,7 +20,7 @@ from veloxbench.errors import UsageError, unknown_name, validation_reason
 from veloxbench.inputs.corpora import Role
 from veloxbench.measure.suite import Suite, get_suite, known_suites
 from veloxbench.methods.registry import checked, get_method
-from veloxbench.records.arm import Arm
+from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.suites import suite_row
 
@@ -28,10 +28,13 @@ ERRORS_SHOWN = 20
 
 
 class ArmSpec(Frozen):
-    """A method with the targets to measure; a parameter that is a list is measured at each of its values."""
+    """A method with the targets to measure, none where it has settings alone (a peer's).
+
+    A parameter that is a list is measured at each of its values.
+    """
 
     method: str
-    targets: tuple[float, ...] = Field(min_length=1)
+    targets: tuple[float, ...] = ()
     parameters: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -41,9 +44,10 @@ class ArmSpec(Frozen):
         if not isinstance(value, str):
             return value
         arm = Arm.parse(value)
-        if arm.target is None:
+        if arm.target is None and get_method(arm.name).targets is not None:
             raise ValueError(f"{value!r} needs a target, as in {arm.name}@4")
-        return {"method": arm.name, "targets": (arm.target,), "parameters": arm.parameters}
+        targets = () if arm.target is None else (arm.target,)
+        return {"method": arm.name, "targets": targets, "parameters": arm.parameters}
 
     @model_validator(mode="after")
     def _exist(self) -> ArmSpec:
@@ -63,7 +67,7 @@ class ArmSpec(Frozen):
 
     def _written(self) -> Iterator[Arm]:
         values = [value if isinstance(value, list) else [value] for value in self.parameters.values()]
-        for target, chosen in itertools.product(self.targets, itertools.product(*values)):
+        for target, chosen in itertools.product(self.targets or (None,), itertools.product(*values)):
             parameters = dict(zip(self.parameters, chosen, strict=True))
             yield Arm(name=self.method, target=target, parameters=parameters)
 
@@ -232,8 +236,11 @@ def _arm_specs(grid: Grid, methods: Sequence[str], targets: Sequence[float]) -> 
     own = {spec.method: spec.targets for spec in grid.arms}
     for arm in map(Arm.parse, methods):
         method = get_method(arm.name)
+        if arm.alone == REFERENCE:
+            continue  # it is in every run
         if method.targets is None:
-            continue  # the reference is in every run
+            yield ArmSpec.model_construct(method=arm.name, targets=(), parameters=arm.parameters)
+            continue
         given = tuple(targets) if arm.target is None else (arm.target,)
         aimed_at = given or own.get(arm.name) or method.targets
         # not checked here: a run's options end in a sentence of their own

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,39 @@ CLOCK_SLACK = timedelta(days=1)
 """By how much the clocks of two machines may differ."""
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One part of a grid that several machines carry out together: ``index`` of ``of``, counted from 1.
+
+    A cell belongs to the part that its identity says (model, suite, protocol, arm, settings), whatever other cells the
+    grid has: a grid that grows moves no cell to another machine.
+    """
+
+    index: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read ``2/5``.
+
+        Raises:
+            UsageError: another form, or an index outside 1..of.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+        shard = cls(int(match[1]), int(match[2])) if match else None
+        if shard is None or not 1 <= shard.index <= shard.of:
+            raise UsageError(f"--shard {text!r} must be INDEX/COUNT with an index from 1 to the count, for example 2/5")
+        return shard
+
+    def takes(self, model: str, cell: Cell) -> bool:
+        """Whether a cell of a model is one of this part's."""
+        place = content_hash([model, _place(cell.suite, cell.protocol, cell.arm.label, settings(cell))])
+        return int(place, 16) % self.of == self.index - 1
+
+
+WHOLE = Shard()
+
+
 def cells(grid: Grid) -> list[Cell]:
     """The cells of a grid for one model, each once, in the order in which they are measured."""
     arms = [REFERENCE, *grid.arm_list()]
@@ -38,8 +73,10 @@ def settings(cell: Cell) -> dict[str, Any]:
     return {**cell.settings, "seed": SEED}
 
 
-def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) -> list[Measurement]:
-    """Every measurement of one model, one per cell and in the same order.
+def measurements(
+    grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any, shard: Shard = WHOLE
+) -> list[Measurement]:
+    """Every measurement of one model that a shard takes, one per cell and in the same order.
 
     Raises:
         UsageError: the text is too short, or a window exceeds the model's context.
@@ -54,6 +91,8 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
     blocks: dict[tuple[int, int], TokenBlock] = {(0, 0): NO_TEXT}
     planned = []
     for cell in cells(grid):
+        if not shard.takes(handle.name, cell):
+            continue
         if cell.fed > handle.context:
             raise UsageError(
                 f"{cell.suite}/{cell.protocol} needs {cell.fed} tokens of context, {handle.name} has {handle.context}"
@@ -63,16 +102,17 @@ def measurements(grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any) ->
             blocks[size] = token_block(
                 text, tokenizer, n_sequences=cell.sequences, length=cell.length, vocabulary=handle.vocabulary
             )
-        planned.append(_measurement(cell, model, blocks[size]))
+        planned.append(measurement(cell, model, blocks[size]))
     return planned
 
 
-def measurements_without_model(grid: Grid) -> list[Measurement]:
-    """Every measurement of a grid that needs no model, in order."""
-    return [_measurement(cell, NO_MODEL, NO_TEXT) for cell in cells(grid)]
+def measurements_without_model(grid: Grid, shard: Shard = WHOLE) -> list[Measurement]:
+    """Every measurement of a grid that needs no model and that a shard takes, in order."""
+    return [measurement(cell, NO_MODEL, NO_TEXT) for cell in cells(grid) if shard.takes(NO_MODEL.name, cell)]
 
 
-def _measurement(cell: Cell, model: ModelRef, block: TokenBlock) -> Measurement:
+def measurement(cell: Cell, model: ModelRef, block: TokenBlock) -> Measurement:
+    """The measurement of a cell on a model and tokens, by the code and on the machine that are here."""
     suite = get_suite(cell.suite)
     subject = Subject(
         suite=cell.suite,

@@ -18,7 +18,7 @@ from veloxbench.records.record import NO_MODEL, FailedMeasurement, Record
 from veloxbench.records.store import Store
 from veloxbench.run import estimate
 from veloxbench.run.grid import Grid
-from veloxbench.run.plan import measurements, measurements_without_model, other_checkout
+from veloxbench.run.plan import WHOLE, Shard, measurements, measurements_without_model, other_checkout
 from veloxbench.run.progress import Progress
 from veloxbench.run.session import measure, opened
 
@@ -70,6 +70,7 @@ class Run:
         progress: of measurements.
         accept_licence: download models whose licence must be accepted first.
         fresh: measure everything anew, whatever the store has.
+        shard: the part of the grid that this run carries out.
     """
 
     def __init__(
@@ -81,10 +82,12 @@ class Run:
         *,
         accept_licence: bool = False,
         fresh: bool = False,
+        shard: Shard = WHOLE,
     ) -> None:
         self.grid, self.store, self.reporter, self.progress = grid, store, reporter, progress
         self.accept_licence = accept_licence
         self._fresh = fresh
+        self.shard = shard
         self._made: set[str] = set()
         self.failures: list[Failure] = []
         self._plans: dict[str, Plan] = {}
@@ -105,9 +108,9 @@ class Run:
         if model not in self._plans:
             if self.grid.needs_model:
                 handle = resolve_model(model, reporter=self.reporter, accept_licence=self.accept_licence)
-                self._plans[model] = Plan(handle, plan_model(self.grid, handle, self.reporter))
+                self._plans[model] = Plan(handle, plan_model(self.grid, handle, self.reporter, self.shard))
             else:
-                self._plans[model] = Plan(None, measurements_without_model(self.grid))
+                self._plans[model] = Plan(None, measurements_without_model(self.grid, self.shard))
             self.store.begin(self.keys)
         return self._plans[model]
 
@@ -188,10 +191,10 @@ class Run:
         self.close()
 
 
-def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter) -> list[Measurement]:
-    """The measurements of one model, its text fetched and tokenized."""
+def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter, shard: Shard = WHOLE) -> list[Measurement]:
+    """The measurements of one model that a shard takes, its text fetched and tokenized."""
     text = load_text(grid.corpus, grid.part, reporter=reporter)
-    return measurements(grid, handle, text, load_tokenizer(handle))
+    return measurements(grid, handle, text, load_tokenizer(handle), shard)
 
 
 def _kept_failure(item: Measurement, error: Exception, store: Store) -> Failure:

@@ -18,9 +18,10 @@ from veloxbench.measure import machine
 from veloxbench.measure.divergence import worker_pool
 from veloxbench.measure.reference import ReferenceCache
 from veloxbench.measure.suite import Bench, Measured, Measurement, Tick, get_suite
-from veloxbench.methods.registry import BuildContext
+from veloxbench.methods.registry import BuildContext, is_foreign
 from veloxbench.records import provenance
 from veloxbench.records.record import Provenance, Record
+from veloxbench.run.apart import end_worker, measure_apart
 from veloxbench.run.progress import Progress
 
 
@@ -34,6 +35,7 @@ def opened(handle: ModelHandle, n_layers: int | None, progress: Progress) -> Ite
     try:
         yield bench
     finally:
+        end_worker(bench)
         bench.pool.shutdown()
         bench.kept.clear()
         del bench.model, bench.context, model, context
@@ -53,8 +55,14 @@ def measure(item: Measurement, bench: Bench | None, tick: Tick) -> Record:
     suite = get_suite(item.cell.suite)
     bench = bench if suite.row.needs_model else None  # a run of several suites has one on the bench all the same
     started, clock, state = datetime.now(UTC), time.perf_counter(), provenance.machine_state()
-    refusal = None if bench is None else suite.refusal(item.cell, bench)
-    measured = Measured({}) if refusal else suite.measure(item, bench, tick)
+    versions = provenance.versions()
+    if bench is not None and (suite.own_process or is_foreign(item.cell.arm.name)):
+        answer = measure_apart(item, bench, tick)
+        versions = {**versions, **answer.versions}
+        refusal, measured = answer.reason, Measured(answer.metrics, answer.samples, answer.layers)
+    else:
+        refusal = None if bench is None else suite.refusal(item.cell, bench)
+        measured = Measured({}) if refusal else suite.measure(item, bench, tick)
     return Record.create(
         subject=item.subject,
         status="unsupported" if refusal else "measured",
@@ -66,6 +74,7 @@ def measure(item: Measurement, bench: Bench | None, tick: Tick) -> Record:
             started,
             time.perf_counter() - clock,
             state,
+            versions,
             model_licence=None if bench is None else bench.handle.licence,
             text_licence=item.block.licence,
         ),
@@ -73,7 +82,13 @@ def measure(item: Measurement, bench: Bench | None, tick: Tick) -> Record:
 
 
 def _provenance(
-    started: datetime, seconds: float, state: dict[str, Any], *, model_licence: str | None, text_licence: str | None
+    started: datetime,
+    seconds: float,
+    state: dict[str, Any],
+    versions: dict[str, str],
+    *,
+    model_licence: str | None,
+    text_licence: str | None,
 ) -> Provenance:
     commit, dirty = provenance.git_state()
     project_commit, project_dirty = provenance.project_state(Path.cwd())
@@ -84,7 +99,7 @@ def _provenance(
         dirty=dirty,
         project_commit=project_commit,
         project_dirty=project_dirty,
-        versions=provenance.versions(),
+        versions=versions,
         hardware=machine.hardware(),
         state=state,
         model_licence=model_licence,

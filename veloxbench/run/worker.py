@@ -1,0 +1,143 @@
+"""The process in which measurements are made apart: a peer's in the peer's environment, any arm's for its own memory.
+
+It reads each :class:`Request` as one line of JSON and answers in lines of JSON: ``{"say": …}`` and ``{"tick": …}``
+while it measures, then an :class:`Answer`. What the measured code prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from pydantic import Field, TypeAdapter
+
+from veloxbench.errors import VeloxError
+from veloxbench.inputs.corpora import Role, TokenBlock
+from veloxbench.inputs.models import ModelHandle
+from veloxbench.measure.suite import Bench, Measured, Measurement, cell_of, get_suite
+from veloxbench.records.arm import Arm
+from veloxbench.records.frozen import Frozen
+from veloxbench.records.provenance import versions
+from veloxbench.records.record import Estimate, LayerEngagement, Subject
+
+MODULES = {"perplexity": "veloxbench.measure.quality", "holds": "veloxbench.measure.holds"}
+"""The suites that measure arms of peers, and where they are: nothing else is imported in a peer's environment."""
+
+
+Send = Callable[[dict[str, Any]], None]
+
+
+class Request(Frozen):
+    """A measurement with all that it reads."""
+
+    subject: Subject
+    arm: Arm
+    task: dict[str, Any]
+    tokens: list[list[int]]
+    tokens_sha256: str
+    text: str
+    role: Role
+    model: dict[str, Any]
+    n_layers: int | None
+
+
+class Answer(Frozen):
+    """What came of it: figures, or a reason why there are none."""
+
+    reason: str | None = None
+    trace: str | None = None
+    metrics: dict[str, Estimate] = Field(default_factory=dict)
+    samples: dict[str, list[float]] = Field(default_factory=dict)
+    layers: list[LayerEngagement] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Benches:
+    """The model that the last request was measured on, kept for the next one."""
+
+    def __init__(self, send: Send) -> None:
+        self.send = send
+        self.key: tuple[Any, ...] = ()
+        self.bench: Bench | None = None
+        self.exits = ExitStack()
+
+    def of(self, request: Request) -> Bench:
+        """A request's model on the bench."""
+        from veloxbench.run.session import opened
+
+        key = (request.model["weights_sha256"], request.n_layers)
+        if self.bench is None or self.key != key:
+            self.bench = None
+            self.exits.close()
+            handle = TypeAdapter(ModelHandle).validate_python(request.model)
+            self.bench = self.exits.enter_context(opened(handle, request.n_layers, _Said(self.send)))
+            self.key = key
+        return self.bench
+
+
+def measured(request: Request, benches: Benches) -> Measured:
+    """Measure a request in this process."""
+    importlib.import_module("veloxbench.methods.fp16")
+    suite = get_suite(request.subject.suite)
+    cell = cell_of(suite, request.task, request.arm)
+    tokens = np.array(request.tokens, np.int32)
+    block = TokenBlock(tokens, request.tokens_sha256, request.text, request.role, (), False, None)
+    item = Measurement(request.subject, cell, block)
+    return suite.measure(item, benches.of(request), lambda n: benches.send({"tick": n}))
+
+
+class _Said:
+    """Where a run stands, told to the process that asked."""
+
+    def __init__(self, send: Send) -> None:
+        self.send = send
+
+    def message(self, text: str) -> None:
+        """One line for the user."""
+        self.send({"say": text})
+
+    def plan(self, *_: object) -> None:
+        """Not told."""
+
+    begin = advance = recorded = plan
+
+
+def why(error: BaseException) -> str:
+    """What went wrong, in one line, and where in the measured code."""
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    if isinstance(error, VeloxError):
+        return first
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""  # noqa: PTH119
+    return f"{type(error).__name__}: {first}{place}"
+
+
+def answer(line: str, benches: Benches) -> Answer:
+    """The answer to a request: never an exception, for whatever the measured code raises is a finding."""
+    try:
+        request = Request.model_validate_json(line)
+        importlib.import_module(MODULES[request.subject.suite])
+        result = measured(request, benches)
+    except Exception as error:
+        return Answer(reason=why(error), trace=traceback.format_exc(), versions=versions())
+    return Answer(metrics=result.metrics, samples=result.samples, layers=result.layers, versions=versions())
+
+
+def main() -> None:
+    """Answer every request from standard input."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=answers, flush=True)
+
+    benches = Benches(send)
+    for line in sys.stdin:
+        send({"answer": answer(line, benches).model_dump(mode="json")})
