@@ -31,7 +31,7 @@ docs: $(VENV)/.installed
 # generated files are what their sources say
 fresh: $(VENV)/.installed
 	$(BIN)/veloxbench schema | cmp - schema/record.json
-	$(BIN)/veloxbench report records --check BENCHMARK_RESULTS.md
+	$(BIN)/veloxbench report records --check BENCHMARK_RESULTS.md --details docs/results
 	$(BIN)/veloxbench trial damages --check docs/damages.md
 	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --check docs/gate-error-rates.md
 
@@ -46,7 +46,7 @@ format: $(VENV)/.installed
 
 report: $(VENV)/.installed
 	$(BIN)/veloxbench schema > schema/record.json
-	$(BIN)/veloxbench report records --out BENCHMARK_RESULTS.md
+	$(BIN)/veloxbench report records --out BENCHMARK_RESULTS.md --details docs/results
 	$(BIN)/veloxbench trial damages --out docs/damages.md
 	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --out docs/gate-error-rates.md
 	$(BIN)/python -m veloxbench.report.guide

@@ -129,7 +129,7 @@ def deliver(
 
     Args:
         command: what writes the page from ``source``, named where a file is stale.
-        figures: files that belong beside the page, by name; they are compared and written with it.
+        figures: files that belong beside the page, by their path from its folder, compared and written with it.
     Raises:
         typer.Exit: with :attr:`ExitCode.REGRESSION`, a compared file is stale.
     """
@@ -138,10 +138,12 @@ def deliver(
         print(page if isinstance(page, str) else page.decode("utf-8"), end="")
         return
     files: dict[Path, str | bytes] = {target: page} | {
-        target.with_name(name): text for name, text in (figures or {}).items()
+        target.parent / name: text for name, text in (figures or {}).items()
     }
     if check is None:
         for path, text in files.items():
+            if path != target:
+                path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, text)
         return
     stale = [path for path, text in files.items() if not path.exists() or read_content(path) != encoded(text)]

@@ -99,7 +99,7 @@ def ratio(name: str) -> Cell:
             return ""
         estimate, pairs = paired_ratio(record, name)
         if estimate.low is None:
-            return f"{significant(estimate.value)} (n={pairs}, no interval)"
+            return f"{significant(estimate.value)} (n={pairs})"
         return format_estimate(estimate)
 
     return cell

@@ -11,14 +11,14 @@ from typing import Any
 
 from tabulate import tabulate
 
-from veloxbench.errors import unknown_name
+from veloxbench.errors import printable, unknown_name
 from veloxbench.records.journal import encoded
 from veloxbench.records.record import FailedMeasurement, Record
-from veloxbench.records.selection import table_rows
+from veloxbench.records.selection import newest_per_row, table_rows
 from veloxbench.report.cells import Column, figure, memory_ratio, method, verdict
 from veloxbench.report.html import render_html
 from veloxbench.report.model_card import perplexity_blocks
-from veloxbench.report.page import by_model, render
+from veloxbench.report.page import by_model, method_names, paretos, render
 from veloxbench.report.tables import quality_groups
 
 Records = Sequence[Record]
@@ -157,12 +157,39 @@ def as_junit(records: Records, failures: Failures = (), others: int = 0) -> byte
 
 
 def _as_markdown(records: Records, failures: Failures = (), others: int = 0) -> bytes:
-    return encoded(render(records, failures, others))
+    return encoded(render(records, failures, others, drawn=False))
 
 
 def _as_html(records: Records, failures: Failures = (), others: int = 0) -> bytes:
     return encoded(render_html(records, failures, others))
 
+
+def _picture(records: Records) -> Any:
+    """The models' charts side by side."""
+    import altair as alt
+
+    newest = newest_per_row(records)
+    drawn = paretos(newest, method_names(newest))
+    named = [chart.properties(title=printable(model)) for model, chart in drawn.items()]
+    return alt.hconcat(*named) if named else alt.Chart(alt.InlineData(values=[])).mark_point()
+
+
+def as_svg(records: Records, failures: Failures = (), others: int = 0) -> bytes:
+    """The charts as one picture in vectors, for a light page."""
+    from veloxbench.report.charts import svg
+
+    return encoded(svg(_picture(records)))
+
+
+def as_png(records: Records, failures: Failures = (), others: int = 0) -> bytes:
+    """The charts as one picture in pixels, for a light page."""
+    from veloxbench.report.charts import png
+
+    return png(_picture(records))
+
+
+BINARY = ("parquet", "png")
+"""Forms that are no text."""
 
 FORMATS: Mapping[str, Callable[[Records, Failures, int], bytes]] = {
     "md": _as_markdown,
@@ -172,6 +199,8 @@ FORMATS: Mapping[str, Callable[[Records, Failures, int], bytes]] = {
     "parquet": as_parquet,
     "latex": as_latex,
     "junit": as_junit,
+    "svg": as_svg,
+    "png": as_png,
     "llama": lambda records, failures, others: encoded(perplexity_blocks(records)),
 }
 """What writes a report in each form, from records, failures and the number of older records that were left out."""
@@ -187,6 +216,8 @@ SUFFIXES: Mapping[str, str] = {
     ".parquet": "parquet",
     ".tex": "latex",
     ".xml": "junit",
+    ".svg": "svg",
+    ".png": "png",
 }
 """The form that a file's name asks for."""
 

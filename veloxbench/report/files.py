@@ -6,16 +6,22 @@ from pathlib import Path
 
 from veloxbench.records.journal import write_text
 from veloxbench.records.store import Store
+from veloxbench.report.history import read_history
 from veloxbench.report.html import render_html
-from veloxbench.report.page import render
+from veloxbench.report.page import DETAILS, beside, render
 
 PAGE = "BENCHMARK_RESULTS.md"
 HTML_PAGE = "BENCHMARK_RESULTS.html"
 
 
 def write_pages(folder: Path, store: Store) -> None:
-    """Write both pages of a run, as far as there is anything to show."""
+    """Write the pages of a run, as far as there is anything to show; the HTML page has the charts."""
     (records, others), failures = store.newest(), store.failures()
     if records or failures:
-        write_text(folder / PAGE, render(records, failures, others))
-        write_text(folder / HTML_PAGE, render_html(records, failures, others))
+        history = read_history([store.path])
+        files = {f"{DETAILS}/{name}": text for name, text in beside(records, drawn=False).items()}
+        files |= {PAGE: render(records, failures, others, drawn=False)}
+        files |= {HTML_PAGE: render_html(history, failures, others + len(records) - len(history))}
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_text(folder / name, text)

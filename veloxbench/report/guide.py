@@ -40,8 +40,13 @@ class Sources:
     @classmethod
     def read(cls, folder: Path) -> Sources:
         """A folder's records and, where it has that file, what was measured by depth."""
+        return cls(read_records(folder), cls.read_depth(folder))
+
+    @staticmethod
+    def read_depth(folder: Path) -> list[Mapping[str, Any]]:
+        """What was measured by depth, where the folder has it."""
         file = folder / SENSITIVITY
-        return cls(read_records(folder), json.loads(file.read_text(encoding="utf-8")) if file.exists() else [])
+        return list(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
 
 
 def fill(page: str, sources: Sources) -> str:

@@ -245,7 +245,7 @@ def _candidates(records: Sequence[Record], context: int) -> tuple[list[Candidate
     for record in measured:
         if record.subject.suite in ("perplexity", "memory", "throughput"):
             by_arm.setdefault(record.subject.method.label, []).append(record)
-    fullest = _fullest_group(measured)
+    fullest = fullest_group(measured)
     candidates, without = [], []
     for of_arm in by_arm.values():
         arm = of_arm[0].subject.method.alone
@@ -280,8 +280,8 @@ def _rank(record: Record) -> tuple[bool, bool, int]:
     return "calibration" not in subject.text.name, subject.protocol == "decode", sequences
 
 
-def _fullest_group(records: Sequence[Record]) -> tuple[str, str, str] | None:
-    """Of the groups of the best rank the one with most arms."""
+def fullest_group(records: Sequence[Record]) -> tuple[str, str, str] | None:
+    """Of the groups of the best rank the one with most arms; :func:`best_quality` takes it."""
     of_quality = [record for record in records if quality_word(record.metrics) is not None]
     groups = [_group(record) for record in of_quality]
     best = max(of_quality, key=lambda record: (*_rank(record), groups.count(_group(record))), default=None)

@@ -11,9 +11,9 @@ from tabulate import tabulate
 
 from veloxbench.gate.verdicts import Verdict
 from veloxbench.records.suites import suite_row
-from veloxbench.report.plots import COLOURS, new_axes, svg
 from veloxbench.report.templates import filled
 from veloxbench.trials.damages import GATES, Reach, Study, Trial
+from veloxbench.trials.plots import COLOURS, new_axes, svg
 
 PLOT = "damages.svg"
 _SMALLEST_SHOWN = 0.1  # percent: a logarithmic axis has no zero

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from tabulate import tabulate
 
 from veloxbench.errors import IntegrityError
-from veloxbench.report.plots import COLOURS, new_axes, svg
 from veloxbench.report.templates import filled
+from veloxbench.trials.plots import COLOURS, new_axes, svg
 from veloxbench.trials.timing_resample import STRETCH, Effect, ErrorRates, Outcomes, Rate
 
 PLOT = "gate-error-rates.svg"

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as ET
+from base64 import b64decode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfApi
 
 from veloxbench.cli.app import _run
 from veloxbench.records.store import read_records
+from veloxbench.report import hub
 from veloxbench.report.export import FORMATS, as_csv, as_junit, as_latex, as_parquet, flat_rows
+from veloxbench.report.page import drawings
 
 ROOT = Path(__file__).parents[3]
 FILES = [ROOT / "records" / "smollm2-135m.jsonl", ROOT / "records" / "gemma3-270m.jsonl"]
@@ -94,13 +102,22 @@ def test_no_records_make_a_report_of_every_form():
     assert json.loads(FORMATS["json"]([], [], 0)) == {"records": [], "failures": []}
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.json", "x.parquet", "x.tex", "x.xml", "x.html", "x.md"])
-def test_the_suffix_of_out_is_the_form(name, tmp_path, records):
+@pytest.mark.parametrize("name", ["x.csv", "x.json", "x.parquet", "x.tex", "x.xml", "x.html", "x.md", "x.svg", "x.png"])
+def test_the_suffix_of_out_is_the_form(name, tmp_path):
     """``--out x.csv`` writes CSV, and no Markdown; ``--check`` then agrees, and is stale after an edit."""
     out = tmp_path / name
-    files = [str(file) for file in FILES]
+    files = [str(FILES[1])]
     assert _run(["report", *files, "--out", str(out)]) == 0
-    starts = {"csv": b"record,", "json": b"{", "parquet": b"PAR1", "tex": b"%", "xml": b"<?xml", "md": b"# "}
+    starts = {
+        "csv": b"record,",
+        "json": b"{",
+        "parquet": b"PAR1",
+        "tex": b"%",
+        "xml": b"<?xml",
+        "md": b"# ",
+        "svg": b"<svg",
+        "png": b"\x89png",
+    }
     assert out.read_bytes().lower().startswith(starts.get(out.suffix[1:], b"<!doctype html").lower())
     assert _run(["report", *files, "--check", str(out)]) == 0
     out.write_bytes(out.read_bytes() + b" ")
@@ -120,6 +137,9 @@ def test_the_option_overrules_the_suffix(tmp_path):
         (["--out", "x.docx"], "unknown suffix of a report '.docx'"),
         (["--format", "cvs"], "unknown --format 'cvs'; did you mean csv"),
         (["--format", "parquet"], "--out FILE.parquet"),
+        (["--format", "png"], "--out FILE.png"),
+        (["--details", "x"], "name the page with --out"),
+        (["--push", "nobody"], "write USER/NAME"),
     ],
 )
 def test_an_unknown_form_is_refused(options, named, tmp_path, monkeypatch, capsys):
@@ -135,3 +155,63 @@ def test_csv_goes_to_standard_output():
     command = [sys.executable, "-m", "veloxbench.cli", "report", str(FILES[1]), "--format", "csv"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=300)
     assert len(list(csv.DictReader(io.StringIO(done.stdout)))) > 50
+
+
+def test_a_chart_is_the_same_bytes_every_time(records):
+    """Drawn from the same records in another order: an SVG for a light page, another for a dark one, and no others."""
+    of_gemma = [record for record in records if record.subject.model.name == "gemma3-270m"]
+    first = drawings(of_gemma)
+    assert first == drawings(of_gemma[::-1])
+    assert set(first) == {"gemma3-270m-light.svg", "gemma3-270m-dark.svg"}
+    assert len(set(first.values())) == 2
+    assert all(ET.fromstring(text).tag.endswith("svg") for text in first.values())
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload of small files needs; keeps what it was sent."""
+
+    sent: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self):
+        self.sent[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        answer = {
+            "url": f"http://{self.headers['Host']}/datasets/me/kv",
+            "commitUrl": f"http://{self.headers['Host']}/datasets/me/kv/commit/0",
+            "commitOid": "0" * 40,
+        }
+        if "preupload" in self.path:
+            asked = json.loads(self.sent[self.path])["files"]
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+def test_push_uploads_the_rows_and_a_card(monkeypatch, capsys, tmp_path):
+    """One commit to the data set that was named: the Parquet of the records, and a card that says how it loads."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(hub, "HfApi", functools.partial(HfApi, endpoint=address, token="hf_" + "x" * 34))
+    try:
+        assert _run(["report", str(FILES[1]), "--push", "me/kv"]) == 0
+    finally:
+        server.shutdown()
+    assert "/datasets/me/kv/commit/0" in capsys.readouterr().err
+    lines = [json.loads(line) for line in Hub.sent["/api/datasets/me/kv/commit/main"].splitlines()]
+    files = {line["value"]["path"]: b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+    assert pq.read_table(io.BytesIO(files["data/records.parquet"])).num_rows > 50
+    assert b'load_dataset("me/kv"' in files["README.md"]
+
+
+def test_a_hub_that_is_not_there_is_said(monkeypatch, capsys):
+    """Exit code 5 and one sentence with what gives access."""
+    monkeypatch.setattr(hub, "HfApi", functools.partial(HfApi, endpoint="http://127.0.0.1:9", token="hf_" + "x" * 34))
+    assert _run(["report", str(FILES[1]), "--push", "me/kv"]) == 5
+    assert "me/kv was not uploaded" in capsys.readouterr().err

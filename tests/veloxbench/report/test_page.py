@@ -8,7 +8,9 @@ from gate_records import SOMEWHERE
 from veloxbench.records.intervals import ratio_interval
 from veloxbench.records.record import Estimate, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
 from veloxbench.records.store import read_records
+from veloxbench.report.answer import hardware
 from veloxbench.report.page import render
+from veloxbench.report.tables import GUIDE_CLAIMS
 
 RECORDS = Path(__file__).parents[3] / "records"
 
@@ -40,9 +42,9 @@ def timed(prefill_pairs: int, ratio: Estimate | None = None, provenance: Provena
 def test_a_ratio_of_two_pairs_stands_with_its_n_and_no_interval(ratio):
     """Also where the record, an older one, carries an interval; three pairs have theirs."""
     page = render([timed(2, ratio)])
-    assert "(n=2, no interval)" in page
+    assert "(n=2)" in page
     assert "8.8" not in page
-    assert "no interval" not in render([timed(3)])
+    assert "(n=3)" not in render([timed(3)])
 
 
 def test_licences_stand_in_the_provenance_where_they_are_known():
@@ -56,4 +58,49 @@ def test_licences_stand_in_the_provenance_where_they_are_known():
 def test_committed_records_can_be_written():
     """Records from before a rule or a field give a page."""
     records = [record for path in sorted(RECORDS.glob("*.jsonl")) for record in read_records(path)]
-    assert "(n=2, no interval)" in render(records)
+    assert "(n=2)" in render(records)
+
+
+def test_the_committed_page_answers_first():
+    """Three sentences, then the charts and the table of targets, before the first table of details."""
+    page = (RECORDS.parent / "BENCHMARK_RESULTS.md").read_text(encoding="utf-8")
+    order = [
+        "**Good enough:**",
+        "**Not measured yet:**",
+        "<picture>",
+        "## Choosing a target",
+        "**A Mac?**",
+        "### Quality",
+    ]
+    places = [page.index(part) for part in order]
+    assert places == sorted(places)
+    assert page.index("## Provenance") > page.rindex("\n### ")
+
+
+def test_no_table_has_more_than_nine_columns():
+    """So that it fits on GitHub's page; what few readers want is in files beside it."""
+    pages = [RECORDS.parent / "BENCHMARK_RESULTS.md", *(RECORDS.parent / "docs" / "results").glob("*.md")]
+    assert len(pages) >= 3
+    for page in pages:
+        rules = [
+            line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|:") or "-:|" in line
+        ]
+        assert rules
+        assert all(rule.count("|") - 1 <= 9 for rule in rules), page
+
+
+def test_a_claim_is_kept_or_not():
+    """By the worse end: within both limits it is kept, beyond one it is not, an interval across the limit is open."""
+    claim = GUIDE_CLAIMS[2.0]
+    change = Estimate(value=0.05, low=0.02, high=0.07, unit="PPL")
+    assert claim.verdict(change, 8.0) == "kept"
+    assert claim.verdict(change, 6.2) == "often-quoted, not reproduced"
+    assert claim.verdict(change.model_copy(update={"high": 0.2}), 8.0) == "open"
+    assert claim.verdict(Estimate(value=0.3, low=0.2, high=0.4, unit="PPL"), 8.0) == "often-quoted, not reproduced"
+
+
+def test_other_hardware_than_apples_is_said():
+    """Without a record of an Apple chip the answer says that there is none; with one it does not."""
+    assert "any Apple chip" in hardware([timed(3)])
+    apple = SOMEWHERE.model_copy(update={"hardware": {"chip": "Apple M4", "physical_cores": 10}})
+    assert "any Apple chip" not in hardware([timed(3), timed(3, provenance=apple)])
