@@ -56,7 +56,7 @@ def measure(item: Measurement, bench: Bench | None, tick: Tick) -> Record:
     bench = bench if suite.row.needs_model else None  # a run of several suites has one on the bench all the same
     started, clock, state = datetime.now(UTC), time.perf_counter(), provenance.machine_state()
     versions = provenance.versions()
-    if bench is not None and (suite.own_process or is_foreign(item.cell.arm.name)):
+    if bench is not None and is_foreign(item.cell.arm.name):
         answer = measure_apart(item, bench, tick)
         versions = {**versions, **answer.versions}
         refusal, measured = answer.reason, Measured(answer.metrics, answer.samples, answer.layers)

@@ -1,4 +1,4 @@
-"""The process in which measurements are made apart: a peer's in the peer's environment, any arm's for its own memory.
+"""The process in which a peer's arms are measured, in the peer's environment.
 
 It reads each :class:`Request` as one line of JSON and answers in lines of JSON: ``{"say": …}`` and ``{"tick": …}``
 while it measures, then an :class:`Answer`. What the measured code prints goes to standard error.
