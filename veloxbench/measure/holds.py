@@ -114,7 +114,7 @@ class Holds(Suite):
 
     def seconds(self, cell: Cell, rates: Rates) -> float:
         """What is fed passes no layer of the model."""
-        return 4 + cell.task.tokens / 256
+        return 4 + float(cell.task.tokens) / 256
 
     def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
         """Feed all layers in two halves and count after each."""
