@@ -111,6 +111,7 @@ REQUEST = Request(
     role="evaluation",
     model={},
     n_layers=None,
+    versions={},
 )
 
 

@@ -21,7 +21,8 @@ import psutil
 import veloxbench
 import veloxquant_kernels
 from veloxbench.measure.suite import Bench, Measurement, Tick
-from veloxbench.methods.peers import OURS, Peer, get_peer, own_packages
+from veloxbench.methods.peers import MOVERS, OURS, Peer, get_peer, own_packages
+from veloxbench.records.provenance import versions
 from veloxbench.run.worker import Answer, Request
 
 WATCH_S = 0.1
@@ -52,6 +53,7 @@ def measure_apart(item: Measurement, bench: Bench, tick: Tick) -> Answer:
         role=item.block.role,
         model={**dataclasses.asdict(bench.handle), "directory": str(bench.handle.directory)},
         n_layers=bench.n_layers,
+        versions={name: versions()[name] for name in MOVERS},
     )
     limits = Limits(peer.seconds, peer.memory_gib * 2**30)
     return _worker(peer, bench).ask(request, limits, say=bench.say, tick=tick)
