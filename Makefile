@@ -33,6 +33,7 @@ docs: $(VENV)/.installed
 fresh: $(VENV)/.installed
 	$(BIN)/veloxbench schema | cmp - schema/record.json
 	$(BIN)/veloxbench report records --check BENCHMARK_RESULTS.md --details docs/results
+	$(BIN)/veloxbench peers report records/peers --check docs/peers.md
 	$(BIN)/veloxbench trial damages --check docs/damages.md
 	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --check docs/gate-error-rates.md
 
@@ -48,6 +49,7 @@ format: $(VENV)/.installed
 report: $(VENV)/.installed
 	$(BIN)/veloxbench schema > schema/record.json
 	$(BIN)/veloxbench report records --out BENCHMARK_RESULTS.md --details docs/results
+	$(BIN)/veloxbench peers report records/peers --out docs/peers.md
 	$(BIN)/veloxbench trial damages --out docs/damages.md
 	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --out docs/gate-error-rates.md
 	$(BIN)/python -m veloxbench.report.guide

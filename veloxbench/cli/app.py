@@ -66,9 +66,10 @@ def _renamed(context: typer.Context) -> None:
 RENAMED = {"aa": "trial timing", "damages": "trial damages"}
 """Commands by names that they had, and by those that they have."""
 
-for command in (run, merge, verify, submit, recommend, report, gate, compare):
-    app.command()(command)
-for command in (models, corpora, methods, doctor, kernels, schema):
+for command in (
+    *(run, merge, verify, submit, recommend, report, gate, compare),
+    *(models, corpora, methods, doctor, kernels, schema),
+):
     app.command()(command)
 for door in (generate, chat, serve):
     app.command(context_settings=HANDS_ON)(door)

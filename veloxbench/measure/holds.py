@@ -1,6 +1,6 @@
 """The holds suite: what is really resident, for caches of anybody, without their own account of it.
 
-Keys and values of the model's shape are fed to the caches of one arm, in a process of its own, and no forward pass is
+Keys and values of the model's shape are fed to the caches of one arm, and no forward pass is
 needed: bytes do not depend on what a token was. Then every array that can be reached from the caches is counted, whole
 buffers, fp16 copies and tables and all. Half way and at the end: what grew between is what a longer context costs.
 """
@@ -100,13 +100,12 @@ def _grew(path: str, half: Inventory, whole: Inventory) -> bool:
 
 @measures
 class Holds(Suite):
-    """Every arm once, in a process of its own."""
+    """Every arm once."""
 
     name = "holds"
     section = "holds"
     tasks = HoldsSpec
     default = HoldsSpec()
-    own_process = True
 
     def cells(self, tasks: HoldsSpec, arms: Sequence[Arm]) -> Iterator[Cell]:
         """One per arm."""
@@ -114,11 +113,11 @@ class Holds(Suite):
             yield Cell(self.name, "arrays", tasks, arm)
 
     def seconds(self, cell: Cell, rates: Rates) -> float:
-        """Starting the process; what is fed passes no layer of the model."""
-        return 8 + cell.task.tokens / 256
+        """What is fed passes no layer of the model."""
+        return 4 + float(cell.task.tokens) / 256
 
     def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
-        """Feed all layers in two halves and count after each; this process must be the arm's own."""
+        """Feed all layers in two halves and count after each."""
         bench = needed(bench)
         weights: Any = tree_flatten(bench.model.parameters())  # type: ignore[no-untyped-call]
         known = [array for _, array in weights]

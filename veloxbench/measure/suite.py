@@ -157,14 +157,12 @@ class Suite(ABC):
         section: the grid's key that holds its tasks.
         tasks: the section's type, for pydantic.
         default: the section where a grid does not have it; None: a grid that names the suite must have it.
-        own_process: whether every arm is measured in a process of its own, as those of peers always are.
     """
 
     name: ClassVar[str]
     section: ClassVar[str]
     tasks: ClassVar[Any]
     default: ClassVar[Any] = None
-    own_process: ClassVar[bool] = False
 
     @property
     def row(self) -> SuiteRow:

@@ -48,7 +48,7 @@ OURS = "mlx-lm"
 
 _NOTE = "peer.json"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_MOVERS = ("mlx", "mlx-lm", "numpy")
+MOVERS = ("mlx", "mlx-lm", "numpy")
 """Packages of an environment whose versions may move a peer's figures."""
 
 
@@ -90,7 +90,7 @@ class Peer(Frozen):
         """Name, version and a hash of its installed files, its adapter, and the versions of what moves its figures."""
         if self.site_packages is None:
             return f"{self.name} {self.version}"
-        found = {key: _version_in(self.site_packages, key) or versions()[key] for key in _MOVERS}
+        found = {key: _version_in(self.site_packages, key) or versions()[key] for key in MOVERS}
         hashes = [_distribution_hash(self.site_packages, self.name), _adapter_hash(self.adapter), json.dumps(found)]
         return f"{self.name} {self.version} {sha256_text(*hashes)[:16]}"
 

@@ -313,6 +313,29 @@ def memory(records: Sequence[Record]) -> list[str]:
     return parts
 
 
+@register_table("holds")
+def holds(records: Sequence[Record]) -> list[str]:
+    """Every array that can be reached from the caches."""
+    columns: list[Column] = [
+        ("method", method),
+        ("bits/value", figure("bits_per_value", "{:.3f}")),
+        ("at 32768, extrapolated", figure("long_bits_per_value", "{:.3f}")),
+        ("of it uncoded K and V", figure("full_width_bits_per_value", "{:.3f}")),
+        ("constant kB", scaled("constant_bytes", 1e3, "{:.1f}")),
+        ("cache MB", megabytes("cache_bytes")),
+        ("unaccounted MB", megabytes("unaccounted_bytes")),
+        ("update peak MB", megabytes("update_peak_bytes")),
+        ("engaged layers", figure("engaged_layers", "{:.0f}")),
+    ]
+    return [
+        f"### Holds, {title}\n\n{record_table(columns, rows)}\n\n"
+        "Keys and values are fed to the caches without a forward pass, and everything that can be reached from them "
+        "counts: whole buffers, fp16 copies, tables. *Constant* does not grow from the first half of the tokens to "
+        "the second; *uncoded* lies in arrays of floats as wide as a head."
+        for title, rows in groups(records).items()
+    ]
+
+
 @register_table("throughput")
 def throughput(records: Sequence[Record]) -> list[str]:
     """Speeds beside fp16's, a table for each depth."""

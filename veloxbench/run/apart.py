@@ -1,4 +1,4 @@
-"""Asks for a measurement in a process of its own, within limits of time and memory: what dies there is a reason."""
+"""Has a peer measured in its own environment, within limits of time and memory: what dies there is a reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -21,10 +20,9 @@ import psutil
 
 import veloxbench
 import veloxquant_kernels
-from veloxbench.errors import VeloxError
 from veloxbench.measure.suite import Bench, Measurement, Tick
-from veloxbench.methods.peers import OURS, Peer, get_peer, own_packages
-from veloxbench.methods.registry import is_foreign
+from veloxbench.methods.peers import MOVERS, OURS, Peer, get_peer, own_packages
+from veloxbench.records.provenance import versions
 from veloxbench.run.worker import Answer, Request
 
 WATCH_S = 0.1
@@ -40,15 +38,11 @@ class Limits:
 
 
 def measure_apart(item: Measurement, bench: Bench, tick: Tick) -> Answer:
-    """An arm's measurement in a process of its own: a peer's in its environment, any other in this one's.
+    """A peer's arm measured in the peer's environment.
 
     The process stays for the next arm of the same peer; where it died or was stopped, that one has a new process.
-
-    Raises:
-        VeloxError: the arm is no peer's, and its process failed.
     """
-    name = item.cell.arm.name
-    peer = get_peer(name.partition("/")[0]) if is_foreign(name) else None
+    peer = get_peer(item.cell.arm.name.partition("/")[0])
     request = Request(
         subject=item.subject,
         arm=item.cell.arm,
@@ -59,20 +53,18 @@ def measure_apart(item: Measurement, bench: Bench, tick: Tick) -> Answer:
         role=item.block.role,
         model={**dataclasses.asdict(bench.handle), "directory": str(bench.handle.directory)},
         n_layers=bench.n_layers,
+        versions={name: versions()[name] for name in MOVERS},
     )
-    limits = Limits() if peer is None else Limits(peer.seconds, peer.memory_gib * 2**30)
-    reply = _worker(peer, bench).ask(request, limits, say=bench.say, tick=tick)
-    if reply.reason is not None and peer is None:
-        raise VeloxError(f"the process of {item.label} failed: {reply.reason}")
-    return reply
+    limits = Limits(peer.seconds, peer.memory_gib * 2**30)
+    return _worker(peer, bench).ask(request, limits, say=bench.say, tick=tick)
 
 
 _KEPT = "worker apart"
 
 
-def _worker(peer: Peer | None, bench: Bench) -> Worker:
+def _worker(peer: Peer, bench: Bench) -> Worker:
     """The worker of a peer, one at a time: another peer's ends, and this one's where it is no more."""
-    name = "this program" if peer is None else peer.implementation
+    name = peer.implementation
     kept: Worker | None = bench.kept.get(_KEPT)
     if kept is None or kept.name != name or not kept.lives:
         end_worker(bench)
@@ -88,18 +80,15 @@ def end_worker(bench: Bench) -> None:
         kept.close()
 
 
-def command(peer: Peer | None) -> list[str]:
-    """What starts a worker."""
+def command(peer: Peer) -> list[str]:
+    """What starts a peer's worker."""
     packages = {own.__name__: str(Path(str(own.__file__)).parent) for own in (veloxquant_kernels, veloxbench)}
-    python = sys.executable if peer is None else str(peer.python)
-    return [python, "-P", str(Path(__file__).with_name("boot.py")), json.dumps(packages)]
+    return [str(peer.python), "-P", str(Path(__file__).with_name("boot.py")), json.dumps(packages)]
 
 
-def environment(peer: Peer | None) -> dict[str, str]:
-    """This process's variables; its paths too, except where the environment has paths of its own."""
+def environment(peer: Peer) -> dict[str, str]:
+    """This process's variables, without its paths: the environment has its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    if peer is None:
-        return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return {**kept, "PYTHONPATH": os.pathsep.join(own_packages())} if peer.name == OURS else kept
 
 

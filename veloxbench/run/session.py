@@ -55,10 +55,10 @@ def measure(item: Measurement, bench: Bench | None, tick: Tick) -> Record:
     suite = get_suite(item.cell.suite)
     bench = bench if suite.row.needs_model else None  # a run of several suites has one on the bench all the same
     started, clock, state = datetime.now(UTC), time.perf_counter(), provenance.machine_state()
-    versions = provenance.versions()
-    if bench is not None and (suite.own_process or is_foreign(item.cell.arm.name)):
+    versions = dict(provenance.versions())
+    if bench is not None and is_foreign(item.cell.arm.name):
         answer = measure_apart(item, bench, tick)
-        versions = {**versions, **answer.versions}
+        versions |= {name: version for name, version in answer.versions.items() if version != "absent"}
         refusal, measured = answer.reason, Measured(answer.metrics, answer.samples, answer.layers)
     else:
         refusal = None if bench is None else suite.refusal(item.cell, bench)

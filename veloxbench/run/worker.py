@@ -1,4 +1,4 @@
-"""The process in which measurements are made apart: a peer's in the peer's environment, any arm's for its own memory.
+"""The process in which a peer's arms are measured, in the peer's environment.
 
 It reads each :class:`Request` as one line of JSON and answers in lines of JSON: ``{"say": …}`` and ``{"tick": …}``
 while it measures, then an :class:`Answer`. What the measured code prints goes to standard error.
@@ -25,7 +25,7 @@ from veloxbench.measure.suite import Bench, Measured, Measurement, cell_of, get_
 from veloxbench.records.arm import Arm
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.provenance import versions
-from veloxbench.records.record import Estimate, LayerEngagement, Subject
+from veloxbench.records.record import Estimate, LayerEngagement, Subject, content_hash
 
 MODULES = {"perplexity": "veloxbench.measure.quality", "holds": "veloxbench.measure.holds"}
 """The suites that measure arms of peers, and where they are: nothing else is imported in a peer's environment."""
@@ -35,7 +35,7 @@ Send = Callable[[dict[str, Any]], None]
 
 
 class Request(Frozen):
-    """A measurement with all that it reads."""
+    """A measurement with all that it reads; ``versions`` are those of the libraries where it was planned."""
 
     subject: Subject
     arm: Arm
@@ -46,6 +46,7 @@ class Request(Frozen):
     role: Role
     model: dict[str, Any]
     n_layers: int | None
+    versions: dict[str, str]
 
 
 class Answer(Frozen):
@@ -89,8 +90,17 @@ def measured(request: Request, benches: Benches) -> Measured:
     cell = cell_of(suite, request.task, request.arm)
     tokens = np.array(request.tokens, np.int32)
     block = TokenBlock(tokens, request.tokens_sha256, request.text, request.role, (), False, None)
-    item = Measurement(request.subject, cell, block)
+    item = Measurement(_here(request), cell, block)
     return suite.measure(item, benches.of(request), lambda n: benches.send({"tick": n}))
+
+
+def _here(request: Request) -> Subject:
+    """The subject by which the fp16 reference is kept: another where this environment has other libraries."""
+    others = {name: versions()[name] for name in request.versions if versions()[name] != request.versions[name]}
+    if not others:
+        return request.subject
+    machine_class = content_hash([request.subject.machine_class, others])
+    return request.subject.model_copy(update={"machine_class": machine_class})
 
 
 class _Said:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from veloxbench.errors import UsageError
 from veloxbench.methods.peers import entry
 from veloxbench.methods.registry import BuildContext
 
 
 @entry()
 def cache(context: BuildContext, target: None) -> list[Any]:
-    """``KakeyaLatticeCache``, which is one of PyTorch's transformers."""
-    from kakeyalattice.hf import KakeyaLatticeCache
-
-    return [KakeyaLatticeCache() for _ in context.model.layers]
+    """``KakeyaLatticeCache``, which is a cache of transformers, in PyTorch."""
+    raise UsageError("its one cache (kakeyalattice.hf.KakeyaLatticeCache) is PyTorch's: it has none that runs on MLX")
