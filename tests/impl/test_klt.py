@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from impl_inputs import gaussian
 
-from veloxquant_mlx.calibration.fit import FP16_TABLES, FittedLayer, TableBits, fit_layer, quantized, regularised
+from veloxquant_mlx.calibration.fit import FP16_TABLES, FittedLayer, TableBits, fit_layer, regularised
+from veloxquant_mlx.codes.deadzone import DeadZone
 from veloxquant_mlx.transforms.coded_matrix import CodedMatrix, code_matrix
 from veloxquant_mlx.transforms.klt import CachedShape, Scope, cached_vectors, keys_and_values
 from veloxquant_mlx.transforms.rope import LayerRopes, Rope
@@ -254,10 +255,11 @@ def test_vectors_and_matrices_that_do_not_fit_are_refused() -> None:
             fit(bad, sample_)
 
 
-def test_quantized_coefficients_have_a_dead_zone_and_centroids() -> None:
+def test_a_dead_zone_and_centroids_of_a_laplacian() -> None:
     """A Laplacian at step 1: below .6 all is zero, and a bin decodes to its mean, below its middle."""
     y = np.random.default_rng(0).laplace(size=(4000, 8)).astype(np.float32)
-    q = quantized(y, 1.0)
+    zone = DeadZone.fit(y, 1.0)
+    q = zone.values(zone.quantize(y))
     assert np.all(q[np.abs(y) < 0.599] == 0)
     first = (np.abs(y) >= 0.6) & (np.abs(y) < 1.6)
     # E[|y| | .6 <= |y| < 1.6] of a Laplacian = .6 + 1 − 1/(e − 1) = 1.0180

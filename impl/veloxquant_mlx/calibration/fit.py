@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxquant_mlx.codes.deadzone import DEAD_ZONE
+from veloxquant_mlx.codes.deadzone import DeadZone
 from veloxquant_mlx.transforms.coded_matrix import CodedMatrix, check_table_bits, code_matrix
 from veloxquant_mlx.transforms.klt import Block, CachedShape, LayerKLT, Scope
 from veloxquant_mlx.transforms.rope import LayerRopes
@@ -69,18 +69,6 @@ def roots(metric: Floats) -> tuple[Floats, Floats]:
     values, vectors = np.linalg.eigh(metric)
     root = np.sqrt(np.maximum(values, 1e-12 * values[-1]))
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-
-
-def quantized(y: Singles, step: float) -> Singles:
-    """Coefficients as a uniform code with a dead zone and reconstruction at centroids would decode them."""
-    magnitude = np.floor(np.abs(y) / step + (1 - DEAD_ZONE)).astype(np.float32)
-    shifts = np.full(int(magnitude.max(initial=0)) + 1, DEAD_ZONE - 0.5, dtype=np.float32)
-    shifts[0] = 0
-    for k in range(1, min(12, len(shifts))):
-        inside = np.abs(y[magnitude == k])
-        if inside.size > 50:
-            shifts[k] = float(inside.mean()) / step - k
-    return np.asarray(np.sign(y) * (magnitude + shifts[magnitude.astype(np.int64)]) * step, dtype=np.float32)
 
 
 def _predictor(below: Singles, centred: Singles, bits: int) -> CodedMatrix:
@@ -177,5 +165,6 @@ def fit_layer(
         deviations=mx.array(deviations.astype(np.float32)),
     )
     lower = None if predictor is None or below is None else mx.array(below[1])[None]
-    decoded = np.array(transform.decode(mx.array(quantized(y, step))[None], lower)[0])
+    zone = DeadZone.fit(y, step)
+    decoded = np.array(transform.decode(mx.array(zone.values(zone.quantize(y)))[None], lower)[0])
     return FittedLayer(transform, y, decoded)

@@ -174,7 +174,7 @@ def measure_model(
     vectors: dict[int, NDArray[np.floating]] = {}
     tell = told("vectors", 1.0)
     for group in vector_groups:
-        for layer, (_, x) in captured_vectors(model, sequences[~chosen], group, ropes, on_sequence=tell).items():
+        for layer, x in captured_vectors(model, sequences[~chosen], group, ropes, on_sequence=tell).items():
             vectors[layer] = x.reshape(vector_sequences, -1, x.shape[1]).astype(np.float16)
     tell = told("gradients", GRADIENT_WORK)
     for group in gradient_groups:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from veloxquant_mlx.calibration.gradients import SINKS
 from veloxquant_mlx.probes import ProbeCache, probed_caches
-from veloxquant_mlx.transforms.klt import CachedShape, cached_vectors
+from veloxquant_mlx.transforms.klt import cached_vectors
 from veloxquant_mlx.transforms.rope import LayerRopes
 
 
@@ -23,7 +23,7 @@ def captured_vectors(
     ropes: dict[int, LayerRopes],
     *,
     on_sequence: Callable[[], None] | None = None,
-) -> dict[int, tuple[CachedShape, NDArray[np.float32]]]:
+) -> dict[int, NDArray[np.float32]]:
     """The vectors that layers cache, rotation undone, without the first tokens of each sequence (sinks).
 
     Args:
@@ -34,13 +34,12 @@ def captured_vectors(
         on_sequence: called after each.
 
     Returns:
-        By layer, its shape and ``[S · (T − sinks), N]`` fp32.
+        By layer, ``[S · (T − sinks), N]`` fp32.
 
     Raises:
         ValueError: vectors that are not finite, naming the layer.
     """
     kept: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in layers}
-    shapes: dict[int, CachedShape] = {}
     for ids in sequences:
         probes = {layer: ProbeCache() for layer in layers}
         caches: list[Any] = probed_caches(model, probes)
@@ -48,11 +47,10 @@ def captured_vectors(
         for layer, probe in probes.items():
             if probe.seen is None:
                 raise ValueError(f"layer {layer} of the model never called update_and_fetch")
-            shapes[layer] = CachedShape.of(*probe.seen)
             x = np.array(cached_vectors(*probe.seen, ropes[layer])[0, SINKS:])
             if not np.isfinite(x).all():
                 raise ValueError(f"layer {layer} caches vectors that are not finite on the calibration text")
             kept[layer].append(x)
         if on_sequence is not None:
             on_sequence()
-    return {layer: (shapes[layer], np.concatenate(parts)) for layer, parts in kept.items()}
+    return {layer: np.concatenate(parts) for layer, parts in kept.items()}
