@@ -67,8 +67,8 @@ def run(
     """Measure a model's caches: quality, memory and speed of every method and target.
 
     Each measurement becomes one record in `OUT/records.jsonl` the moment it ends. Stop the run at any time and
-    type the same command again: it goes on where it was. The tables are in `OUT/BENCHMARK_RESULTS.md`, and with
-    plots in `OUT/BENCHMARK_RESULTS.html`.
+    type the same command again: it goes on where it was. The answer and the tables are in
+    `OUT/BENCHMARK_RESULTS.md`; `OUT/BENCHMARK_RESULTS.html` has charts that answer, in one file without network.
 
     **Examples**
 

@@ -26,8 +26,8 @@ COLUMNS = (
     f"resident at {QUOTED:,} tokens, tables counted (\\*: not measured, left out); fp16 holds 16. *KLD*: how far "
     "predictions move from the fp16 cache's, nats a token. *ΔPPL*: growth of perplexity. ± and [ ] are 95% intervals "
     "over sequences. *verdict*: the word that KLD, its 99% and top-1 earn at the worse ends of their intervals "
-    "(`docs/recommend.md`). *guide*: what the mixed-precision guide claims for that target, memory and ΔPPL, and "
-    "whether that is kept."
+    "(`docs/recommend.md`). *often-quoted*: what the mixed-precision guide claims for that target, memory and "
+    "ΔPPL, and whether these records keep or reproduce it."
 )
 
 
@@ -102,7 +102,7 @@ def hardware(records: Iterable[Record]) -> str:
 
 def choosing_a_target(by_model: Points) -> str:
     """The best cache at each target of each model, with what the guide claims there."""
-    header = ("model", "target", "cache", "all-in bits", "KLD", "verdict", "ΔPPL", "guide", "is that kept")
+    header = ("model", "target", "cache", "all-in bits", "KLD", "verdict", "ΔPPL", "often-quoted", "which is")
     body = []
     for model, groups in by_model.items():
         best: dict[float, Point] = {}
@@ -111,7 +111,7 @@ def choosing_a_target(by_model: Points) -> str:
             if target is not None and point.word is not None:
                 best.setdefault(target, point)
         for target, point in sorted(best.items(), reverse=True):
-            body.append([model, f"{target:g}", *_cells(point, target)])
+            body.append([model if target == max(best) else "", f"{target:g}", *_cells(point, target)])
     return pipe_table(header, body, ["left", "right", "left", "right", "right", "left", "right", "left", "left"])
 
 

@@ -11,12 +11,11 @@ from typing import Any
 
 from tabulate import tabulate
 
-from veloxbench.errors import printable, unknown_name
+from veloxbench.errors import unknown_name
 from veloxbench.records.journal import encoded
 from veloxbench.records.record import FailedMeasurement, Record
 from veloxbench.records.selection import newest_per_row, table_rows
 from veloxbench.report.cells import Column, figure, memory_ratio, method, verdict
-from veloxbench.report.html import render_html
 from veloxbench.report.model_card import perplexity_blocks
 from veloxbench.report.page import by_model, method_names, paretos, render
 from veloxbench.report.tables import quality_groups
@@ -161,6 +160,8 @@ def _as_markdown(records: Records, failures: Failures = (), others: int = 0) -> 
 
 
 def _as_html(records: Records, failures: Failures = (), others: int = 0) -> bytes:
+    from veloxbench.report.html import render_html
+
     return encoded(render_html(records, failures, others))
 
 
@@ -170,8 +171,7 @@ def _picture(records: Records) -> Any:
 
     newest = newest_per_row(records)
     drawn = paretos(newest, method_names(newest))
-    named = [chart.properties(title=printable(model)) for model, chart in drawn.items()]
-    return alt.hconcat(*named) if named else alt.Chart(alt.InlineData(values=[])).mark_point()
+    return alt.hconcat(*drawn.values()) if drawn else alt.Chart(alt.InlineData(values=[])).mark_point()
 
 
 def as_svg(records: Records, failures: Failures = (), others: int = 0) -> bytes:

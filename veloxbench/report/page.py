@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from veloxbench.errors import printable
 from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import NO_MODEL, FailedMeasurement, Record, content_hash
 from veloxbench.records.selection import (
@@ -121,7 +122,9 @@ def paretos(records: Sequence[Record], methods: Sequence[str]) -> dict[str, Any]
 
     found = {model: points(of_model) for model, of_model in by_model(table_rows(records)).items()}
     return {
-        model: charts.pareto(list(rows(model, {BEST: groups[BEST]})), methods, picture=True)
+        model: charts.pareto(list(rows(model, {BEST: groups[BEST]})), methods, picture=True).properties(
+            title=printable(model)
+        )
         for model, groups in found.items()
         if _has_loss(groups)
     }

@@ -141,7 +141,7 @@ class Claim:
         smaller = ratio >= 0.975 * self.ratio  # 1.5 bits are 10.7x, of which the guide makes 10x: it rounds
         if smaller and high <= self.high:
             return "kept"
-        return "often-quoted, not reproduced" if low > self.high or not smaller else "open"
+        return "not reproduced" if low > self.high or not smaller else "open"
 
 
 GUIDE_CLAIMS: Mapping[float, Claim] = {
