@@ -17,12 +17,13 @@ import numpy as np
 
 from veloxbench.errors import UsageError
 from veloxbench.records.intervals import mean_interval
+from veloxbench.records.quality_words import WORDS
 from veloxbench.records.record import Record
 from veloxbench.records.selection import is_control, newest_per_row, table_rows
 from veloxbench.records.store import read_records
 from veloxbench.report.allocation import METHOD, comparisons
 from veloxbench.report.cells import format_estimate, pipe_table
-from veloxbench.report.recommend import Wish, recommend
+from veloxbench.report.points import BEST, QUOTED, points
 from veloxbench.report.tables import GUIDE_CLAIMS, quality_groups
 
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -208,26 +209,27 @@ def _outliers(sources: Sources) -> str:
     return _table(header, body)
 
 
-AT_TOKENS = 8192
-"""Context at which the README counts bytes, tables included."""
-
-
 def _best(sources: Sources) -> str:
-    """The caches of the README's model that none beats in both bytes and quality, the smallest last."""
+    """The README's table: caches that none beats in both bytes and loss, and what is not bad though its tables were
+    not counted, which is marked and gets no ratio.
+    """
     of_model = [r for r in sources.records if (r.subject.model.name, r.subject.model.n_layers) == (README_MODEL, None)]
-    answer = recommend(README_MODEL, of_model, Wish(AT_TOKENS), AT_TOKENS)
-    body = [
-        [
-            f"{one.arm}",
-            f"{one.footprint.bits(AT_TOKENS):.2f}",
-            f"{16 / one.footprint.bits(AT_TOKENS):.1f} times smaller" if not one.is_reference else "",
-            "none" if one.is_reference else format_estimate(one.kld),
-            "none" if one.is_reference else f"{format_estimate(one.changed)} of 100",
-            one.word.word,
-        ]
-        for one in reversed(answer.pareto)
-    ]
-    return _table(("cache", "bits a value", "than fp16", "loss", "changed", "verdict"), body)
+    body, least, least_counted = [], float("inf"), float("inf")
+    for one in sorted(points(of_model)[BEST], key=lambda point: point.all_in(QUOTED)):
+        loss, top1, bits = one.metric("kld_mean"), one.metric("top1_agreement"), one.all_in(QUOTED)
+        if loss is None or top1 is None or one.word is None:
+            continue
+        counted = one.footprint is not None
+        shown = loss.value < least_counted if counted else loss.value < least and one.word is not WORDS[-1]
+        least = min(least, loss.value)
+        if shown:
+            size = (f"{bits:.2f}", f"{16 / bits:.1f} times smaller") if counted else (f"{bits:.2f}\\*", "")
+            changed = f"{100 * (1 - top1.value):.1f} of 100"
+            body.append([one.label, *size, format_estimate(loss), changed, one.word.word])
+            least_counted = loss.value if counted else least_counted
+    reference = ["fp16", "16.00", "", "none", "none", "lossless"]
+    header = ("cache", "bits a value", "than fp16", "loss", "changed", "verdict")
+    return _table(header, [reference, *reversed(body)])
 
 
 TABLES: Mapping[str, Callable[[Sources], str]] = {
