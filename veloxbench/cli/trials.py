@@ -225,3 +225,51 @@ def damages(
     detectable = reaches(taken, judged, n_arms)
     page = render(taken, judged, detectable, n_arms)
     deliver(page, out, check, "veloxbench trial damages", study, {PLOT: plot(judged, detectable)})
+
+
+@trial.command()
+def travelling(
+    record: Annotated[Path, typer.Option(help="The measured settings and how gates between them ended.")] = Path(
+        "records/gate/travelling.json"
+    ),
+    measured: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SETTING=FOLDER of a run of the gate profile, once for each setting: writes the record anew."
+        ),
+    ] = None,
+    study: Annotated[Path, typer.Option(help="Damages whose measured cost is added.")] = Path(
+        "records/gate/damages.json"
+    ),
+    gates: Annotated[int, typer.Option(min=1, help="Gates to draw of each kind.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the gates.")] = 0,
+    resample: Annotated[bool, typer.Option("--resample", help="Draw the gates of the record's settings anew.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the page here instead of standard output.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Compare with this page; exit 1 if it is stale.")] = None,
+) -> None:
+    """How often is the quality gate wrong where the baseline was measured under another rounding?
+
+    **Examples**
+
+    `veloxbench trial travelling --check docs/travelling.md`
+
+    `MKL_CBWR=AVX2 veloxbench run --profile gate --out a; MKL_CBWR=COMPATIBLE veloxbench run --profile gate --out b`,
+    then `veloxbench trial travelling --measured AVX2=a --measured COMPATIBLE=b --record mine.json`
+    """
+    from veloxbench.trials.damages import read_study
+    from veloxbench.trials.travelling import error_rates, read_rates, taken
+    from veloxbench.trials.travelling_page import render
+
+    folders = {}
+    for each in measured or ():
+        name, _, folder = each.partition("=")
+        if not name or not folder:
+            raise UsageError(f"--measured {each!r} must be SETTING=FOLDER")
+        folders[name] = Path(folder)
+    if len(folders) == 1:
+        raise UsageError("--measured must be given for two settings or more")
+    if folders or resample:
+        settings = taken(folders) if folders else read_rates(record).settings
+        rates = error_rates(settings, read_study(study), gates, seed)
+        write_text(record, rates.model_dump_json(indent=1) + "\n")
+    deliver(render(read_rates(record)), out, check, "veloxbench trial travelling", record)

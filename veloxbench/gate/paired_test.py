@@ -95,7 +95,7 @@ def _sign_flip(values: NDArray[np.float64], margin: float, alternative: Alternat
     # flips that only round differently from the observed signs count as equal to them
     limit = observed - 1e-12 * float(np.abs(differences).sum())
     if values.size <= ALL_FLIPS_UP_TO:
-        return _reached(differences, limit) / 2**values.size
+        return float(_reached(differences, limit) / 2**values.size)
     reached = _random_flips(values.size) @ differences >= limit
     return float((reached.sum() + 1) / (reached.size + 1))
 

@@ -140,9 +140,10 @@ class Record(Frozen):
 
     @model_validator(mode="after")
     def _hashes_match(self) -> Record:
-        if self.key != self.subject.key:
+        content = self._content()
+        if self.key != content_hash(content["subject"]):
             raise ValueError(f"key {self.key[:12]} is not the hash of the record's subject")
-        if self.id != self.content_id():
+        if self.id != content_hash(content):
             raise ValueError(f"id {self.id[:12]} is not the hash of the record's content")
         if self.status == "measured" and not self.metrics:
             raise ValueError("a measured record needs metrics")
@@ -152,13 +153,16 @@ class Record(Frozen):
 
     def content_id(self) -> str:
         """sha256 of the canonical JSON without ``id``; later fields count only where they are known."""
+        return content_hash(self._content())
+
+    def _content(self) -> dict[str, Any]:
         content = self.model_dump(mode="json", exclude={"id"})
         later = [(layer, "attention") for layer in content["engagement"]]
         later += [(content["provenance"], name) for name in LATER_PROVENANCE]
         for fields, name in later:
             if fields[name] is None:  # records from before the field existed keep their id
                 del fields[name]
-        return content_hash(content)
+        return content
 
     @classmethod
     def create(cls, **fields: Any) -> Record:

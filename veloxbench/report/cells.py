@@ -38,15 +38,20 @@ def markdown_text(text: str) -> str:
 
 def in_markdown(value: Any) -> Any:
     """A record (or a part of one) with every text in it as :func:`markdown_text`, for pages."""
+    if value is None or isinstance(value, (int, float)):  # most of what a record holds
+        return value
     match value:
         case str():
-            return markdown_text(value)
+            text = markdown_text(value)
+            return value if text == value else text
         case Frozen():
-            return value.model_copy(update={name: in_markdown(part) for name, part in value})
+            changed = {name: new for name, part in value if (new := in_markdown(part)) is not part}
+            return value.model_copy(update=changed) if changed else value
         case dict():
-            return {in_markdown(name): in_markdown(part) for name, part in value.items()}
+            return {in_markdown(name): in_markdown(part) for name, part in value.items()} if value else value
         case list() if value and not isinstance(value[0], float):
-            return [in_markdown(part) for part in value]
+            parts = [in_markdown(part) for part in value]
+            return parts if any(new is not part for new, part in zip(parts, value, strict=True)) else value
     return value
 
 

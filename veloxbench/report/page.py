@@ -182,6 +182,8 @@ def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _failed(failures: Sequence[FailedMeasurement], rows: Sequence[Record]) -> str:
     """What crashed last time, one line each."""
+    if not failures:
+        return ""
     recorded = {row_key(record.subject): record.provenance.started for record in rows}
     last = {row_key(failure.subject): failure for failure in sorted(failures, key=lambda failure: failure.when)}
     lines = [

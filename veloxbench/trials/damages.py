@@ -72,8 +72,8 @@ class Samples(Frozen):
     implementation: str = Field(description="hash of the source that was measured")
 
 
-class Study(Frozen):
-    """What was measured, on what."""
+class Measured(Frozen):
+    """On what a trial measured its samples, and where."""
 
     model: ModelRef
     text: TextRef
@@ -81,6 +81,11 @@ class Study(Frozen):
     measured: datetime
     versions: dict[str, str]
     hardware: dict[str, JsonValue]
+
+
+class Study(Measured):
+    """What was measured, on what."""
+
     samples: dict[str, tuple[Samples, ...]] = Field(description="of every base and every damage, one entry per gate")
 
 
@@ -315,8 +320,8 @@ def exact_changes(study: Study, damage: Damage) -> list[str]:
     for layer in STRUCK:
         if not strikes(damage, layer):
             continue
-        base = _record(study, "exact", damage.base, *_undamaged_life(damage.base, layer))
-        head = _record(study, "exact", damage.base, *exact.observe(exact_case(damage.base, layer, damage.change)))
+        base = record_of(study, "exact", damage.base, *_undamaged_life(damage.base, layer))
+        head = record_of(study, "exact", damage.base, *exact.observe(exact_case(damage.base, layer, damage.change)))
         findings = judge([head], from_records([base], "undamaged"), profile="compared", today=study.measured.date())
         changed |= {finding.metric: None for finding in findings if not finding.passed}
     return list(changed)
@@ -328,7 +333,7 @@ def _undamaged_life(base: str, layer: int) -> tuple[dict[str, Estimate], dict[st
 
 
 def _quality_record(study: Study, name: str, samples: Samples) -> Record:
-    return _record(
+    return record_of(
         study,
         "perplexity",
         name,
@@ -337,9 +342,10 @@ def _quality_record(study: Study, name: str, samples: Samples) -> Record:
     )
 
 
-def _record(
-    study: Study, suite: str, name: str, metrics: Mapping[str, Estimate], samples: Mapping[str, Sequence[float]]
+def record_of(
+    study: Measured, suite: str, name: str, metrics: Mapping[str, Estimate], samples: Mapping[str, Sequence[float]]
 ) -> Record:
+    """A record of a trial's samples, for the gate's own code to judge."""
     subject = Subject(
         suite=suite,
         protocol=str(study.protocol["name"]),
