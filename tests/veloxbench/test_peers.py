@@ -6,6 +6,7 @@ The peer of these tests is a package made here, installed from its folder withou
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +93,8 @@ holds = {{ tokens = 512 }}
 memory = {{ tokens = 64, decode_steps = 2, budget_gib = 1.0 }}
 """
 NAME = "veloxquant-fake"
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "records" / "peers" / "smollm2-135m.jsonl"
 REQUEST = Request(
     subject=Subject(
         suite="holds",
@@ -248,3 +251,9 @@ def test_a_requirement_that_pip_cannot_install_leaves_nothing(tmp_path, monkeypa
 def test_every_claim_is_of_an_arm_of_the_profile():
     """Claims of arms that are not measured would never be shown."""
     assert claims().keys() <= {arm.label for arm in load_grid("peers").arm_list()}
+
+
+def test_the_published_page_is_what_its_records_say():
+    """docs/peers.md has at least twelve configurations of peers, each with its claim or its reason."""
+    assert veloxbench(["peers", "report", str(RECORDS), "--check", str(ROOT / "docs" / "peers.md")]) == 0
+    assert len({r.subject.method.label for r in read_records(RECORDS) if "/" in r.subject.method.name}) >= 12

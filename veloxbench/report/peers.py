@@ -65,8 +65,9 @@ _PREAMBLE = (
     "Caches of other projects, each installed in an environment of its own and measured through the same protocol, on "
     "the same tokens and weights as this project's. *Claims* is what its authors write; everything else is measured. "
     "*Holds* counts every array that can be reached from the caches after 2048 tokens, whole buffers, tables and fp16 "
-    "copies included; the next column is a line through 1024 and 2048 tokens. *Of it uncoded* is what lies in arrays "
-    "of floats as wide as a head: keys and values that were never coded, or decoded copies. *Engaged*: how many layers "
+    "copies included. *At 32768* is extrapolated: its lower end is a line through 1024 and 2048 tokens, its upper end "
+    "takes everything to grow, for buffers grow in steps. *Of it uncoded* is what lies in arrays of floats as wide as "
+    "a head: keys and values that were never coded, or decoded copies. *Engaged*: how many layers "
     "another class than mlx-lm's fp16 cache holds, and whether attention reads anything else than fp16 at all. KLD is "
     "in nats per token against the same model's fp16 cache, ± a 95% interval over sequences; the words are those of "
     "`docs/recommend.md`. Arms without a slash are this project's."
@@ -96,7 +97,7 @@ def _table(rows: Sequence[Record]) -> str:
                 markdown_text(arm),
                 markdown_text(claim),
                 _cell(holds, "bits_per_value", "{:.2f}"),
-                _cell(holds, "long_bits_per_value", "{:.2f}"),
+                _long(holds),
                 _cell(holds, "full_width_bits_per_value", "{:.2f}"),
                 "" if holds is None or not holds.metrics else f"{holds.metrics['update_peak_bytes'].value / 1e6:.1f}",
                 _engaged(quality, holds, floor),
@@ -116,6 +117,14 @@ def _cell(record: Record | None, name: str, form: str | None = None) -> str:
         return "not measured"
     estimate = record.metrics.get(name)
     return "" if estimate is None else format_estimate(estimate, form)
+
+
+def _long(holds: Record | None) -> str:
+    """Bits of a long context, from what does not grow to all that is there: buffers grow in steps of any size."""
+    if holds is None or holds.status == "unsupported":
+        return ""
+    line, all_of_it = (f"{holds.metrics[name].value:.2f}" for name in ("long_bits_per_value", "bits_per_value"))
+    return line if line == all_of_it else f"{line} to {all_of_it}"
 
 
 def _engaged(quality: Record | None, holds: Record | None, floor: float) -> str:
