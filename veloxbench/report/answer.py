@@ -27,7 +27,8 @@ COLUMNS = (
     "predictions move from the fp16 cache's, nats a token. *ΔPPL*: growth of perplexity. ± and [ ] are 95% intervals "
     "over sequences. *verdict*: the word that KLD, its 99% and top-1 earn at the worse ends of their intervals "
     "(`docs/recommend.md`). *often-quoted*: what the mixed-precision guide claims for that target, memory and "
-    "ΔPPL, and whether these records keep or reproduce it."
+    "ΔPPL, and whether these records keep or reproduce it (*tables apart*: the tokens are as small as that in the "
+    "longest sequence measured, but not with tables counted; *open*: the interval crosses the limit)."
 )
 
 
@@ -130,7 +131,7 @@ def _cells(point: Point, target: float) -> list[str]:
         "" if word is None else word.word,
         "" if change is None else format_estimate(change),
         "" if claim is None else f"{claim.memory}, {claim.delta_ppl}",
-        "" if claim is None or change is None else claim.verdict(change, 16 / bits),
+        "" if claim is None or change is None else claim.verdict(change, 16 / point.resident, 16 / bits),
     ]
 
 

@@ -83,6 +83,12 @@ class Point:
         """Bits a value as the tokens of the measurement were held, tables that do not grow left out."""
         return self.record.metrics["bits_per_value"].value if "bits_per_value" in self.record.metrics else 16.0
 
+    @property
+    def resident(self) -> float:
+        """Bits a value of the tokens alone, in the longest sequence that was measured."""
+        longest = self.memory or self.record
+        return longest.metrics["bits_per_value"].value if "bits_per_value" in longest.metrics else self.bits
+
     def all_in(self, context: int) -> float:
         """Bits a value at a context, with tables where their size is known."""
         return self.bits if self.footprint is None else self.footprint.bits(context)

@@ -135,13 +135,20 @@ class Claim:
         """The change as the guide writes it."""
         return f"~{self.low:.2f}-{self.high:.2f}" if self.low else f"< {self.high:.2f}"
 
-    def verdict(self, change: Estimate, ratio: float) -> str:
-        """Whether a measured change of perplexity and a measured ratio keep it; the former by its interval's ends."""
+    def verdict(self, change: Estimate, ratio: float, all_in: float) -> str:
+        """Whether measured figures keep it.
+
+        Args:
+            change: of perplexity, judged by its interval's ends.
+            ratio: how many times smaller than fp16 the tokens held are.
+            all_in: likewise, with tables that do not grow.
+        """
         low, high = (change.value if end is None else end for end in (change.low, change.high))
-        smaller = ratio >= 0.975 * self.ratio  # 1.5 bits are 10.7x, of which the guide makes 10x: it rounds
-        if smaller and high <= self.high:
-            return "kept"
-        return "not reproduced" if low > self.high or not smaller else "open"
+        enough = 0.975 * self.ratio  # 1.5 bits are 10.7x, of which the guide makes 10x: it rounds
+        if ratio < enough or low > self.high:
+            return "not reproduced"
+        word = "kept" if high <= self.high else "open"
+        return word if all_in >= enough else f"{word}, tables apart"
 
 
 GUIDE_CLAIMS: Mapping[float, Claim] = {

@@ -93,10 +93,11 @@ def test_a_claim_is_kept_or_not():
     """By the worse end: within both limits it is kept, beyond one it is not, an interval across the limit is open."""
     claim = GUIDE_CLAIMS[2.0]
     change = Estimate(value=0.05, low=0.02, high=0.07, unit="PPL")
-    assert claim.verdict(change, 8.0) == "kept"
-    assert claim.verdict(change, 6.2) == "not reproduced"
-    assert claim.verdict(change.model_copy(update={"high": 0.2}), 8.0) == "open"
-    assert claim.verdict(Estimate(value=0.3, low=0.2, high=0.4, unit="PPL"), 8.0) == "not reproduced"
+    assert claim.verdict(change, 8.0, 8.0) == "kept"
+    assert claim.verdict(change, 8.0, 4.0) == "kept, tables apart"
+    assert claim.verdict(change, 6.2, 6.2) == "not reproduced"
+    assert claim.verdict(change.model_copy(update={"high": 0.2}), 8.0, 8.0) == "open"
+    assert claim.verdict(Estimate(value=0.3, low=0.2, high=0.4, unit="PPL"), 8.0, 8.0) == "not reproduced"
 
 
 def test_other_hardware_than_apples_is_said():
