@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"(?:^`([\w./-]+)`:\n\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"\d[\d,.]*")
-INSTALLED = "pip install veloxbench"
+INSTALLED = "pip install ."
 """Done already: the environment that runs the tests has it."""
 
 
