@@ -56,7 +56,7 @@ class Gaussian:
 
     def density(self, x: Array) -> Array:
         """Density at ``x``."""
-        return np.exp(-x * x / 2) / np.sqrt(2 * np.pi)
+        return np.asarray(np.exp(-x * x / 2) / np.sqrt(2 * np.pi))
 
     def below(self, x: Array) -> Array:
         """Probability below ``x``."""
