@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from veloxbench.cli.output import to_stderr
+from veloxbench.cli.output import above_zero, to_stderr
 from veloxbench.errors import ExitCode, UsageError
 from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.record import Record
@@ -40,13 +40,17 @@ def recommend(
         str | None, typer.Option(help="What weights, cache and working memory may take at the peak: `8GB`, `6GiB`.")
     ] = None,
     max_kld: Annotated[
-        float | None, typer.Option(help="The most nats a token that may be lost, by the interval's upper end.")
+        float | None,
+        typer.Option(callback=above_zero, help="The most nats a token that may be lost, by the interval's upper end."),
     ] = None,
     min_verdict: Annotated[
         str | None, typer.Option(help="The worst verdict to accept: **lossless**, **good**, **noticeable**.")
     ] = None,
     speed: Annotated[
-        float | None, typer.Option(help="The least decode speed as a share of fp16's, by the interval's lower end.")
+        float | None,
+        typer.Option(
+            callback=above_zero, help="The least decode speed as a share of fp16's, by the interval's lower end."
+        ),
     ] = None,
     records: Annotated[
         list[Path] | None,
@@ -77,9 +81,6 @@ def recommend(
     from veloxbench.report.recommend import Wish, recommend
     from veloxbench.report.recommend_page import answer_as_json, render_answer
 
-    for option, value in (("--max-kld", max_kld), ("--speed", speed)):
-        if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"{option} {value} must be above zero")
     verdict = None if min_verdict is None else word_named(min_verdict)
     wanted = None if context is None else _number(context, _COUNTS, "--context", "32k")
     limit_bytes = None if memory is None else _number(memory, _SIZES, "--memory", "8GB")

@@ -48,6 +48,7 @@ from veloxbench.trials.timing_series import (
 ROOT = Path(__file__).parents[3]
 SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.10)
 SPEC = TimingSpec()
+GATES = 40  # drawn for each slowdown
 
 
 def header(**changes):
@@ -110,7 +111,7 @@ def series_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rates(series_file):
-    return error_rates(series_file, SPEC, "wall", gates=100, live=[live_journal()])
+    return error_rates(series_file, SPEC, "wall", gates=GATES, live=[live_journal()])
 
 
 def n_blocks(series):
@@ -256,7 +257,7 @@ def test_error_rates_of_a_calm_machine(rates):
     """At 1% noise: nothing at 0%, everything at 10%, and each slowdown measured within half a percent."""
     effects = {effect.slowdown: effect for effect in rates.effects}
     assert effects[0.0].resampled.regress.count == 0
-    assert effects[0.10].resampled.regress.count == effects[0.10].resampled.regress.gates == 100
+    assert effects[0.10].resampled.regress.count == effects[0.10].resampled.regress.gates == GATES
     for slowdown, effect in effects.items():
         assert effect.measured[0] == pytest.approx(slowdown, abs=0.005)
         assert effect.measured[1] < slowdown < effect.measured[2]
@@ -264,7 +265,8 @@ def test_error_rates_of_a_calm_machine(rates):
         assert effect.block_sd == pytest.approx(0.01, rel=0.1)
         assert effect.start_sd == pytest.approx(0.01, rel=0.25)
         assert (
-            effect.resampled.regress.count + effect.resampled.passed.count + effect.resampled.inconclusive.count == 100
+            effect.resampled.regress.count + effect.resampled.passed.count + effect.resampled.inconclusive.count
+            == GATES
         )
 
 
@@ -345,7 +347,7 @@ def test_the_page_holds_the_record_s_counts_and_is_the_same_every_time(rates):
     """Every row's counts stand in the page; the plot is a valid, repeatable SVG."""
     page = render(rates)
     for effect in rates.effects:
-        assert f"({effect.resampled.regress.count} of 100;" in page
+        assert f"({effect.resampled.regress.count} of {GATES};" in page
     assert "## Live gates" in page
     assert "1 gates on another, both sides on core 0, with synthetic 2; load 2.0" in page
     assert render(ErrorRates.model_validate_json(rates.model_dump_json())) == page
@@ -360,7 +362,7 @@ def test_a_page_edited_by_hand_is_stale(rates, tmp_path, capsys):
     assert _run(["trial", "timing", "report", str(record), "--out", str(page)]) == ExitCode.PASS
     assert (tmp_path / "gate-error-rates.svg").exists()
     assert _run(["trial", "timing", "report", str(record), "--check", str(page)]) == ExitCode.PASS
-    page.write_text(page.read_text().replace("100", "99", 1))
+    page.write_text(page.read_text().replace(f"of {GATES};", f"of {GATES - 1};", 1))
     assert _run(["trial", "timing", "report", str(record), "--check", str(page)]) == ExitCode.REGRESSION
     assert f"{page} is stale" in capsys.readouterr().err
 
