@@ -148,13 +148,3 @@ def test_submit_lays_a_pull_request_out(tmp_path):
     folder.write_text(run_records()[1].to_line())
     assert veloxbench(["submit", str(folder), "--out", str(tmp_path / "none")]) == 1
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.slow
-def test_ten_committed_records_hold_on_this_machine(capsys):
-    """Kernels, memory of three methods and short decode runs."""
-    records = read_records(ROOT / "records" / "smollm2-135m.jsonl")
-    memory = [r.id for r in records if r.subject.suite == "memory"][-5:]
-    decode = [r.id for r in records if r.subject.protocol == "decode" and r.subject.method.name == "fp16"][:1]
-    assert veloxbench(["verify", *KERNELS, *memory, *decode]) == 0
-    assert "10 of 10 records hold here" in capsys.readouterr().out
