@@ -96,7 +96,6 @@ def serve_and_check(model: Path | str, log: Path) -> None:
         with ThreadPoolExecutor(len(DECIDED)) as pool:
             together = list(pool.map(lambda prompt: answer(client, prompt, 6)["text"], DECIDED))
         assert together == [answer(client, prompt, 6)["text"] for prompt in DECIDED]
-    assert "the server has stopped, and the prompts that it stored are gone" in log.read_text()
     lines = said(log.read_text())
     assert len(lines) >= 3 + 2 * len(DECIDED)
     for tokens, held, fp16 in lines:
