@@ -28,7 +28,7 @@ def blocks(page: str) -> list[tuple[str, str, str]]:
 
 def script(page: str) -> str:
     """A page as one shell script: files are written, commands run, Python is run; the first failure ends it."""
-    lines = ["set -e", "set -m"]  # -m: `kill -INT %1` reaches a job, as in a terminal
+    lines = ["set -e", "set -m"]  # -m: `kill %1` reaches a job, as in a terminal
     for number, (file, kind, text) in enumerate(blocks(page)):
         if file or kind == "python":
             lines.append(f"cat > {file or 'snippet.py'} <<'END-{number}'\n{text}END-{number}")
@@ -40,8 +40,8 @@ def script(page: str) -> str:
 
 
 def shape(text: str) -> str:
-    """A text without its numbers and its spacing."""
-    return " ".join(NUMBER.sub("#", text).split())
+    """A text without its numbers, their prefixes and its spacing."""
+    return " ".join(NUMBER.sub("#", re.sub(r"\b[kMG]B\b", "B", text)).split())
 
 
 @pytest.fixture(scope="module")

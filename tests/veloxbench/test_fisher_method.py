@@ -52,11 +52,11 @@ def test_a_model_is_measured_once_and_a_target_fitted_once(context: Any, capsys:
     first, claimed = build(context, ARM)
     assert all(claimed)
     build(context, Arm(name="fisher_klt", target=2.0, parameters={"at_tokens": 300}))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     again, _ = build(context, ARM)
     assert len(context.calls) == 1
     assert "step" in said
-    assert "step" not in capsys.readouterr().out
+    assert "step" not in capsys.readouterr().err
     assert [c.inner.spec for c in first] == [c.inner.spec for c in again]
 
 
