@@ -205,7 +205,6 @@ def _rewritten(file: str | Path, out: str | Path, target: Sequence[Any]) -> Rewr
     before = Path(file).stat().st_size
     source, metadata = load_prompt_cache(file, return_metadata=True)
     made = refilled(source, target)
-    save_prompt_cache(out, made, metadata)
-    written = Path(out if str(out).endswith(".safetensors") else f"{out}.safetensors")
-    tokens = max((held.offset for held in held_tokens(source) if held is not None), default=0)
+    written = save_prompt_cache(out, made, metadata)
+    tokens = max((cache.offset for cache in made if isinstance(cache, READ)), default=0)
     return Rewritten(before, written.stat().st_size, tokens, time.perf_counter() - began)

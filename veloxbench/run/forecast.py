@@ -12,9 +12,9 @@ from veloxbench.inputs.models import known_models
 from veloxbench.inputs.sources import PinnedFile, is_whole, path_of
 from veloxbench.measure.suite import Cell
 from veloxbench.records.arm import REFERENCE
-from veloxbench.records.record import NO_MODEL, Record, content_hash
+from veloxbench.records.record import NO_MODEL, Record
 from veloxbench.run.grid import Grid
-from veloxbench.run.plan import Shard, cells, settings
+from veloxbench.run.plan import Shard, cells, identity, identity_of, settings
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def expected(grid: Grid, shard: Shard, known: Iterable[Record], here: Iterable[R
         known: records whose durations are taken for what such a measurement takes.
         here: records of the folder that the run would go on in.
     """
-    times, kept = _Times([*known, *here]), Counter(_identity(record) for record in here)
+    times, kept = _Times([*known, *here]), Counter(_place(record) for record in here)
     lines: dict[tuple[str, str, str], list[Cell]] = {}
     for model in map(model_name, grid.models if grid.needs_model else (NO_MODEL.name,)):
         for cell in cells(grid):
@@ -65,7 +65,7 @@ def expected(grid: Grid, shard: Shard, known: Iterable[Record], here: Iterable[R
                 lines.setdefault((model, cell.suite, cell.protocol), []).append(cell)
     plan = []
     for (model, suite, protocol), group in lines.items():
-        missing = [cell for cell in group if not kept[_place(model, cell)]]
+        missing = [cell for cell in group if not kept[model, identity(cell)]]
         seconds = [times.of(model, cell) for cell in missing]
         told = None if None in seconds else sum(value for value in seconds if value is not None)
         plan.append(Expected(model, suite, protocol, len(group), len(group) - len(missing), told))
@@ -90,24 +90,19 @@ def to_fetch(grid: Grid) -> list[Fetched]:
     return missing
 
 
-def _place(model: str, cell: Cell) -> str:
-    return content_hash([model, cell.suite, cell.protocol, cell.arm.label, settings(cell)])
-
-
-def _identity(record: Record) -> str:
-    subject = record.subject
-    return content_hash([subject.model.name, subject.suite, subject.protocol, subject.method.label, subject.settings])
+def _place(record: Record) -> tuple[str, str]:
+    return record.subject.model.name, identity_of(record)
 
 
 class _Times:
     """How long measurements took, from the nearest records: the same cell's, else the same kind's by tokens read."""
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self.same: dict[str, list[float]] = {}
+        self.same: dict[tuple[str, str], list[float]] = {}
         self.kinds: dict[tuple[str, ...], list[float]] = {}
         for record in (record for record in records if record.status == "measured"):
             subject, seconds = record.subject, record.provenance.seconds
-            self.same.setdefault(_identity(record), []).append(seconds)
+            self.same.setdefault(_place(record), []).append(seconds)
             per_token = seconds / _tokens(subject.settings)
             arm = "fp16" if subject.method.name == REFERENCE.name else "arm"
             model = subject.model.name
@@ -117,7 +112,7 @@ class _Times:
     def of(self, model: str, cell: Cell) -> float | None:
         """Expected seconds of a cell; None where no record of its suite is there."""
         arm = "fp16" if cell.arm == REFERENCE else "arm"
-        same = self.same.get(_place(model, cell))
+        same = self.same.get((model, identity(cell)))
         if same is not None:
             return statistics.median(same)
         kinds = ((cell.suite, cell.protocol, arm, model), (cell.suite, arm, model), (cell.suite,))

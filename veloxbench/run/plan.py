@@ -51,8 +51,7 @@ class Shard:
 
     def takes(self, model: str, cell: Cell) -> bool:
         """Whether a cell of a model is one of this part's."""
-        place = content_hash([model, _place(cell.suite, cell.protocol, cell.arm.label, settings(cell))])
-        return int(place, 16) % self.of == self.index - 1
+        return int(content_hash([model, identity(cell)]), 16) % self.of == self.index - 1
 
 
 WHOLE = Shard()
@@ -64,13 +63,24 @@ def cells(grid: Grid) -> list[Cell]:
     places: dict[str, Cell] = {}
     for suite in grid.chosen_suites():
         for cell in suite.cells(grid.tasks(suite), arms):
-            places.setdefault(_place(cell.suite, cell.protocol, cell.arm.label, settings(cell)), cell)
+            places.setdefault(identity(cell), cell)
     return list(places.values())
 
 
 def settings(cell: Cell) -> dict[str, Any]:
     """A cell's settings as they stand in a record's key."""
     return {**cell.settings, "seed": SEED}
+
+
+def identity(cell: Cell) -> str:
+    """What tells a cell from the others of a model, whatever the code: equal to its record's :func:`identity_of`."""
+    return content_hash([cell.suite, cell.protocol, cell.arm.label, settings(cell)])
+
+
+def identity_of(record: Record) -> str:
+    """The identity of the cell that a record was made in."""
+    subject = record.subject
+    return content_hash([subject.suite, subject.protocol, subject.method.label, subject.settings])
 
 
 def measurements(
@@ -158,9 +168,8 @@ def current_records(
 
 def records_of(grid: Grid, records: Iterable[Record]) -> list[Record]:
     """The records that a run of this grid makes, whatever the code and the model."""
-    places = {_place(cell.suite, cell.protocol, cell.arm.label, settings(cell)) for cell in cells(grid)}
-    subjects = ((record, record.subject) for record in records)
-    return [record for record, of in subjects if _place(of.suite, of.protocol, of.method.label, of.settings) in places]
+    places = {identity(cell) for cell in cells(grid)}
+    return [record for record in records if identity_of(record) in places]
 
 
 def other_code(record: Record, *, any_checkout: bool = False) -> str | None:
@@ -194,7 +203,3 @@ def other_checkout(made: Provenance) -> str | None:
         for commit, dirty in (here, was)
     ]
     return f"the project's checkout is {states[0]} here and was {states[1]}"
-
-
-def _place(suite: str, protocol: str, arm: str, settings: dict[str, Any]) -> str:
-    return content_hash([suite, protocol, arm, settings])

@@ -129,7 +129,7 @@ def _check_theirs(cache: Any) -> None:
         raise ValueError(f"{name} counts {needed} tokens, but holds {keys.shape[2]} keys and {values.shape[2]} values")
 
 
-def save_prompt_cache(file_name: str | Path, cache: Sequence[Any], metadata: Mapping[str, str] | None = None) -> None:
+def save_prompt_cache(file_name: str | Path, cache: Sequence[Any], metadata: Mapping[str, str] | None = None) -> Path:
     """Write a prompt cache, ours or mlx-lm's layers mixed, to a ``.safetensors`` file.
 
     The file is written beside its place and renamed, so that a reader finds the old one or the new one, whole.
@@ -139,6 +139,9 @@ def save_prompt_cache(file_name: str | Path, cache: Sequence[Any], metadata: Map
         file_name: where to; ``.safetensors`` is added to a name that ends otherwise.
         cache: one cache per layer.
         metadata: text to save along.
+
+    Returns:
+        The file that was written.
 
     Raises:
         ValueError: a cache of a class that cannot be restored.
@@ -150,6 +153,7 @@ def save_prompt_cache(file_name: str | Path, cache: Sequence[Any], metadata: Map
     path = str(file_name) if str(file_name).endswith(".safetensors") else f"{file_name}.safetensors"
     with beside(path) as made:
         mx.save_safetensors(str(made), arrays, header)
+    return Path(path)
 
 
 def load_prompt_cache(
