@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
 import threading
 from pathlib import Path
 from typing import Any
@@ -271,6 +273,16 @@ def test_a_saved_cache_continues_like_the_original(scope: str, family: str, tmp_
     want = feed(model, caches, ids(9, 1), [5, 4])
     got = feed(model, loaded, ids(9, 1), [5, 4])
     assert all(mx.array_equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_calibration_in_memory_is_found_after_its_equal_has_gone() -> None:
+    """Two calibrations of one hash live; the younger is dropped; a saved cache still finds the elder."""
+    elder = code("layer")
+    younger = dataclasses.replace(elder)
+    assert find_calibration(elder.sha256, None).sha256 == elder.sha256
+    del younger
+    gc.collect()
+    assert find_calibration(elder.sha256, None).sha256 == elder.sha256
 
 
 def test_generation_repeats_itself() -> None:

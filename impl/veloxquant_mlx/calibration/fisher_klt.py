@@ -61,7 +61,7 @@ class FisherCode:
     def __post_init__(self) -> None:
         if not self.sha256:
             object.__setattr__(self, "sha256", arrays_sha256(self._arrays()))
-        _KNOWN[self.sha256] = self
+        _IN_MEMORY.add(self)
 
     @property
     def step(self) -> float:
@@ -191,7 +191,8 @@ class FisherCode:
         return made
 
 
-_KNOWN: Final[weakref.WeakValueDictionary[str, FisherCode]] = weakref.WeakValueDictionary()
+_IN_MEMORY: Final[weakref.WeakSet[FisherCode]] = weakref.WeakSet()
+"""Every calibration that somebody holds; two may have one hash, and one of them may go while the other stays."""
 
 
 def find_calibration(sha256: str, path: str | None) -> FisherCode:
@@ -200,9 +201,9 @@ def find_calibration(sha256: str, path: str | None) -> FisherCode:
     Raises:
         ValueError: it cannot be had, or another one lies there.
     """
-    known = _KNOWN.get(sha256)
-    if known is not None:
-        return known
+    for known in list(_IN_MEMORY):
+        if known.sha256 == sha256:
+            return known
     if path is None:
         raise ValueError(f"the cache was coded with calibration {sha256[:12]}, which was never saved: load it first")
     try:
