@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from veloxbench.cli.options import AcceptLicence, AsJson
 from veloxbench.cli.output import above_zero, listed, numbers, print_table
 from veloxbench.errors import Stopped
 from veloxbench.records.suites import all_suites
@@ -47,9 +48,7 @@ def run(
         float | None,
         typer.Option(callback=above_zero, help="GiB that weights and cache may fill, for *tokens in budget*."),
     ] = None,
-    accept_licence: Annotated[
-        bool, typer.Option("--accept-licence", help="Consent to the licence of a model that asks for it.")
-    ] = False,
+    accept_licence: AcceptLicence = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure everything anew, also what is recorded already.")
     ] = False,
@@ -64,9 +63,7 @@ def run(
     plan: Annotated[
         bool, typer.Option("--plan", help="Print cells, expected minutes and downloads, and measure nothing.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the records of this grid as JSON on standard output.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model's caches: quality, memory and speed of every method and target.
 
