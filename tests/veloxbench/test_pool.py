@@ -190,7 +190,7 @@ def test_timings_are_alone_on_their_machine():
     """While another worker of the machine measures, none gets a timing, and none gets anything beside a timing."""
     item = next(measurements_without_model(parse_grid('summary = "s"\nsuites = ["exact"]\n', "a grid")))
     quality, timing = (
-        Flight(Stream("m", None, suite_row(name), iter(())), item) for name in ("perplexity", "throughput")
+        Flight(Stream("m", None, None, suite_row(name), iter(())), item) for name in ("perplexity", "throughput")
     )
     here, beside, elsewhere = station("a", "one"), station("b", "one"), station("c", "two")
     known = Pool({each.address: each for each in (here, beside, elsewhere)})
@@ -206,8 +206,8 @@ def test_one_model_goes_to_one_class_of_machines():
     item = next(measurements_without_model(parse_grid('summary = "s"\nsuites = ["exact"]\n', "a grid")))
     other = station("a", "one", classes=("another", "s"))
     known = Pool({"a": other}, bound={("m", "rounding"): "r", ("m", "speed"): "s"})
-    assert not known.fits(other, Flight(Stream("m", None, suite_row("memory"), iter(())), item))
-    assert known.fits(other, Flight(Stream("m", None, suite_row("throughput"), iter(())), item))
+    assert not known.fits(other, Flight(Stream("m", None, None, suite_row("memory"), iter(())), item))
+    assert known.fits(other, Flight(Stream("m", None, None, suite_row("throughput"), iter(())), item))
 
 
 def test_an_address_without_a_protocol_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from veloxbench.cli.options import AcceptLicence, AsJson
 from veloxbench.cli.output import above_zero, listed, numbers, print_table, to_stderr
 from veloxbench.errors import ExitCode, Stopped, UnfitEnvironmentError
 from veloxbench.records.suites import all_suites
@@ -51,9 +52,7 @@ def run(
         float | None,
         typer.Option(callback=above_zero, help="GiB that weights and cache may fill, for *tokens in budget*."),
     ] = None,
-    accept_licence: Annotated[
-        bool, typer.Option("--accept-licence", help="Consent to the licence of a model that asks for it.")
-    ] = False,
+    accept_licence: AcceptLicence = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure everything anew, also what is recorded already.")
     ] = False,
@@ -65,12 +64,14 @@ def run(
         str | None,
         typer.Option(help="Have a pool measure: the address of a dask scheduler, `tcp://host:8786` (docs/pool.md)."),
     ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Measure caches of other projects too (the profile **peers**), installed first."),
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print cells, expected minutes and downloads, and measure nothing.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the records of this grid as JSON on standard output.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model's caches: quality, memory and speed of every method and target.
 
@@ -88,6 +89,8 @@ def run(
 
     `veloxbench run --models mlx-community/Llama-3.2-3B-Instruct-4bit --suites perplexity`
 
+    `veloxbench run --profile default --peers`
+
     `veloxbench run --profile full --plan`
 
     `veloxbench run --profile full --shard 2/5 --out part2`, then `veloxbench merge part1 … part5 --out results`
@@ -95,9 +98,10 @@ def run(
     `veloxbench run --profile full --scheduler tcp://mini.local:8786`, with `veloxbench worker` on each machine
     """
     from veloxbench.inputs.transfer_progress import default_reporter
+    from veloxbench.methods.peers import add
     from veloxbench.records.store import JOURNAL, open_store
     from veloxbench.report.files import PAGE, write_pages
-    from veloxbench.run.grid import customise, load_grid
+    from veloxbench.run.grid import customise, load_grid, missing_peers, peers_grid
     from veloxbench.run.plan import WHOLE, Shard
     from veloxbench.run.progress import BarProgress, default_progress
     from veloxbench.run.runner import Run
@@ -117,13 +121,22 @@ def run(
         corpus=corpus,
         budget_gib=memory_budget,
     )
+    beside = peers_grid(grid) if peers else None
     if plan:
-        _print_plan(grid, part, out)
+        _print_plan(grid, beside, part, out)
         return
+    for requirement in missing_peers(beside) if beside else ():
+        default_reporter().message(f"installing {requirement} into an environment of its own")
+        add(requirement)
     progress = default_progress()
     with open_store(out) as store:
         try:
-            options: dict[str, Any] = {"accept_licence": accept_licence, "fresh": fresh, "shard": part}
+            options: dict[str, Any] = {
+                "accept_licence": accept_licence,
+                "fresh": fresh,
+                "shard": part,
+                "beside": beside,
+            }
             kind = Run if scheduler is None else functools.partial(_pool().PoolRun, scheduler=scheduler)
             with kind(grid, store, default_reporter(), progress, **options) as carried:
                 try:
@@ -191,13 +204,14 @@ def _pool() -> ModuleType:
     return pool
 
 
-def _print_plan(grid: Grid, shard: Shard, out: Path) -> None:
+def _print_plan(grid: Grid, beside: Grid | None, shard: Shard, out: Path) -> None:
     """Cells, minutes and downloads of a run that is not carried out."""
     from veloxbench.records.selection import read_folders, shipped_records
     from veloxbench.run.forecast import expected, to_fetch
 
     here = read_folders([out])[0] if out.exists() else []
-    lines = expected(grid, shard, read_folders(shipped_records())[0], here)
+    known, grids = read_folders(shipped_records())[0], [each for each in (grid, beside) if each is not None]
+    lines = [line for each in grids for line in expected(each, shard, known, here)]
     rows = [
         (
             line.model,
@@ -216,6 +230,6 @@ def _print_plan(grid: Grid, shard: Shard, out: Path) -> None:
         f"{left} cells to measure, about {told / 60:.0f} minutes as records of such cells took"
         + (f"; {unknown} cells of kinds that no record tells of" if unknown else "")
     )
-    sizes = ((each.name, each.nbytes) for each in to_fetch(grid))
+    sizes = {each.name: each.nbytes for one in grids for each in to_fetch(one)}.items()
     fetched = [f"{name} ({'size unknown' if size is None else f'{size / 1e6:.0f} MB'})" for name, size in sizes]
     print(f"download: {', '.join(fetched) or 'nothing'}")

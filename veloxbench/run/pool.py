@@ -35,8 +35,7 @@ from typing import Any
 from distributed import Client
 
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError
-from veloxbench.inputs.corpora import load_text
-from veloxbench.inputs.models import load_tokenizer, resolve_model
+from veloxbench.inputs.models import resolve_model
 from veloxbench.measure.suite import Measurement
 from veloxbench.methods.registry import reference_of
 from veloxbench.records.arm import REFERENCE
@@ -44,9 +43,9 @@ from veloxbench.records.provenance import project_state
 from veloxbench.records.record import NO_MODEL, Record, content_hash
 from veloxbench.records.store import read_chosen
 from veloxbench.records.suites import SuiteRow
-from veloxbench.run.plan import measurements, measurements_without_model
+from veloxbench.run.plan import measurements_without_model
 from veloxbench.run.pool_worker import Order, greet, own_code, tag
-from veloxbench.run.runner import Crash, Outcome, Run, keep_failure
+from veloxbench.run.runner import Crash, Outcome, Run, keep_failure, plan_model
 
 PATIENCE_S = 10.0
 """For how long a scheduler may be away before the run ends."""
@@ -73,6 +72,7 @@ class Stream:
 
     name: str
     model: str | None
+    n_layers: int | None
     row: SuiteRow
     cells: Iterator[Measurement]
     pending: Iterator[Measurement] | None = None
@@ -156,7 +156,7 @@ class PoolRun(Run):
             raise UsageError(f"--scheduler {scheduler!r} must be the address of a dask scheduler: tcp://host:port")
         self.scheduler = scheduler
         self.pool = Pool()
-        self._keys: list[str] = []
+        self._keys: dict[str, None] = {}
         self._measured = 0
         place = [platform.node(), str(self.store.path.resolve())]
         self._name = uuid.uuid4().hex if self._fresh else content_hash(place)
@@ -183,9 +183,13 @@ class PoolRun(Run):
 
     def size(self) -> int:
         """Cells of all models, also those that the grid names twice and those of other shards."""
-        arms = [REFERENCE, *self.grid.arm_list()]
-        tasks = ((suite, self.grid.tasks(suite)) for suite in self.grid.chosen_suites())
-        return len(self.models) * sum(1 for suite, section in tasks for _ in suite.cells(section, arms))
+        cells = (
+            cell
+            for grid, arms in ((grid, [REFERENCE, *grid.arm_list()]) for grid in self.grids)
+            for suite in grid.chosen_suites()
+            for cell in suite.cells(grid.tasks(suite), arms)
+        )
+        return len(self.models) * sum(1 for _ in cells)
 
     def streams(self) -> list[Stream]:
         """The cells of every suite on every model; every model and text is there, and every window fits."""
@@ -194,18 +198,19 @@ class PoolRun(Run):
             handle = None
             if self.grid.needs_model:
                 handle = resolve_model(model, reporter=self.reporter, accept_licence=self.accept_licence)
-                text = load_text(self.grid.corpus, self.grid.part, reporter=self.reporter)
-                tokenizer = load_tokenizer(handle)
-                for _ in measurements(self.grid.model_copy(update={"arms": ()}), handle, text, tokenizer):
-                    pass
-            for suite in self.grid.chosen_suites():
-                alone = self.grid.model_copy(update={"suites": (suite.name,)})
-                if handle is None:
-                    cells = measurements_without_model(alone, self.shard)
-                else:
-                    cells = measurements(alone, handle, text, tokenizer, self.shard)
-                name = NO_MODEL.name if handle is None else handle.name
-                made.append(Stream(name, None if handle is None else model, suite.row, cells))
+            for grid in self.grids:
+                if handle is not None:
+                    for _ in plan_model(grid.model_copy(update={"arms": ()}), handle, self.reporter):
+                        pass  # every task, with the reference alone
+                for suite in grid.chosen_suites():
+                    alone = grid.model_copy(update={"suites": (suite.name,)})
+                    if handle is None:
+                        made.append(
+                            Stream(NO_MODEL.name, None, None, suite.row, measurements_without_model(alone, self.shard))
+                        )
+                    else:
+                        cells = plan_model(alone, handle, self.reporter, self.shard)
+                        made.append(Stream(handle.name, model, grid.n_layers, suite.row, cells))
         return made
 
     def head(self, stream: Stream) -> Flight | None:
@@ -222,7 +227,9 @@ class PoolRun(Run):
             moved = [_on_machine(item, of_class) for item in planned]
             self.store.look_up([item.subject.key for item in moved])
             for item in moved:
-                self._keys.append(item.subject.key)
+                if item.subject.key in self._keys:  # the other grid has it too
+                    continue
+                self._keys[item.subject.key] = None
                 if self.recorded(item) is None:
                     yield item
                 else:
@@ -343,10 +350,11 @@ class PoolRun(Run):
 
     def _asked(self) -> dict[str, Any]:
         """What a worker's code must be."""
-        arms = {arm.name: arm for arm in self.grid.arm_list()} if self.grid.needs_model else {}
+        grids = [grid for grid in self.grids if grid.needs_model]
+        arms = {arm.name: arm for grid in grids for arm in grid.arm_list()}
         return {
             "pool": own_code(),
-            "suites": {suite.name: suite.harness() for suite in self.grid.chosen_suites()},
+            "suites": {suite.name: suite.harness() for grid in self.grids for suite in grid.chosen_suites()},
             "arms": [(arm.model_dump(), reference_of(arm).implementation) for arm in arms.values()],
             "project": str(project_state(Path.cwd())),
             "run": self._name,
@@ -367,7 +375,7 @@ class PoolRun(Run):
 
     def _send(self, client: Client, station: Station, flight: Flight) -> None:
         kind, key = flight.stream.row.moved_by, flight.item.subject.key
-        order = Order(flight.item, flight.stream.model, self.grid.n_layers, self.accept_licence, self._name)
+        order = Order(flight.item, flight.stream.model, flight.stream.n_layers, self.accept_licence, self._name)
         future = client.submit(
             _by_value(),
             pickle.dumps(order),

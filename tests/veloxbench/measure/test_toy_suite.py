@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from contributing_steps import contributing_files
+from small_grids import COMMITTED
 
 from veloxbench.inputs.models import resolve_model
 
@@ -22,14 +23,6 @@ arms = ["turboquant_mse@2:sinks=4"]
 [toy]
 sequences = 16
 length = 24
-"""
-
-
-COMMITTED = """
-from veloxbench.records import provenance
-provenance.git_state = lambda: ("c" * 40, False)  # the tests' own checkout may have changes
-from veloxbench.cli import main
-main()
 """
 
 
@@ -53,7 +46,7 @@ def toybench(tmp_path):
 def veloxbench(folder, *arguments):
     path = os.pathsep.join(filter(None, [str(folder / "site"), *sys.path]))
     environment = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-c", COMMITTED, *arguments]
+    command = [sys.executable, "-c", f"{COMMITTED}from veloxbench.cli import main; main()", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
