@@ -131,6 +131,8 @@ def test_a_pool_loses_no_record_and_measures_none_twice(tmp_path, processes, mon
     (tmp_path / "go").touch()
     second = scheduler()
     wait_for(lambda: answers(port), "the start of the second scheduler")
+    back = [tmp_path / f"{name}.log" for name in ("one", "two", "three")]
+    wait_for(lambda: all(log.read_text().count("measuring for") == 2 for log in back), "the workers' return")
     assert veloxbench(command) == 0
     assert second.poll() is None
 
