@@ -4,8 +4,9 @@ The format is the one that ``veloxquant_kernels/rans_decode.metal`` states: bloc
 words that decodes alone; a lane a token, 32 interleaved rANS lanes on one stream; a table for each class of
 coefficients in each context, which is how large the token's coefficients have been so far. Any int32 has a code.
 
-Here: tables, blocks, sizes. :mod:`veloxquant_mlx.codes.native` codes in C++ where a compiler is; the NumPy definitions
-are ``veloxquant_kernels.rans_format`` and ``rans_decode``.
+Here: tables, blocks, sizes. Metal decodes where kernels are launched; :mod:`veloxquant_mlx.codes.native` encodes, and
+decodes on a CPU, in C++ where a compiler is; the NumPy definitions are ``veloxquant_kernels.rans_format`` and
+``rans_decode``.
 
 Cost: ``log2 1/p`` bits a number; beside it, for each block, a word, 4 bytes of length and 32 bits of state a lane, of
 which 8 on average carry symbols: .06 bits a value in blocks of 32 tokens of 384 coefficients, .008 in blocks of 256.
@@ -17,10 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from veloxquant_kernels.rans_decode import rans_decode_reference
+from veloxquant_kernels.kernel import launches_on
+from veloxquant_kernels.rans_decode import rans_decode, rans_decode_reference
 from veloxquant_kernels.rans_format import (
     HEADER_WORDS,
     MAX_BLOCK_TOKENS,
@@ -287,7 +290,12 @@ def decode_blocks(blocks: EntropyBlocks, tables: EntropyTables, first: int = 0, 
     if last == first:
         return np.zeros((0, len(tables.classes)), np.int32)
     library = native.library()
-    if library is None:
+    where = launches_on(None)
+    if where is not None:
+        records = (mx.array(blocks.words), mx.array(starts.astype(np.uint32)), mx.array(tokens.astype(np.uint32)))
+        planes, status = map(np.array, rans_decode(*records, tables.tables, backend=where))
+        symbols = np.ascontiguousarray(planes.T)
+    elif library is None:
         planes, status = rans_decode_reference(blocks.words, starts, tokens, tables.tables)
         symbols = np.ascontiguousarray(planes.T)
     else:
