@@ -15,7 +15,7 @@ import typer
 
 import veloxbench
 from veloxbench import __version__
-from veloxbench.cli.compare import compare
+from veloxbench.cli.compare import bisect, compare
 from veloxbench.cli.gate import baseline_app, gate
 from veloxbench.cli.inputs import corpora, models
 from veloxbench.cli.machine import doctor, kernels
@@ -25,7 +25,7 @@ from veloxbench.cli.peers import peers_app
 from veloxbench.cli.recommend import recommend
 from veloxbench.cli.records import merge, submit, verify
 from veloxbench.cli.report import report, schema
-from veloxbench.cli.run import run
+from veloxbench.cli.run import run, worker
 from veloxbench.cli.trials import trial
 from veloxbench.cli.use import HANDS_ON, chat, generate, serve
 from veloxbench.errors import ExitCode, UsageError, VeloxError
@@ -67,7 +67,7 @@ RENAMED = {"aa": "trial timing", "damages": "trial damages"}
 """Commands by names that they had, and by those that they have."""
 
 for command in (
-    *(run, merge, verify, submit, recommend, report, gate, compare),
+    *(run, worker, merge, verify, submit, recommend, report, gate, compare, bisect),
     *(models, corpora, methods, doctor, kernels, schema),
 ):
     app.command()(command)

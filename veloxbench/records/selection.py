@@ -16,6 +16,7 @@ from veloxbench.records.record import FailedMeasurement, Record, Subject, conten
 from veloxbench.records.store import (
     JOURNAL,
     LAST_RUN,
+    MACHINE,
     find_records,
     journals,
     read_failures,
@@ -64,7 +65,7 @@ def shipped_records() -> list[Path]:
     """The files of records that come with the package: measurements of the models that are known by name."""
     package = Path(__file__).parents[1]
     folder = package / "shipped_records"  # in a wheel; a checkout has them at its root
-    return sorted((folder if folder.is_dir() else package.parent / "records").glob("*.jsonl"))
+    return journals(folder if folder.is_dir() else package.parent / "records")
 
 
 def read_last_run(path: Path) -> list[Record]:
@@ -112,11 +113,27 @@ def row_key(subject: Subject) -> str:
     return content_hash(fields)
 
 
-def newest_per_row(records: Iterable[Record]) -> list[Record]:
-    """The newest record of each row, the reference first, then by method, parameters and falling target."""
-    newest: dict[str, Record] = {}
+Machine = tuple[Any, ...]
+
+
+def machine_of(record: Record) -> Machine:
+    """What tells the machine of a record from others (:data:`MACHINE`)."""
+    return tuple(record.provenance.hardware.get(name) for name in MACHINE)
+
+
+def by_machine(records: Iterable[Record]) -> dict[Machine, list[Record]]:
+    """Records of each machine."""
+    machines: dict[Machine, list[Record]] = {}
     for record in records:
-        row = row_key(record.subject)
+        machines.setdefault(machine_of(record), []).append(record)
+    return machines
+
+
+def newest_per_row(records: Iterable[Record]) -> list[Record]:
+    """The newest record of each row and machine: the reference first, then by method, parameters and falling target."""
+    newest: dict[tuple[str, Machine], Record] = {}
+    for record in records:
+        row = row_key(record.subject), machine_of(record)
         if row not in newest or record.provenance.started > newest[row].provenance.started:
             newest[row] = record
     return sorted(newest.values(), key=_order)

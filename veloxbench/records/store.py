@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ FAILURES = "failures.ndjson"
 """The file beside the records that has one line for each measurement that crashed. (``.jsonl`` files are records.)"""
 LAST_RUN = "last-run.json"
 """Keys of the records that the last run into the folder was to make, measured by it or before."""
+CONTRIBUTED = "contributed"
+"""The folder within one of published records that has those of other people's machines."""
+MACHINE = ("chip", "physical_cores", "device", "blas")
+"""What of the hardware makes another machine of it: its rows stand beside those of others, and replace none."""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -53,25 +58,39 @@ def read_records(path: Path) -> list[Record]:
 
 
 def journals(path: Path) -> list[Path]:
-    """A journal file itself, or all of a folder."""
-    return sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
+    """A journal file itself, or all of a folder, contributed ones last."""
+    if path.is_dir():
+        return [*sorted(path.glob("*.jsonl")), *sorted(path.glob(f"{CONTRIBUTED}/*.jsonl"))]
+    return [path] if path.exists() else []
 
 
 _SUBJECT = b'"subject":{"harness":"'
 _KEY = b',"key":"'
+_HARDWARE = b'"hardware":{'
+
+
+@functools.lru_cache(256)
+def _machine(hardware: bytes) -> bytes:
+    """The machine of a line's hardware, unparsed but for those few that differ."""
+    try:
+        fields = json.loads(b"{" + hardware + b"}")
+        return repr([fields.get(name) for name in MACHINE]).encode()
+    except (ValueError, AttributeError):
+        return hardware
 
 
 def _glance(line: bytes) -> tuple[bytes, bytes] | None:
     """Key and row of a record's line, unparsed; None where it does not look as :meth:`Record.to_line` writes it.
 
-    The row is the end of the line: a subject's fields are sorted, and what differs between two states of the code
-    (harness, machine class, implementation) stands before the method's name.
+    The row is the machine and the end of the line: a subject's fields are sorted, and what differs between two states
+    of the code (harness, machine class, implementation) stands before the method's name.
     """
     subject, key = line.find(_SUBJECT), line.find(_KEY) + len(_KEY)
     row = line.find(b',"name":', subject)
     if min(subject, row) < 0 or line[key + 64 : key + 65] != b'"' or line.rfind(_SUBJECT) != subject:
         return None
-    return line[key : key + 64], line[row:]
+    hardware = line.find(_HARDWARE) + len(_HARDWARE)
+    return line[key : key + 64], _machine(line[hardware : line.find(b"}", hardware)]) + line[row:]
 
 
 def read_chosen(file: Path, chosen: Callable[[bytes, bytes], bool]) -> Iterator[Record]:

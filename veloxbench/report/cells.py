@@ -167,7 +167,7 @@ def all_in(tokens: int) -> Cell:
 
 
 def machine(record: Record) -> str:
-    """What a reader would call another machine, and the library that measured there."""
+    """What a reader would call another machine (:data:`veloxbench.records.store.MACHINE`), and the library there."""
     hardware, versions = record.provenance.hardware, record.provenance.versions
     facts = [hardware["chip"], f"{hardware['physical_cores']} cores", hardware.get("device"), hardware.get("blas")]
     return ", ".join(str(fact) for fact in facts if fact) + (f", mlx {versions['mlx']}" if "mlx" in versions else "")

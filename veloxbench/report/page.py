@@ -10,14 +10,17 @@ import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from veloxbench.errors import printable
+from veloxbench.gate.baselines import chip_family
 from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import NO_MODEL, FailedMeasurement, Record, content_hash
 from veloxbench.records.selection import (
     CONTROL,
     is_control,
+    machine_of,
     newest_per_row,
     row_key,
     table_rows,
@@ -184,7 +187,10 @@ def _failed(failures: Sequence[FailedMeasurement], rows: Sequence[Record]) -> st
     """What crashed last time, one line each."""
     if not failures:
         return ""
-    recorded = {row_key(record.subject): record.provenance.started for record in rows}
+    recorded: dict[str, datetime] = {}
+    for record in rows:  # of whatever machine
+        row, started = row_key(record.subject), record.provenance.started
+        recorded[row] = max(started, recorded.get(row, started))
     last = {row_key(failure.subject): failure for failure in sorted(failures, key=lambda failure: failure.when)}
     lines = [
         "- "
@@ -211,11 +217,13 @@ def _hardware(rows: Sequence[Record]) -> str:
 
 def hardware_table(records: Sequence[Record]) -> str:
     """Every machine that records come from: what it is, what was measured on it, and until when."""
-    machines: dict[str, list[Record]] = {}
+    machines: dict[Any, list[Record]] = {}
     for record in records:
-        machines.setdefault(content_hash(record.provenance.hardware), []).append(record)
+        memory = record.provenance.hardware.get("memory_gib")
+        machines.setdefault((machine_of(record), memory), []).append(record)
     body = [
         (
+            chip_family(hardware),
             str(hardware.get("chip", "")),
             str(hardware.get("physical_cores", "")),
             f"{hardware.get('memory_gib', '')} GiB",
@@ -228,7 +236,7 @@ def hardware_table(records: Sequence[Record]) -> str:
         for of_one in machines.values()
         for hardware in (of_one[0].provenance.hardware,)
     ]
-    return pipe_table(("chip", "cores", "memory", "device", "mlx", "records", "models", "last"), sorted(body))
+    return pipe_table(("class", "chip", "cores", "memory", "device", "mlx", "records", "models", "last"), sorted(body))
 
 
 def _provenance(
@@ -260,7 +268,12 @@ def _provenance(
 
 
 def _every_record(shown: Sequence[Record]) -> Iterable[str]:
-    """Each record with where it comes from, then the machines and the tokens."""
+    """The machines, each record with where it comes from, then all that is known of the machines and the tokens."""
+    apple = any(chip_family(record.provenance.hardware) == "apple-silicon" for record in shown)
+    missing = "" if apple else " There is nothing from Apple silicon yet."
+    yield f"## Hardware\n\nWhoever has another machine may add it (`veloxbench submit`).{missing}"
+    yield hardware_table(shown)
+    yield "## Records"
     table = [
         (
             r.id[:12] + (f" and {len(others)} more" if others else ""),
