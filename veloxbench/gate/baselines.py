@@ -31,7 +31,7 @@ from veloxbench.records.arm import REFERENCE, from_earlier_label
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.journal import read_content
 from veloxbench.records.record import Finite, Record, content_hash
-from veloxbench.records.selection import of_newest_code
+from veloxbench.records.selection import canonical, of_newest_code
 from veloxbench.records.suites import suite_row
 
 StoredTier = Literal["exact", "quality"]
@@ -201,7 +201,7 @@ def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
 
 def travel_id(fields: Mapping[str, JsonValue]) -> str:
     """What a baseline shares with everything that may be compared with it: its fingerprint but for the rounding."""
-    return fingerprint_id({name: value for name, value in fields.items() if name != REDRAWN})
+    return canonical({name: value for name, value in fields.items() if name != REDRAWN})
 
 
 def subject_name(record: Record) -> str:
@@ -227,7 +227,7 @@ def snapshot(record: Record, tier: StoredTier) -> Snapshot | None:
     metrics, samples = gated_metrics(record, tier)
     if not metrics and not samples:
         return None
-    return Snapshot(
+    return Snapshot.model_construct(  # of a record that was validated
         record_id=record.id,
         measured=record.provenance.started,
         commit=record.provenance.commit,

@@ -213,8 +213,10 @@ class FailedMeasurement(Frozen):
 
 def content_hash(value: Any) -> str:
     """sha256 of canonical JSON (sorted keys, no spaces, shortest float form)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def json_schema() -> str:
