@@ -187,11 +187,11 @@ def fingerprint(record: Record, tier: StoredTier) -> dict[str, JsonValue]:
         "tokens_sha256": subject.text.tokens_sha256,
         "settings": subject.settings,
     }
-    machine = machine_fields(record.provenance.hardware, record.provenance.versions)
     if tier == "quality":
-        return {**fields, **machine}
+        return {**fields, **machine_fields(record.provenance.hardware, record.provenance.versions)}
     # codes on fixed inputs are those of one kind of device: a GPU may divide to another last bit
-    return {**fields, "device": machine["device"]} if suite_row(subject.suite).device_bound else fields
+    device = record.provenance.hardware.get("device")
+    return {**fields, "device": device} if suite_row(subject.suite).device_bound else fields
 
 
 def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
@@ -315,7 +315,7 @@ def read_baselines(folder: Path) -> Baselines:
     """
     if not folder.is_dir():
         raise BaselineError(f"there is no baseline folder {folder}; `veloxbench baseline approve` makes one")
-    paths = sorted(folder.glob("*/*.json"))
+    paths = sorted(folder.glob("*/*.json"), key=lambda path: path.parts)
     if not paths:
         raise BaselineError(f"the baseline folder {folder} is empty; `veloxbench baseline approve` fills it")
     return Baselines(tuple(_read_file(path) for path in paths), str(folder))

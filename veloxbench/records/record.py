@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, ValidationInfo, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, model_validator
 
 from veloxbench.records.arm import Arm
 from veloxbench.records.frozen import Frozen
@@ -22,13 +21,7 @@ from veloxbench.records.frozen import Frozen
 SCHEMA_VERSION: Literal[1] = 1
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is not a finite number; it cannot be recorded as a measurement")
-    return value
-
-
-Finite = Annotated[float, AfterValidator(_finite)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Estimate(Frozen):
