@@ -50,7 +50,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     place = tmp_path_factory.mktemp("environment")
     copy = place / "project"
     for name in ("veloxbench", "impl", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, copy / name)
     (copy / "records").symlink_to(ROOT / "records")
     venv.create(place / "venv", symlinks=True)
     python = place / "venv" / "bin" / "python"

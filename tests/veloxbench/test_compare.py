@@ -42,9 +42,9 @@ targets = [4]
 [[protocols]]
 name = "chunked"
 sequences = 16
-length = 64
-chunk = 32
-score_from = 32
+length = 32
+chunk = 16
+score_from = 16
 
 [[throughput]]
 depth = 32

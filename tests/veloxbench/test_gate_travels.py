@@ -1,4 +1,6 @@
-"""Quality baselines travel: approved with one thread, they serve every order in which a processor adds."""
+"""The gate judges this code, and nothing else: quality baselines travel. Approved with one thread, they serve every
+order in which a processor adds.
+"""
 
 import json
 import os
@@ -23,9 +25,9 @@ arms = ["turboquant_mse@4"]
 [[protocols]]
 name = "chunked"
 sequences = 16
-length = 32
-chunk = 16
-score_from = 16
+length = 16
+chunk = 8
+score_from = 8
 """
 SETTINGS = {
     "one thread": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},

@@ -1,4 +1,6 @@
-"""A stranger's repository with a cache of its own: measured, approved, edited, committed; the gate turns red."""
+"""The gate judges this code, and nothing else: a stranger's repository with a cache of its own is measured, approved,
+edited and committed; the gate turns red.
+"""
 
 import json
 import os
