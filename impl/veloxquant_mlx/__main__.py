@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-CONSOLE = Console(stderr=True)
+from veloxquant_mlx.command import CONSOLE, run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Prompt caches of mlx-lm on disk, small and back.")
 
@@ -56,14 +55,5 @@ def _say(out: Path, done: Any) -> None:
     )
 
 
-def main() -> None:
-    """The command; bad input is one sentence and exit code 2."""
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        CONSOLE.print(f"veloxquant_mlx: {error}", style="red", markup=False)
-        raise SystemExit(2) from error
-
-
 if __name__ == "__main__":
-    main()
+    run(app, "veloxquant_mlx", "what is written is written whole; type the same command again")

@@ -73,11 +73,3 @@ inline uint rans_number(thread RansReader& reader, bool active, Words words) {
   const uint high = rans_bits(reader, active, rest - min(rest, 16u), words);
   return length > 0 ? (1u << rest) | (high << 16) | low : 0u;
 }
-
-// The trellis: what follows `state` after a symbol of this parity. Odd states read the second set of tables.
-template <int N_STATES>
-inline uint rans_next_state(uint state, uint parity) {
-  const uint even = N_STATES == 8 ? 0x73426150u : 0x3120u;  // the next state of state s in digit s
-  const uint odd = N_STATES == 8 ? 0x51604372u : 0x2031u;
-  return ((parity == 0 ? even : odd) >> (4 * state)) & 15u;
-}

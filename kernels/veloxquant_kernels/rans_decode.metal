@@ -8,7 +8,7 @@
 //   first_tokens [n_blocks + 1] uint32: the first token of each block, and the number of all
 //   classes [n_coefficients] uint16: the class of each coefficient; 65535: always zero, not coded
 //   shifts [n_coefficients] uint8: low bits of a coefficient that its tables do not code
-//   cumulative [n_sets, n_tables, n_symbols + 1] uint16: cumulative frequencies, from 0 to 2**PRECISION; symbol s is the
+//   cumulative [n_tables, n_symbols + 1] uint16: cumulative frequencies, from 0 to 2**PRECISION; symbol s is the
 //     number s - (n_symbols - 2) / 2, the last symbol an escape
 //   class_tables [n_classes, n_contexts] uint16: the table of a class in each context
 //   weights [n_classes] uint16: what one step of a class adds to a token's level
@@ -23,17 +23,15 @@
 // one word each: x = x * 2**16 + word.
 // The table follows from what the token has shown so far. Its level starts at 2**13; symbol s adds
 // min(weight * |s - (n_symbols - 2) / 2|, 1024) after 1/32 of the level has been taken away; contexts[min(level / 128,
-// 255)] is the context. With N_STATES of 4 or 8 a token also walks a trellis from state 0, driven by the parity of its numbers;
-// odd states read the second set of tables.
+// 255)] is the context.
 // An intact block ends with all states 2**16 and all words taken.
 //
 // One simdgroup per block.
 const uint lane = thread_index_in_simdgroup;
 const uint block = threadgroup_position_in_grid.x;
 const uint n_coefficients = classes_shape[0];
-const uint n_tables = cumulative_shape[1];
 const uint n_contexts = class_tables_shape[1];
-const uint n_symbols = cumulative_shape[2] - 1;
+const uint n_symbols = cumulative_shape[1] - 1;
 const uint all_tokens = first_tokens[first_tokens_shape[0] - 1];
 const uint first = first_tokens[block];
 const uint n_tokens = first_tokens[block + 1] - first;
@@ -56,15 +54,13 @@ if (lane < n_lanes) {
 reader.damaged = reader.state < RANS_LOW;
 for (uint group = 0; group < n_tokens; group += 32) {
   const bool active = group + lane < n_tokens;
-  uint trellis = 0, level = RANS_LEVEL;
+  uint level = RANS_LEVEL;
   for (uint j = 0; j < n_coefficients; ++j) {
     const uint kind = classes[j];
     int value = 0;
     if (kind != RANS_INACTIVE) {
       const uint table = class_tables[kind * n_contexts + contexts[min(level >> 7, 255u)]];
-      const uint set = N_STATES > 1 ? trellis & 1u : 0u;
-      const uint at = (set * n_tables + table) * (n_symbols + 1);
-      const uint symbol = rans_symbol<PRECISION>(reader, active, cumulative + at, n_symbols, words);
+      const uint symbol = rans_symbol<PRECISION>(reader, active, cumulative + table * (n_symbols + 1), n_symbols, words);
       const bool escapes = active && symbol == n_symbols - 1;
       const uint shift = shifts[j];
       value = int(symbol) - int((n_symbols - 2) / 2);
@@ -76,9 +72,6 @@ for (uint group = 0; group < n_tokens; group += 32) {
       if (simd_any(escapes)) {
         const uint number = rans_number(reader, escapes, words);
         value = escapes ? int((number >> 1) ^ (0u - (number & 1u))) : value;
-      }
-      if (N_STATES > 1) {
-        trellis = rans_next_state<N_STATES>(trellis, uint(value) & 1u);
       }
     }
     if (active) {

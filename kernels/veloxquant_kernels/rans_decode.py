@@ -119,7 +119,7 @@ def _decode_equal(
                 value = (value << shift) | lanes.bits(active & ~escapes, shift).astype(np.int64)
             if escapes.any():
                 value = np.where(escapes, unzigzag(lanes.number(escapes)), value)
-            model.update(j, symbol, value)
+            model.update(j, symbol)
             symbols[j, :, LANES * group : LANES * group + n_here] = value[:, :n_here].astype(np.int32)
     lanes.damaged |= (lanes.states != STATE_LOW).any(axis=1) | (lanes.at != lanes.end)
     return symbols, lanes.damaged
@@ -183,7 +183,7 @@ def rans_decode(
     decoded, state = _KERNEL(
         [words, starts, first_tokens, *(mx.array(getattr(tables, name)) for name in names)],
         backend=backend,
-        template=[("PRECISION", tables.precision), ("N_STATES", tables.n_states)],
+        template=[("PRECISION", tables.precision)],
         grid=(LANES * (starts.size - 1), 1, 1),
         threadgroup=(LANES, 1, 1),
         output_shapes=[(tables.classes.size, int(tokens[-1])), (starts.size - 1,)],

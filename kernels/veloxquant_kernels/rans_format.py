@@ -1,7 +1,7 @@
-"""The format of entropy-coded blocks: its constants, its tables, and the model of a token that chooses among them.
+"""The format of entropy-coded blocks: constants, tables, the model of a token that chooses among them, encoder.
 
-The contract stands at the head of ``rans_decode.metal``. ``rans_encode`` and ``rans_decode`` define both directions in
-NumPy; the native path of ``veloxquant_mlx.codes`` and the Metal body compute the same.
+The contract stands at the head of ``rans_decode.metal``. The encoder here and ``rans_decode`` define both directions
+in NumPy; the native path of ``veloxquant_mlx.codes`` and the Metal body compute the same.
 
 Sources: Duda, Asymmetric numeral systems, arXiv 1311.2540; Giesen, Interleaved entropy coders, arXiv 1402.3392.
 """
@@ -31,13 +31,6 @@ MAX_PRECISION: Final = 15
 LENGTH_BITS: Final = 6
 HEADER_WORDS: Final = 1
 
-NEXT_STATES: Final[dict[int, tuple[tuple[int, int], ...]]] = {
-    1: ((0, 0),),
-    4: ((0, 1), (2, 3), (1, 0), (3, 2)),
-    8: ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)),
-}
-"""By number of trellis states: what follows each state after an even and after an odd symbol."""
-
 Words = NDArray[np.uint16]
 Symbols = NDArray[np.int32]
 
@@ -57,17 +50,16 @@ class Tables:
     weights: NDArray[np.uint16]
     contexts: NDArray[np.uint8]
     precision: int
-    n_states: int
 
     @property
     def half(self) -> int:
         """Largest magnitude that has a symbol."""
-        return int(self.cumulative.shape[2] - 3) // 2
+        return int(self.cumulative.shape[1] - 3) // 2
 
     @property
     def escape(self) -> int:
         """The last symbol, which a number outside of the alphabet follows."""
-        return int(self.cumulative.shape[2]) - 2
+        return int(self.cumulative.shape[1]) - 2
 
     @property
     def active(self) -> NDArray[np.intp]:
@@ -80,20 +72,18 @@ class Tables:
         Raises:
             ValueError: naming the first that does not.
         """
-        if self.n_states not in NEXT_STATES:
-            raise ValueError(f"n_states must be one of {sorted(NEXT_STATES)}, got {self.n_states}")
         if not 1 <= self.precision <= MAX_PRECISION:
             raise ValueError(f"precision must lie in 1..{MAX_PRECISION}, got {self.precision}")
-        sets, shape = 1 + (self.n_states > 1), self.cumulative.shape
-        if len(shape) != 3 or shape[0] != sets or shape[2] < 5 or shape[2] % 2 == 0:
-            raise ValueError(f"cumulative must be [{sets}, tables, symbols + 1] with an even n_symbols, got {shape}")
+        shape = self.cumulative.shape
+        if len(shape) != 2 or shape[1] < 5 or shape[1] % 2 == 0:
+            raise ValueError(f"cumulative must be [tables, symbols + 1] with an even n_symbols, got {shape}")
         steps = np.diff(self.cumulative.astype(np.int64), axis=-1)
         if (self.cumulative[..., 0] != 0).any() or (self.cumulative[..., -1] != 1 << self.precision).any():
             raise ValueError(f"cumulative must run from 0 to {1 << self.precision}")
         if (steps < 0).any() or (steps[..., -1] == 0).any():
             raise ValueError("cumulative must ascend, and its last symbol, the escape, must have a frequency")
-        if self.class_tables.ndim != 2 or self.class_tables.max() >= shape[1]:
-            raise ValueError(f"class_tables must be [classes, contexts] of tables below {shape[1]}")
+        if self.class_tables.ndim != 2 or self.class_tables.max() >= shape[0]:
+            raise ValueError(f"class_tables must be [classes, contexts] of tables below {shape[0]}")
         n_classes, n_contexts = self.class_tables.shape
         if self.weights.shape != (n_classes,):
             raise ValueError(f"weights must be [{n_classes}], one for each class, got {self.weights.shape}")
@@ -114,29 +104,25 @@ class TokenModel:
 
     tables: Tables
     levels: NDArray[np.int64]
-    states: NDArray[np.int64]
 
     @classmethod
     def start(cls, tables: Tables, shape: tuple[int, ...]) -> TokenModel:
         """Tokens of which nothing is known."""
-        return cls(tables, np.full(shape, FIRST_LEVEL, np.int64), np.zeros(shape, np.int64))
+        return cls(tables, np.full(shape, FIRST_LEVEL, np.int64))
 
     def cumulative(self, j: int) -> NDArray[np.uint64]:
         """Cumulative frequencies ``[..., n_symbols + 1]`` of coefficient ``j``."""
         tables = self.tables
         context = tables.contexts[np.minimum(self.levels >> LEVEL_SHIFT, N_LEVELS - 1)]
         table = tables.class_tables[tables.classes[j], context]
-        sets = self.states & 1 if tables.n_states > 1 else 0
-        chosen: NDArray[np.uint64] = tables.cumulative[sets, table].astype(np.uint64)
+        chosen: NDArray[np.uint64] = tables.cumulative[table].astype(np.uint64)
         return chosen
 
-    def update(self, j: int, symbols: NDArray[np.int64], values: NDArray[np.int64]) -> None:
-        """Coefficient ``j`` was ``symbols``, which made ``values``."""
+    def update(self, j: int, symbols: NDArray[np.int64]) -> None:
+        """Coefficient ``j`` was ``symbols``."""
         tables = self.tables
         weighted = np.abs(symbols - tables.half) * int(tables.weights[tables.classes[j]])
         self.levels = self.levels - (self.levels >> LEVEL_DECAY) + np.minimum(weighted, MAX_GAIN)
-        if tables.n_states > 1:
-            self.states = np.array(NEXT_STATES[tables.n_states])[self.states, values & 1]
 
 
 def block_lanes(n_tokens: int) -> int:
@@ -157,3 +143,101 @@ def check_layout(starts: NDArray[np.int64], first_tokens: NDArray[np.int64], n_w
     lengths = np.diff(first_tokens)
     if first_tokens[0] != 0 or lengths.min() < 1 or lengths.max() > MAX_BLOCK_TOKENS:
         raise DamagedBlock(f"a block must hold 1..{MAX_BLOCK_TOKENS} tokens")
+
+
+@dataclass
+class Part:
+    """One part of a step, for all lanes: numbers of ``width`` bits, or symbols where ``frequency`` is given."""
+
+    active: NDArray[np.bool_]
+    value: NDArray[np.uint64]
+    width: NDArray[np.uint64]
+    frequency: NDArray[np.uint64]
+
+    def push(self, states: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The lanes' states with it on top."""
+        quotient, rest = states // self.frequency, states % self.frequency
+        return np.where(self.active, (quotient << self.width) + rest + self.value, states)
+
+    def full(self, states: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Lanes that give a word away first, so that their states stay below 2**32."""
+        return self.active & (states >= self.frequency << (np.uint64(32) - self.width))
+
+
+def _bits(active: NDArray[np.bool_], value: NDArray[np.uint64], width: NDArray[np.uint64]) -> Part:
+    return Part(active, value & ((np.uint64(1) << width) - np.uint64(1)), width, np.ones_like(value))
+
+
+def step_parts(
+    tables: Tables, model: TokenModel, j: int, values: NDArray[np.int64], active: NDArray[np.bool_]
+) -> list[Part]:
+    """The parts of one step in decoding order; the model moves on."""
+    cumulative, shift = model.cumulative(j), int(tables.shifts[j])
+    near = values >> shift
+    inside = np.abs(near) <= tables.half
+    symbol = np.where(inside, np.clip(near, -tables.half, tables.half) + tables.half, tables.escape)
+
+    def bounds(symbol: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        low, high = (np.take_along_axis(cumulative, (symbol + i)[..., None], -1)[..., 0] for i in (0, 1))
+        return low, high - low
+
+    symbol = np.where(bounds(symbol)[1] == 0, tables.escape, symbol)
+    start, frequency = bounds(symbol)
+    escapes = active & (symbol == tables.escape)
+    precision = np.full(start.shape, tables.precision, np.uint64)
+    parts = [Part(active, start, precision, np.maximum(frequency, np.uint64(1)))]
+    if shift:
+        parts.append(_bits(active & ~escapes, values.astype(np.uint64), np.full(start.shape, shift, np.uint64)))
+    if escapes.any():
+        number = ((values << 1) ^ (values >> 63)).astype(np.uint64)
+        length = np.frexp(number.astype(np.float64))[1].astype(np.int64)
+        rest = np.maximum(length - 1, 0).astype(np.uint64)
+        low = np.minimum(rest, np.uint64(WORD_BITS))
+        parts.append(_bits(escapes, length.astype(np.uint64), np.full(start.shape, LENGTH_BITS, np.uint64)))
+        parts.append(_bits(escapes, number, low))
+        parts.append(_bits(escapes, number >> np.uint64(WORD_BITS), rest - low))
+    model.update(j, symbol)
+    return parts
+
+
+def _encode_equal(symbols: Symbols, tables: Tables) -> list[Words]:
+    """Records of blocks of equal length, ``[n_blocks, n_tokens, d]``."""
+    n_blocks, n_tokens, _ = symbols.shape
+    n_lanes, groups = block_lanes(n_tokens), -(-n_tokens // LANES)
+    steps: list[list[Part]] = []
+    for group in range(groups):
+        here = symbols[:, LANES * group : LANES * (group + 1)].astype(np.int64)
+        values = np.zeros((n_blocks, n_lanes, symbols.shape[2]), np.int64)
+        values[:, : here.shape[1]] = here
+        active = np.broadcast_to(np.arange(n_lanes) < here.shape[1], (n_blocks, n_lanes))
+        model = TokenModel.start(tables, (n_blocks, n_lanes))
+        steps += [step_parts(tables, model, int(j), values[..., j], active) for j in tables.active]
+    states = np.full((n_blocks, n_lanes), STATE_LOW, np.uint64)
+    given: list[tuple[NDArray[np.bool_], NDArray[np.uint64]]] = []
+    for part in (part for step in reversed(steps) for part in reversed(step)):
+        out = part.full(states)
+        given.append((out, states & np.uint64(STATE_LOW - 1)))
+        states = part.push(np.where(out, states >> np.uint64(WORD_BITS), states))
+    flags = np.array([out for out, _ in reversed(given)], np.bool_).reshape(-1, n_blocks, n_lanes)
+    words = np.array([word for _, word in reversed(given)], np.uint16).reshape(-1, n_blocks, n_lanes)
+    halves = np.stack([states & np.uint64(STATE_LOW - 1), states >> np.uint64(WORD_BITS)], -1)
+    return [
+        np.concatenate([[n_tokens - 1], halves[b].ravel(), words[:, b][flags[:, b]]]).astype(np.uint16)
+        for b in range(n_blocks)
+    ]
+
+
+def rans_encode_reference(symbols: Symbols, tables: Tables, block_tokens: int) -> list[Words]:
+    """Records of ``ceil(T / block_tokens)`` blocks of tokens.
+
+    Args:
+        symbols: ``[T, n_coefficients]`` int32; zero where the tables code nothing.
+        tables: as for the decoder.
+        block_tokens: tokens in a block, 1..256; the last block may be shorter.
+    """
+    n_full = len(symbols) // block_tokens
+    full = symbols[: n_full * block_tokens].reshape(n_full, block_tokens, symbols.shape[1])
+    records = _encode_equal(full, tables) if n_full else []
+    if n_full * block_tokens < len(symbols):
+        records += _encode_equal(symbols[None, n_full * block_tokens :], tables)
+    return records

@@ -161,8 +161,20 @@ def unpack_dequantize_unrotate(
             ],
         )
         return x
-    rotated = decode_words(words, codebook, code_bits, head_dim, backend=backend)
-    return (rotation.undo(rotated) * norms.astype(mx.float32)).astype(dtype)
+    unit = unpack_unrotate(words, rotation, codebook, code_bits, backend=backend)
+    return (unit * norms.astype(mx.float32)).astype(dtype)
+
+
+def kernel_decodes(words: mx.array, rotation: Rotation) -> bool:
+    """Whether :func:`unpack_dequantize_unrotate` launches its kernel for these rows, where no backend is named."""
+    return launches_on(None, no_rows("words", words), rotation.unserved) is not None
+
+
+def unpack_unrotate(
+    words: mx.array, rotation: Rotation, codebook: Codebook, code_bits: int, *, backend: Backend | None = None
+) -> mx.array:
+    """Unit vectors ``[..., D]`` fp32 of packed codes, in plain MLX: centroids of the codes, rotated back."""
+    return rotation.undo(decode_words(words, codebook, code_bits, rotation.head_dim, backend=backend))
 
 
 # ---- the same in the kernels' order of sums, to compare with bit for bit -----------------------------------------

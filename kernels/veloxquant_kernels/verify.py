@@ -26,8 +26,7 @@ from veloxquant_kernels.fused_attention import (
 from veloxquant_kernels.kernel import Backend, resolve_backend, why_no_metal
 from veloxquant_kernels.packing import pack_codes, pack_trits, unpack_codes, unpack_trits
 from veloxquant_kernels.rans_decode import rans_decode
-from veloxquant_kernels.rans_encode import rans_encode_reference
-from veloxquant_kernels.rans_format import INACTIVE, Tables
+from veloxquant_kernels.rans_format import INACTIVE, Tables, rans_encode_reference
 from veloxquant_kernels.rotation import Rotation, hadamard_rotation, rotate_in_order
 from veloxquant_kernels.turboquant import (
     decode_in_order,
@@ -355,12 +354,12 @@ def cases() -> Iterator[Case]:
     # threadgroup memory within 88 bytes of its limit
     yield _attention((1, 8), 32, 39, 40, mx.float16, n_batch=1, n_kv_heads=1)
     yield _last_bits(80, n_rows=8)
-    yield from _entropy((32, 5, 70, 1, 33, 32), 9, n_states=1, n_contexts=1, precision=12)
-    yield from _entropy((32, 40, 3, 2, 31, 96), 14, n_states=4, n_contexts=3, precision=15, half=1)
-    yield from _entropy((64, 7, 32, 9, 1, 20), 12, n_states=8, n_contexts=5, precision=12, half=12)
+    yield from _entropy((32, 5, 70, 1, 33, 32), 9, n_contexts=1, precision=12)
+    yield from _entropy((32, 40, 3, 2, 31, 96), 14, n_contexts=3, precision=15, half=1)
+    yield from _entropy((64, 7, 32, 9, 1, 20), 12, n_contexts=5, precision=12, half=12)
 
 
-def entropy_tables(n_coefficients: int, n_states: int, n_contexts: int, precision: int, half: int, seed: int) -> Tables:
+def entropy_tables(n_coefficients: int, n_contexts: int, precision: int, half: int, seed: int) -> Tables:
     """Tables of geometric frequencies, one symbol without any, and a class, low bits or none for each coefficient."""
     rng = np.random.default_rng(seed)
     scales, k = np.geomspace(0.3, 4, 5), np.abs(np.arange(-half, half + 1))
@@ -374,19 +373,18 @@ def entropy_tables(n_coefficients: int, n_states: int, n_contexts: int, precisio
     return Tables(
         classes=classes.astype(np.uint16),
         shifts=rng.choice(np.array([0, 0, 3, 16], np.uint8), n_coefficients),
-        cumulative=np.stack([cumulative, cumulative[::-1]][: 1 + (n_states > 1)]).astype(np.uint16),
+        cumulative=cumulative.astype(np.uint16),
         class_tables=rng.integers(0, 5, (4, n_contexts)).astype(np.uint16),
         weights=np.array([700, 256, 64, 9], np.uint16),
         contexts=(np.arange(256) * n_contexts // 256).astype(np.uint8),
         precision=precision,
-        n_states=n_states,
     )
 
 
 def _entropy(
-    lengths: Sequence[int], n_coefficients: int, n_states: int, n_contexts: int, precision: int, half: int = 5
+    lengths: Sequence[int], n_coefficients: int, n_contexts: int, precision: int, half: int = 5
 ) -> Iterator[Case]:
-    tables = entropy_tables(n_coefficients, n_states, n_contexts, precision, half, seed=9)
+    tables = entropy_tables(n_coefficients, n_contexts, precision, half, seed=9)
     rng = np.random.default_rng(10)
     records = []
     for length in lengths:
@@ -409,7 +407,7 @@ def _entropy(
         return _exact("rans_decode", name, call)
 
     name = (
-        f"blocks of {', '.join(map(str, lengths))} tokens, {n_coefficients} coefficients, {n_states} states, "
+        f"blocks of {', '.join(map(str, lengths))} tokens, {n_coefficients} coefficients, "
         f"{n_contexts} contexts, {precision} bits"
     )
     yield decode(name, records, True)

@@ -5,7 +5,7 @@ import numpy as np
 from veloxquant_mlx.codes.entropy import INACTIVE, EntropyTables, TableFamily
 
 
-def laplace_family(n_states=1, n_contexts=4, half=7, precision=12):
+def laplace_family(n_contexts=4, half=7, precision=12):
     """Nine tables of two-sided geometric frequencies; the narrowest has a symbol without any, so that it escapes."""
     scales, k = np.geomspace(0.2, 4, 9), np.abs(np.arange(-half, half + 1))
     p = np.concatenate([np.exp(-k / scales[:, None]), np.full((9, 1), 0.01)], axis=1)
@@ -13,12 +13,9 @@ def laplace_family(n_states=1, n_contexts=4, half=7, precision=12):
     frequencies[0, 0] = 0
     frequencies[:, half] += (1 << precision) - frequencies.sum(axis=1)
     cumulative = np.concatenate([np.zeros((9, 1), int), np.cumsum(frequencies, axis=1)], axis=1)
-    sets = np.repeat(cumulative[None], 1 + (n_states > 1), axis=0)
-    if n_states > 1:
-        sets[1] = sets[0, ::-1]  # the second set's tables are others
     class_tables = np.minimum(np.arange(6)[:, None] + np.arange(n_contexts), 8)
     weights, contexts = np.geomspace(400, 30, 6).astype(int), np.minimum(np.arange(256) // 40, n_contexts - 1)
-    return TableFamily(sets, class_tables, weights, contexts, precision, n_states)
+    return TableFamily(cumulative, class_tables, weights, contexts, precision)
 
 
 def tables(d=40, seed=0, **options):

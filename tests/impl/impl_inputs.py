@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.models import gemma3_text, llama
+from mlx_lm.models import gemma3_text, lfm2, llama
 
 from veloxquant_mlx.methods import METHODS
 
@@ -59,6 +59,22 @@ def tiny_gemma3(window: int = 16) -> Any:
         sliding_window_pattern=3,
     )
     return seeded(gemma3_text.Model(args), 2)
+
+
+def lfm2_of(**sizes: Any) -> Any:
+    """An lfm2 with the weights that mlx-lm gives it: attention in the layers ``full_attn_idxs``, else convolutions."""
+    sizes = {
+        "model_type": "lfm2",
+        "vocab_size": 128,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+    } | sizes
+    return lfm2.Model(lfm2.ModelArgs(**sizes))
 
 
 def gaussian(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

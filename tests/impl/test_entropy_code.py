@@ -25,10 +25,10 @@ from veloxquant_mlx.codes.entropy import (
 )
 from veloxquant_mlx.codes.fit import fit_tables, integer_frequencies
 
-FORMS = [(1, 1, 12), (1, 4, 12), (4, 4, 14), (8, 4, 12), (8, 1, 15)]
-"""States of the trellis, contexts, precision."""
+FORMS = [(1, 12), (4, 12), (4, 14), (1, 15)]
+"""Contexts, precision."""
 
-forms = pytest.mark.parametrize(("n_states", "n_contexts", "precision"), FORMS)
+forms = pytest.mark.parametrize(("n_contexts", "precision"), FORMS)
 
 
 def plain_tables(q):
@@ -42,9 +42,9 @@ def plain_tables(q):
 
 @forms
 @pytest.mark.parametrize(("n_tokens", "block_tokens"), [(1, 32), (5, 1), (33, 32), (70, 64), (300, 256), (64, 7)])
-def test_any_symbols_come_back(n_states, n_contexts, precision, n_tokens, block_tokens):
-    """Every int32 has a code, in blocks of any length, with and without contexts, trellis and plain bits."""
-    own = tables(n_states=n_states, n_contexts=n_contexts, precision=precision)
+def test_any_symbols_come_back(n_contexts, precision, n_tokens, block_tokens):
+    """Every int32 has a code, in blocks of any length, with and without contexts and plain bits."""
+    own = tables(n_contexts=n_contexts, precision=precision)
     q = symbols(n_tokens, own)
     blocks = encode_blocks(q, own, block_tokens)
     assert blocks.tokens.tolist() == [min(block_tokens, n_tokens - i) for i in range(0, n_tokens, block_tokens)]
@@ -62,7 +62,7 @@ def test_any_symbols_come_back(n_states, n_contexts, precision, n_tokens, block_
 )
 def test_drawn_symbols_come_back_in_the_bytes_of_the_formula(seed, n_tokens, block_tokens, d, spread, form):
     """Drawn shapes and sizes, all zero up to all escapes."""
-    own = tables(d, seed, n_states=form[0], n_contexts=form[1], precision=form[2])
+    own = tables(d, seed, n_contexts=form[0], precision=form[1])
     q = np.random.default_rng(seed).standard_normal((n_tokens, d)) * spread
     q = (np.clip(np.rint(q), -(2**31), 2**31 - 1) * own.active).astype(np.int32)
     blocks = encode_blocks(q, own, block_tokens)
@@ -71,9 +71,9 @@ def test_drawn_symbols_come_back_in_the_bytes_of_the_formula(seed, n_tokens, blo
 
 
 @forms
-def test_compiled_and_numpy_write_the_same_words(n_states, n_contexts, precision, compiler):
+def test_compiled_and_numpy_write_the_same_words(n_contexts, precision, compiler):
     """The native encoder and decoder are the NumPy definitions, word for word."""
-    own = tables(n_states=n_states, n_contexts=n_contexts, precision=precision)
+    own = tables(n_contexts=n_contexts, precision=precision)
     for n_tokens, block_tokens in ((40, 32), (270, 256), (9, 4)):
         q = symbols(n_tokens, own)
         assert native.library() is not None
@@ -87,7 +87,7 @@ def test_compiled_and_numpy_write_the_same_words(n_states, n_contexts, precision
 
 def test_a_record_by_hand():
     """One token, one coefficient, symbol 1 of frequencies 1, 2, 1: the state 2**16 becomes 2**16/2 * 4 + 0 + 1."""
-    family = TableFamily([[[0, 1, 3, 3, 4]]], [[0]], [256], np.zeros(256), 2)
+    family = TableFamily([[0, 1, 3, 3, 4]], [[0]], [256], np.zeros(256), 2)
     blocks = encode_blocks([[0]], EntropyTables(family, [0]))
     state = (2**16 // 2) * 4 + 0 + 1
     assert blocks.words.tolist() == [0, state & 0xFFFF, state >> 16]
@@ -99,7 +99,7 @@ def test_a_record_by_hand():
 
 def test_blocks_decode_alone_and_join():
     """A range of blocks is a range of tokens; blocks of different lengths follow one another; dropped ones are gone."""
-    own = tables(n_states=8)
+    own = tables()
     q = symbols(100, own)
     blocks = encode_blocks(q[:64], own, 32).append(encode_blocks(q[64:], own, 16))
     assert blocks.tokens.tolist() == [32, 32, 16, 16, 4]
@@ -210,7 +210,7 @@ def test_integer_frequencies_by_hand():
 
 def test_tables_survive_their_arrays():
     """to_arrays and from_arrays are inverse; nbytes is their sum."""
-    own = tables(n_states=8)
+    own = tables()
     arrays = own.family.to_arrays()
     again = TableFamily.from_arrays(arrays)
     q = symbols(50, own)
@@ -225,22 +225,21 @@ def test_tables_survive_their_arrays():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cumulative": np.array([[[0, 1, 3, 3, 5]]])}, "from 0 to 4"),
-        ({"cumulative": np.array([[[0, 3, 1, 3, 4]]])}, "ascend"),
-        ({"cumulative": np.array([[[0, 1, 3, 4, 4]]])}, "escape"),
-        ({"cumulative": np.array([[[0, 1, 3, 4]]])}, "even n_symbols"),
+        ({"cumulative": np.array([[0, 1, 3, 3, 5]])}, "from 0 to 4"),
+        ({"cumulative": np.array([[0, 3, 1, 3, 4]])}, "ascend"),
+        ({"cumulative": np.array([[0, 1, 3, 4, 4]])}, "escape"),
+        ({"cumulative": np.array([[0, 1, 3, 4]])}, "even n_symbols"),
         ({"class_tables": np.array([[1]])}, "below 1"),
         ({"weights": np.array([1, 2])}, "one for each class"),
         ({"contexts": np.ones(256)}, "contexts below 1"),
         ({"contexts": np.zeros(3)}, r"\[256\]"),
         ({"precision": 16}, "precision"),
-        ({"n_states": 3}, "n_states"),
     ],
 )
 def test_tables_outside_of_the_format_are_refused(change, message):
     """Each part of a family is checked when it is made."""
     parts = {
-        "cumulative": np.array([[[0, 1, 3, 3, 4]]]),
+        "cumulative": np.array([[0, 1, 3, 3, 4]]),
         "class_tables": np.array([[0]]),
         "weights": np.array([1]),
         "contexts": np.zeros(256),
@@ -295,13 +294,13 @@ def damaged(blocks, rng):
 
 
 @forms
-def test_damaged_blocks_are_refused_by_all_decoders(n_states, n_contexts, precision, compiler):
+def test_damaged_blocks_are_refused_by_all_decoders(n_contexts, precision, compiler):
     """100 damages: an error, or (in words that still add up) symbols of the right shape; both decoders agree on which.
 
     A record has no checksum: a bit flipped among the plain bits of a number is another record. States that must end at
     2**16 notice everything else.
     """
-    own = tables(12, n_states=n_states, n_contexts=n_contexts, precision=precision)
+    own = tables(12, n_contexts=n_contexts, precision=precision)
     blocks = encode_blocks(symbols(70, own), own, 32)
     rng, noticed = np.random.default_rng(5), 0
     for _ in range(100):

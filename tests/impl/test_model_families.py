@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from impl_inputs import seeded
+from impl_inputs import lfm2_of, seeded
 from mlx_lm.generate import generate_step
-from mlx_lm.models import falcon_h1, lfm2
+from mlx_lm.models import falcon_h1
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from veloxquant_mlx.cache.base import (
@@ -29,25 +29,16 @@ HALF_PRECISION = 4e-3
 @pytest.fixture(scope="module")
 def convolutional() -> Any:
     """An lfm2 with attention in layers 1 and 3 and short convolutions in 0 and 2."""
-    args = lfm2.ModelArgs(
-        model_type="lfm2",
-        vocab_size=128,
+    model = lfm2_of(
         hidden_size=96,
         num_hidden_layers=4,
         num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        norm_eps=1e-5,
-        conv_bias=False,
-        conv_L_cache=3,
         block_dim=96,
         block_multiple_of=32,
-        block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False,
         block_ff_dim=192,
         full_attn_idxs=[1, 3],
     )
-    return seeded(lfm2.Model(args), 3)
+    return seeded(model, 3)
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from impl_inputs import lfm2_of
 from mlx.utils import tree_map
-from mlx_lm.models import gemma3_text, lfm2, llama
+from mlx_lm.models import gemma3_text, llama
 
 from veloxquant_mlx.allocators.ratequant import Sensitivities, calibrate_layer_sensitivities
 from veloxquant_mlx.allocators.sensitivity import (
@@ -242,26 +243,18 @@ def test_sliding_window_layers_are_probed_with_their_own_mask():
 
 def test_layers_without_keys_and_values_keep_their_own_cache():
     """lfm2 mixes convolutions and attention: only the attention layers are units, and the pass still runs."""
-    args = lfm2.ModelArgs(
-        model_type="lfm2",
+    model = lfm2_of(
         vocab_size=VOCABULARY,
         hidden_size=32,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        norm_eps=1e-5,
-        conv_bias=False,
-        conv_L_cache=3,
         block_dim=32,
         block_ff_dim=48,
         block_multiple_of=8,
-        block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False,
         full_attn_idxs=[1],
         rope_theta=10000.0,
     )
-    result = calibrate(randomised(lfm2.Model(args)))
+    result = calibrate(randomised(model))
     assert result.layers == (1,)
     assert result.provenance.n_layers == 3
     assert all((head.weights > 0).all() for head in result.heads)

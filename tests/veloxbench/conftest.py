@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from small_grids import IN_MEMORY, TIMED
 
 TINY_GRID = """
 summary = "seconds"
@@ -30,17 +31,6 @@ name = "decode"
 sequences = 2
 prefix = 32
 steps = 4
-
-[[throughput]]
-depth = 32
-pairs = 2
-steps = 2
-prefill_pairs = 2
-
-[memory]
-tokens = 64
-decode_steps = 2
-budget_gib = 1.0
 """
 
 
@@ -48,5 +38,5 @@ budget_gib = 1.0
 def grid_file(tmp_path: Path) -> Path:
     """A grid of a few seconds, as a file."""
     path = tmp_path / "tiny.toml"
-    path.write_text(TINY_GRID)
+    path.write_text(TINY_GRID + TIMED + IN_MEMORY)
     return path

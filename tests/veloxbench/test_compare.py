@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from gate_records import damage, run_records
+from small_grids import IN_MEMORY, TIMED, quality_grid
 
 import veloxbench
 from veloxbench.cli.app import _run
@@ -28,35 +29,6 @@ from veloxbench.records.store import JOURNAL, LAST_RUN
 
 ROOT = Path(__file__).parents[2]
 CENTROIDS = "impl/veloxquant_mlx/quantizers/lloyd_max.py"
-
-GRID = """
-summary = "seconds"
-models = ["{model}"]
-corpus = "bundled"
-suites = ["perplexity"]
-
-[[arms]]
-method = "turboquant_mse"
-targets = [4]
-
-[[protocols]]
-name = "chunked"
-sequences = 16
-length = 32
-chunk = 16
-score_from = 16
-
-[[throughput]]
-depth = 32
-pairs = 2
-steps = 2
-prefill_pairs = 2
-
-[memory]
-tokens = 64
-decode_steps = 2
-budget_gib = 1.0
-"""
 
 
 def git(repository, *arguments):
@@ -103,7 +75,7 @@ def repository(tmp_path_factory):
 @pytest.fixture
 def grid(cut_model, tmp_path):
     path = tmp_path / "grid.toml"
-    path.write_text(GRID.format(model=cut_model))
+    path.write_text(quality_grid(["turboquant_mse@4"], model=str(cut_model), tables=TIMED + IN_MEMORY))
     return path
 
 

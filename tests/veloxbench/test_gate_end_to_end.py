@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from small_grids import IN_MEMORY, quality_grid
 
 from veloxbench.cli.app import _run as veloxbench
 from veloxbench.records import provenance
@@ -16,30 +17,7 @@ from veloxbench.records.store import LAST_RUN, read_records
 from veloxquant_mlx.quantizers import turboquant_mse
 
 ROOT = Path(__file__).parents[2]
-GRID = """
-summary = "seconds"
-models = ["smollm2-135m"]
-n_layers = 2
-corpus = "bundled"
-suites = ["perplexity"]
-throughput = []
-
-[[arms]]
-method = "turboquant_mse"
-targets = [4]
-
-[[protocols]]
-name = "chunked"
-sequences = 16
-length = 32
-chunk = 16
-score_from = 16
-
-[memory]
-tokens = 64
-decode_steps = 2
-budget_gib = 1.0
-"""
+GRID = quality_grid(["turboquant_mse@4"], layers="n_layers = 2\nthroughput = []", tables=IN_MEMORY)
 
 
 @pytest.fixture(scope="module")

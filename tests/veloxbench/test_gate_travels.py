@@ -9,40 +9,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_grids import COMMITTED, quality_grid
 
 from veloxbench.cli.app import _run as veloxbench
 from veloxbench.records import provenance
 from veloxbench.records.store import read_records
 
-GRID = """
-summary = "seconds"
-models = ["smollm2-135m"]
-n_layers = 2
-corpus = "bundled"
-suites = ["perplexity"]
-arms = ["turboquant_mse@4"]
-
-[[protocols]]
-name = "chunked"
-sequences = 16
-length = 16
-chunk = 8
-score_from = 8
-"""
+GRID = quality_grid(["turboquant_mse@4"], layers="n_layers = 2", length=16)
 SETTINGS = {
     "one thread": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
     "two threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
     "AVX2": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MKL_CBWR": "AVX2"},
     "compatible": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE"},
 }
-# a process of its own, whose BLAS reads the settings; the tests' own checkout may have changes
-PROGRAM = """
-import sys
-from veloxbench.records import provenance
-provenance.git_state = lambda: ("c" * 40, False)
-from veloxbench.cli.app import main
-main(sys.argv[1:])
-"""
+# a process of its own, whose BLAS reads the settings
+PROGRAM = f"{COMMITTED}from veloxbench.cli.app import main; main(sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +40,8 @@ def approved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, setting: str) -> int:
     plain = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
-    command = [
-        sys.executable,
-        "-c",
-        PROGRAM,
-        "run",
-        "--profile",
-        str(folder / "mine.toml"),
-        "--out",
-        str(folder / setting),
-    ]
+    words = ["run", "--profile", str(folder / "mine.toml"), "--out", str(folder / setting)]
+    command = [sys.executable, "-c", PROGRAM, *words]
     return subprocess.run(command, env=plain | SETTINGS[setting], capture_output=True, check=False).returncode
 
 

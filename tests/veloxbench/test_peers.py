@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,10 +18,11 @@ from veloxbench.methods import peers
 from veloxbench.methods.registry import all_methods, checked
 from veloxbench.records.arm import Arm
 from veloxbench.records.record import NO_MODEL, MethodRef, Subject, TextRef
-from veloxbench.records.store import read_records
+from veloxbench.records.store import open_store, read_records
 from veloxbench.report.peers import claims, render
 from veloxbench.run.apart import Limits, Worker
-from veloxbench.run.grid import load_grid
+from veloxbench.run.grid import customise, load_grid, peers_grid
+from veloxbench.run.runner import Outcome, Run
 from veloxbench.run.worker import Request
 
 BACKEND = """
@@ -257,3 +259,35 @@ def test_the_published_page_is_what_its_records_say():
     """docs/peers.md has at least twelve configurations of peers, each with its claim or its reason."""
     assert veloxbench(["peers", "report", str(RECORDS), "--check", str(ROOT / "docs" / "peers.md")]) == 0
     assert len({r.subject.method.label for r in read_records(RECORDS) if "/" in r.subject.method.name}) >= 12
+
+
+def test_run_with_peers_plans_them_on_its_own_model_and_installs_what_is_missing(tmp_path, monkeypatch, capsys):
+    """A plan names what pip will be asked for, and a run asks for it, once each, before it measures."""
+    asked: list[str] = []
+    monkeypatch.setattr(peers, "peers_folder", lambda: tmp_path)
+    monkeypatch.setattr(peers, "add", asked.append)
+    monkeypatch.setattr(Run, "all", lambda self: Outcome((), 0, 0, ()))
+    command = ["run", "--profile", "quick", "--peers", "--out", str(tmp_path / "results")]
+    assert veloxbench([*command, "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert "holds/arrays" in planned
+    assert "veloxquant-mlx==0.94.15" in planned
+    assert not asked
+    beside = peers_grid(customise(load_grid("quick"), models=["gemma3-270m"]))
+    assert beside.models == ("gemma3-270m",)
+    assert {"mlx-lm/strict@4", "veloxquant-mlx/kivi@2"} <= {arm.label for arm in beside.arm_list()}
+    assert veloxbench(command) == 0
+    assert asked == list(beside.peers)
+
+
+def test_a_run_measures_both_grids_each_cell_once(tmp_path, monkeypatch):
+    """Cells that a profile and the one beside it have in common are planned once."""
+    handle = SimpleNamespace(name="m")
+    of = {"one": ["a", "b"], "two": ["b", "c"]}
+    monkeypatch.setattr("veloxbench.run.runner.resolve_model", lambda *args, **options: handle)
+    item = lambda key: SimpleNamespace(subject=SimpleNamespace(key=key))  # noqa: E731
+    monkeypatch.setattr("veloxbench.run.runner.plan_model", lambda grid, *rest: map(item, of[grid.summary]))
+    one, two = (load_grid("quick").model_copy(update={"summary": name}) for name in of)
+    with open_store(tmp_path) as store, Run(one, store, None, None, beside=two) as carried:
+        carried.plan("m")
+        assert carried.keys == ("a", "b", "c")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_grids import LINES, quality_grid
 
 ROOT = Path(__file__).parents[2]
 CACHE = '''
@@ -63,21 +64,7 @@ class NibbleCache(KVCache):
 def nibble(context, target):
     return plain_caches(context.model, lambda layer: NibbleCache())
 '''
-GRID = """
-summary = "the stranger's"
-models = ["smollm2-135m"]
-n_layers = 4
-corpus = "bundled"
-suites = ["perplexity"]
-arms = ["nibble@4"]
-
-[[protocols]]
-name = "chunked"
-sequences = 16
-length = 32
-chunk = 16
-score_from = 16
-"""
+GRID = quality_grid(["nibble@4"], layers="n_layers = 4")
 FILES = {
     "src/stranger/__init__.py": "",
     "src/stranger/nibble.py": CACHE,
@@ -88,15 +75,6 @@ FILES = {
     ".gitignore": "results/\n__pycache__/\n",
 }
 PLACES = "--profile grid.toml --records results --baseline baselines"
-# several commands in one process; veloxbench's own checkout may have changes, which is not what is tested
-PROGRAM = """
-import sys
-from veloxbench.records import provenance
-provenance.git_state = lambda: ("c" * 40, False)
-from veloxbench.cli.app import _run
-codes = [_run(line.split()) for line in sys.argv[1:]]
-print(codes)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +117,7 @@ def environment(repository: Path) -> dict[str, str]:
 
 
 def veloxbench(repository: Path, *lines: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROGRAM, *lines]
+    command = [sys.executable, "-c", LINES, *lines]
     return subprocess.run(command, cwd=repository, env=environment(repository), capture_output=True, text=True)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from veloxbench.cli.options import AsJson
 from veloxbench.cli.output import print_findings, print_table, to_stderr
 from veloxbench.errors import BaselineError, ExitCode, VeloxError, unknown_name
 
@@ -49,7 +50,7 @@ def gate(
     records: RecordsOption = Path("results"),
     baseline: BaselineOption = Path("baselines"),
     profile: ProfileOption = "gate",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on standard output.")] = False,
+    as_json: AsJson = False,
     junit_file: Annotated[Path | None, typer.Option("--junit", help="Write the findings as JUnit XML here.")] = None,
     tier: Annotated[
         str | None, typer.Option(help="Judge **exact** or **quality** alone; exact holds on every machine.")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from veloxbench.cli.options import AcceptLicence
 from veloxbench.cli.output import print_table
 from veloxbench.errors import UsageError, unknown_name
 
@@ -17,9 +18,7 @@ def models(
     download: Annotated[
         bool, typer.Option("--download", help="Fetch, verify and convert the named models now.")
     ] = False,
-    accept_licence: Annotated[
-        bool, typer.Option("--accept-licence", help="Consent to the licence of a model that asks for it.")
-    ] = False,
+    accept_licence: AcceptLicence = False,
 ) -> None:
     """The models known by name: licence, size, source. Any mlx-lm directory or hub id works in their place.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from veloxbench.cli.options import CheckedPage, PageFile
 from veloxbench.cli.output import above_zero, deliver, print_table
 
 peers_app = typer.Typer(
@@ -85,8 +86,8 @@ def remove(name: Annotated[str, typer.Argument(help="The peer's name.")]) -> Non
 @peers_app.command()
 def report(
     records: Annotated[list[Path], typer.Argument(help="Folders or .jsonl files of records with arms of peers.")],
-    out: Annotated[Path | None, typer.Option(help="Write the page here instead of standard output.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Compare with this page; exit 1 if it is stale.")] = None,
+    out: PageFile = None,
+    check: CheckedPage = None,
 ) -> None:
     """What peers claim beside what was measured, from records alone.
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from veloxbench.cli.options import AsJson, ModelOption
 from veloxbench.cli.output import above_zero, to_stderr
 from veloxbench.errors import ExitCode, UsageError
 from veloxbench.records.arm import REFERENCE, Arm
@@ -32,7 +33,7 @@ def _number(text: str, units: dict[str, int], option: str, example: str) -> int:
 
 
 def recommend(
-    model: Annotated[str, typer.Option(help="A name from `veloxbench models`, an mlx-lm directory or a hub id.")],
+    model: ModelOption,
     context: Annotated[
         str | None, typer.Option(help="Tokens of one sequence, `32k`; by default what the model was made for.")
     ] = None,
@@ -59,7 +60,7 @@ def recommend(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the model first (profile `recommend`, into `results`).")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say which cache to use for a model, what it costs, what would not fit, and how to use it.
 

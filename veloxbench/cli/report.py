@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from veloxbench.cli.options import CheckedPage
 from veloxbench.cli.output import deliver, to_stderr
 from veloxbench.errors import UsageError
 
@@ -45,9 +46,7 @@ def report(
         str | None,
         typer.Option(help="Upload the rows to this data set of the Hugging Face hub, `user/name`, and leave."),
     ] = None,
-    check: Annotated[
-        Path | None, typer.Option(help="Compare with this page; exit 1 if it is not what the records say.")
-    ] = None,
+    check: CheckedPage = None,
 ) -> None:
     """Write BENCHMARK_RESULTS.md from records alone, or their figures in a form for other programs.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from veloxbench.cli.options import AcceptLicence, AsJson
 from veloxbench.cli.output import above_zero, listed, numbers, print_table
 from veloxbench.errors import Stopped
 from veloxbench.records.suites import all_suites
@@ -47,9 +48,7 @@ def run(
         float | None,
         typer.Option(callback=above_zero, help="GiB that weights and cache may fill, for *tokens in budget*."),
     ] = None,
-    accept_licence: Annotated[
-        bool, typer.Option("--accept-licence", help="Consent to the licence of a model that asks for it.")
-    ] = False,
+    accept_licence: AcceptLicence = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure everything anew, also what is recorded already.")
     ] = False,
@@ -57,12 +56,14 @@ def run(
         str | None,
         typer.Option(help="Measure one part of the grid, `2/5`; `veloxbench merge` makes one run of all parts."),
     ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Measure caches of other projects too (the profile **peers**), installed first."),
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print cells, expected minutes and downloads, and measure nothing.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the records of this grid as JSON on standard output.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model's caches: quality, memory and speed of every method and target.
 
@@ -80,14 +81,17 @@ def run(
 
     `veloxbench run --models mlx-community/Llama-3.2-3B-Instruct-4bit --suites perplexity`
 
+    `veloxbench run --profile default --peers`
+
     `veloxbench run --profile full --plan`
 
     `veloxbench run --profile full --shard 2/5 --out part2`, then `veloxbench merge part1 … part5 --out results`
     """
     from veloxbench.inputs.transfer_progress import default_reporter
+    from veloxbench.methods.peers import add
     from veloxbench.records.store import JOURNAL, open_store
     from veloxbench.report.files import PAGE, write_pages
-    from veloxbench.run.grid import customise, load_grid
+    from veloxbench.run.grid import customise, load_grid, missing_peers, peers_grid
     from veloxbench.run.plan import WHOLE, Shard
     from veloxbench.run.progress import BarProgress, default_progress
     from veloxbench.run.runner import Run
@@ -107,14 +111,18 @@ def run(
         corpus=corpus,
         budget_gib=memory_budget,
     )
+    beside = peers_grid(grid) if peers else None
     if plan:
-        _print_plan(grid, part, out)
+        _print_plan(grid, beside, part, out)
         return
+    for requirement in missing_peers(beside) if beside else ():
+        default_reporter().message(f"installing {requirement} into an environment of its own")
+        add(requirement)
     progress = default_progress()
     with open_store(out) as store:
         try:
             options = {"accept_licence": accept_licence, "fresh": fresh}
-            with Run(grid, store, default_reporter(), progress, shard=part, **options) as carried:
+            with Run(grid, store, default_reporter(), progress, shard=part, beside=beside, **options) as carried:
                 try:
                     outcome = carried.all()
                 except KeyboardInterrupt:
@@ -145,13 +153,14 @@ def run(
     raise typer.Exit(int(outcome.exit_code))
 
 
-def _print_plan(grid: Grid, shard: Shard, out: Path) -> None:
+def _print_plan(grid: Grid, beside: Grid | None, shard: Shard, out: Path) -> None:
     """Cells, minutes and downloads of a run that is not carried out."""
     from veloxbench.records.selection import read_folders, shipped_records
     from veloxbench.run.forecast import expected, to_fetch
 
     here = read_folders([out])[0] if out.exists() else []
-    lines = expected(grid, shard, read_folders(shipped_records())[0], here)
+    known, grids = read_folders(shipped_records())[0], [each for each in (grid, beside) if each is not None]
+    lines = [line for each in grids for line in expected(each, shard, known, here)]
     rows = [
         (
             line.model,
@@ -170,6 +179,6 @@ def _print_plan(grid: Grid, shard: Shard, out: Path) -> None:
         f"{left} cells to measure, about {told / 60:.0f} minutes as records of such cells took"
         + (f"; {unknown} cells of kinds that no record tells of" if unknown else "")
     )
-    sizes = ((each.name, each.nbytes) for each in to_fetch(grid))
+    sizes = {each.name: each.nbytes for one in grids for each in to_fetch(one)}.items()
     fetched = [f"{name} ({'size unknown' if size is None else f'{size / 1e6:.0f} MB'})" for name, size in sizes]
     print(f"download: {', '.join(fetched) or 'nothing'}")

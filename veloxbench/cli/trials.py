@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from veloxbench.cli.options import CheckedPage, ModelOption, PageFile
 from veloxbench.cli.output import above_zero, deliver, numbers, to_stderr
 from veloxbench.errors import UsageError
 from veloxbench.records.journal import write_text
@@ -32,7 +33,6 @@ Core = Annotated[
     int | None, typer.Option(min=0, help="Keep both sides on this core (Linux), beside other work on the others.")
 ]
 Threads = Annotated[int, typer.Option(min=1, help="BLAS threads of each side; kept in the file.")]
-Model = Annotated[str, typer.Option(help="A name from `veloxbench models`, or a directory.")]
 Depth = Annotated[int, typer.Option(min=2, help="Tokens in the cache before the timed steps.")]
 Steps = Annotated[int, typer.Option(min=1, help="Timed decode steps of a sample.")]
 ArmText = Annotated[str, typer.Option(help="The cache whose decode is timed, as `turboquant_mse@4`.")]
@@ -46,7 +46,7 @@ def record(
     ] = 2.0,
     core: Core = None,
     threads: Threads = 1,
-    model: Model = "smollm2-135m",
+    model: ModelOption = "smollm2-135m",
     depth: Depth = 128,
     steps: Steps = 3,
     arm: ArmText = "turboquant_mse@4",
@@ -77,7 +77,7 @@ def live(
     ),
     core: Core = None,
     threads: Threads = 1,
-    model: Model = "smollm2-135m",
+    model: ModelOption = "smollm2-135m",
     depth: Depth = 128,
     steps: Steps = 3,
     arm: ArmText = "turboquant_mse@4",
@@ -135,10 +135,8 @@ def resample(
 @timing.command()
 def report(
     rates: Annotated[Path, typer.Argument(help="A record of error rates, from `veloxbench trial timing resample`.")],
-    out: Annotated[Path | None, typer.Option(help="Write the page here, and its plot beside it.")] = None,
-    check: Annotated[
-        Path | None, typer.Option(help="Compare with this page and the plot beside it; exit 1 if one is stale.")
-    ] = None,
+    out: PageFile = None,
+    check: CheckedPage = None,
 ) -> None:
     """The page of measured error rates (Markdown and a plot), from their record alone.
 
@@ -180,10 +178,8 @@ def damages(
     ] = False,
     add: Annotated[bool, typer.Option("--add", help="With --measure: only what the study lacks.")] = False,
     profile: Annotated[str, typer.Option(help="Gives model, text, protocol and the number of arms.")] = "gate",
-    out: Annotated[Path | None, typer.Option(help="Write the page here instead of standard output.")] = None,
-    check: Annotated[
-        Path | None, typer.Option(help="Compare with this page and its plot; exit 1 if one is not what the study says.")
-    ] = None,
+    out: PageFile = None,
+    check: CheckedPage = None,
 ) -> None:
     """How much damage does the quality gate notice? True sizes on four gates' sequences, verdicts on one gate's each.
 
@@ -244,8 +240,8 @@ def travelling(
     gates: Annotated[int, typer.Option(min=1, help="Gates to draw of each kind.")] = 400,
     seed: Annotated[int, typer.Option(min=0, help="Draws the gates.")] = 0,
     resample: Annotated[bool, typer.Option("--resample", help="Draw the gates of the record's settings anew.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the page here instead of standard output.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Compare with this page; exit 1 if it is stale.")] = None,
+    out: PageFile = None,
+    check: CheckedPage = None,
 ) -> None:
     """How often is the quality gate wrong where the baseline was measured under another rounding?
 

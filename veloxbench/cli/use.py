@@ -6,15 +6,13 @@ from typing import Annotated
 
 import typer
 
+from veloxbench.cli.options import ModelOption
 from veloxbench.cli.output import to_stderr
 from veloxbench.records.arm import Arm
 
 HANDS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Context settings of a command whose other options are mlx-lm's."""
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="A name from `veloxbench models`, an mlx-lm directory or a hub id.")
-]
 CacheOption = Annotated[
     str, typer.Option("--cache", help="A method from `veloxbench methods`, as `turboquant_mse@4:sinks=4`.")
 ]

@@ -8,6 +8,7 @@ on CPU are single-threaded and would cost as much as the forward pass.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -92,16 +93,35 @@ def log_probs_to_half(single: Floats, out: NDArray[np.float16]) -> None:
     np.copyto(out.view(np.uint16), bits, casting="unsafe")
 
 
-def _blocks(n_rows: int) -> list[slice]:
-    return [slice(start, min(start + ROWS_PER_BLOCK, n_rows)) for start in range(0, n_rows, ROWS_PER_BLOCK)]
-
-
 def _log_sum_exp(rows: Floats, scratch: Floats) -> Floats:
     peak = rows.max(axis=-1, keepdims=True)
     np.subtract(rows, peak, out=scratch)
     np.exp(scratch, out=scratch)
     total: Floats = np.log(scratch.sum(axis=-1)) + peak[:, 0]
     return total
+
+
+def _each_block(
+    logits: Floats,
+    targets: NDArray[np.int32],
+    pool: ThreadPoolExecutor,
+    work: Callable[[slice, Floats, Floats, Floats], None],
+) -> tuple[Floats, NDArray[np.int32]]:
+    """NLL and most probable token of every row; ``work`` is told of each block: rows, scratch, logsumexp ``[n, 1]``."""
+    n_rows = logits.shape[0]
+    nll, top1 = np.empty(n_rows, np.float32), np.empty(n_rows, np.int32)
+
+    def of_block(start: int) -> None:
+        block = slice(start, min(start + ROWS_PER_BLOCK, n_rows))
+        rows = logits[block]
+        scratch = np.empty_like(rows)
+        lse = _log_sum_exp(rows, scratch)
+        nll[block] = lse - np.take_along_axis(rows, targets[block, None], axis=-1)[:, 0]
+        top1[block] = rows.argmax(axis=-1)
+        work(block, rows, scratch, lse[:, None])
+
+    list(pool.map(of_block, range(0, n_rows, ROWS_PER_BLOCK)))
+    return nll, top1
 
 
 def reference_rows(
@@ -114,21 +134,14 @@ def reference_rows(
         targets: ``[N]``, the token that followed.
         out: ``[N, V]``, for example a slice of a memory map.
     """
-    n_rows = logits.shape[0]
-    normaliser, nll = np.empty(n_rows, np.float32), np.empty(n_rows, np.float32)
-    top1 = np.empty(n_rows, np.int32)
+    normaliser = np.empty(logits.shape[0], np.float32)
 
-    def work(block: slice) -> None:
-        rows = logits[block]
-        scratch = np.empty_like(rows)
-        lse = _log_sum_exp(rows, scratch)
-        nll[block] = lse - np.take_along_axis(rows, targets[block, None], axis=-1)[:, 0]
-        top1[block] = rows.argmax(axis=-1)
-        np.subtract(rows, lse[:, None], out=scratch)
+    def work(block: slice, rows: Floats, scratch: Floats, lse: Floats) -> None:
+        np.subtract(rows, lse, out=scratch)
         log_probs_to_half(scratch, out[block])
         normaliser[block] = _log_sum_exp(log_probs_to_single(out[block], scratch), np.empty_like(rows))
 
-    list(pool.map(work, _blocks(n_rows)))
+    nll, top1 = _each_block(logits, targets, pool, work)
     return ReferenceRows(out, normaliser, nll, top1)
 
 
@@ -143,27 +156,20 @@ def compare_rows(
     Returns:
         The same figures as :func:`compare_positions`, within fp32 rounding.
     """
-    n_rows = logits.shape[0]
-    nll, kld = np.empty(n_rows, np.float32), np.empty(n_rows, np.float32)
-    same = np.empty(n_rows, np.bool_)
+    kld = np.empty(logits.shape[0], np.float32)
 
-    def work(block: slice) -> None:
-        rows = logits[block]
-        scratch = np.empty_like(rows)
-        lse = _log_sum_exp(rows, scratch)
-        nll[block] = lse - np.take_along_axis(rows, targets[block, None], axis=-1)[:, 0]
-        same[block] = rows.argmax(axis=-1) == reference.top1[block]
+    def work(block: slice, rows: Floats, scratch: Floats, lse: Floats) -> None:
         log_p = log_probs_to_single(reference.log_probs[block], np.empty_like(rows))
         log_p -= reference.normaliser[block, None]
         # log p - log q first: it is small, so the fp32 sum keeps its digits (sum p log p - sum p log q would not)
-        np.maximum(rows, lse[:, None] - LEAST, out=scratch)  # a logit of -inf: as improbable as fp16 can tell
+        np.maximum(rows, lse - LEAST, out=scratch)  # a logit of -inf: as improbable as fp16 can tell
         np.subtract(log_p, scratch, out=scratch)
-        scratch += lse[:, None]
+        scratch += lse
         np.exp(log_p, out=log_p)
         kld[block] = np.einsum("ij,ij->i", log_p, scratch)
 
-    list(pool.map(work, _blocks(n_rows)))
-    return PositionStats(nll, kld, same, np.exp(-nll))
+    nll, top1 = _each_block(logits, targets, pool, work)
+    return PositionStats(nll, kld, top1 == reference.top1, np.exp(-nll))
 
 
 def compare(

@@ -13,7 +13,7 @@ import numpy as np
 
 from veloxbench.inputs.corpora import TokenBlock
 from veloxbench.measure.exact import Case, FixedInputs, Products, digest, observe
-from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures
+from veloxbench.measure.suite import Cell, Measured, Measurement, Rates, Suite, Tick, measures
 from veloxbench.methods.cache_under_test import arrays_of
 from veloxbench.methods.veloxquant import implementation
 from veloxbench.records.arm import Arm
@@ -367,7 +367,7 @@ class Exact(Suite):
         """The fixed inputs."""
         return TextRef(name="fixed inputs", tokens_sha256=cell.task.sha256)
 
-    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+    def measure(self, item: Measurement, bench: None, tick: Tick) -> Measured:
         """Produce the case and reduce what it produced to digests, sizes and sums."""
         return Measured(*observe(case_of(item.cell.arm)))
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from pydantic import Field
 
 from veloxbench.measure.account import Array, reachable
-from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures, needed
+from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures
 from veloxbench.methods.cache_under_test import CacheUnderTest, arrays_of
 from veloxbench.methods.registry import Geometry
 from veloxbench.records.arm import Arm
@@ -116,9 +116,8 @@ class Holds(Suite):
         """What is fed passes no layer of the model."""
         return 4 + float(cell.task.tokens) / 256
 
-    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+    def measure(self, item: Measurement, bench: Bench, tick: Tick) -> Measured:
         """Feed all layers in two halves and count after each."""
-        bench = needed(bench)
         weights: Any = tree_flatten(bench.model.parameters())  # type: ignore[no-untyped-call]
         known = [array for _, array in weights]
         shapes = [shape for shape in bench.shapes if shape is not None]

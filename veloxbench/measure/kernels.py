@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from veloxbench.errors import UsageError
-from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures, needed
+from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures
 from veloxbench.records.arm import Arm
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.record import Estimate
@@ -129,9 +129,9 @@ class Kernels(Suite):
             return f"its caches hold keys and values of {dims} channels, its config.json says {shape.head_dim}"
         return refusal(shape, _code_bits(cell.arm))
 
-    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+    def measure(self, item: Measurement, bench: Bench, tick: Tick) -> Measured:
         """Count one step."""
-        shape = head_shape(needed(bench).handle.directory)
+        shape = head_shape(bench.handle.directory)
         if shape is None:
             raise UsageError(f"kernels: {item.subject.model.name} has no head shape to count for")
         return Measured(count(item.cell.task, shape, _code_bits(item.cell.arm)))

@@ -13,8 +13,8 @@ from pydantic import Field
 from veloxbench.errors import EngagementError, ExitCode, VeloxError
 from veloxbench.measure.account import allocated_bits_per_value, bits_per_value
 from veloxbench.measure.memory_process import Reply, Request
-from veloxbench.measure.suite import SLOWER, Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures, needed
-from veloxbench.records.arm import REFERENCE, Arm
+from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures
+from veloxbench.records.arm import Arm
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.record import Estimate, LayerEngagement
 
@@ -156,13 +156,12 @@ class Memory(Suite):
 
     def seconds(self, cell: Cell, rates: Rates) -> float:
         """Starting the process, the prefill and the decode steps."""
-        slower = 1.0 if cell.arm == REFERENCE else SLOWER
         task: MemorySpec = cell.task
-        return 6 + slower * (rates.prefix_seconds(task.tokens) + 2 * task.decode_steps * rates.step_seconds)
+        return 6 + cell.slower * (rates.prefix_seconds(task.tokens) + 2 * task.decode_steps * rates.step_seconds)
 
-    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+    def measure(self, item: Measurement, bench: Bench, tick: Tick) -> Measured:
         """Run the arm's process and check its bytes."""
-        bench, arm, task = needed(bench), item.cell.arm, item.cell.task
+        arm, task = item.cell.arm, item.cell.task
         request = Request(
             **arm.model_dump(),
             model=str(bench.handle.directory),

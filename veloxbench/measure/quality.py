@@ -20,19 +20,7 @@ from veloxbench.measure.account import allocated_bits_per_value, bits_per_value
 from veloxbench.measure.divergence import PositionStats, ReferenceRows, compare
 from veloxbench.measure.protocol import Chunked, Decode, Protocol, feed
 from veloxbench.measure.reference import lockstep, vocabulary_of
-from veloxbench.measure.suite import (
-    SLOWER,
-    ArmCaches,
-    Bench,
-    Cell,
-    Measured,
-    Measurement,
-    Rates,
-    Suite,
-    Tick,
-    measures,
-    needed,
-)
+from veloxbench.measure.suite import ArmCaches, Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures
 from veloxbench.methods.registry import reference_of
 from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.intervals import finite, mean_interval, quantile_interval
@@ -226,20 +214,18 @@ class Perplexity(Suite):
 
     def seconds(self, cell: Cell, rates: Rates) -> float:
         """Tokens in batches, and for the decode protocol steps of a batch."""
-        slower = 1.0 if cell.arm == REFERENCE else SLOWER
         task: Protocol = cell.task
         if isinstance(task, Chunked):
-            return slower * task.sequences * task.length * rates.token_seconds
+            return cell.slower * task.sequences * task.length * rates.token_seconds
         batched = task.sequences * task.prefix * rates.token_seconds
-        return slower * (batched + task.steps * (rates.step_seconds + task.sequences * rates.token_seconds))
+        return cell.slower * (batched + task.steps * (rates.step_seconds + task.sequences * rates.token_seconds))
 
     def units(self, cell: Cell) -> int:
         """Scored positions of all sequences."""
         return int(cell.task.sequences * cell.task.n_scored)
 
-    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+    def measure(self, item: Measurement, bench: Bench, tick: Tick) -> Measured:
         """Feed the arm and compare every scored position with the reference; the reference gets its noise floor."""
-        bench = needed(bench)
         task, tokens, arm = item.cell.task, item.block.tokens, kept_decoded(bench.caches(item.cell.arm))
         if item.cell.arm == REFERENCE:
             nll = run_reference(computed_reference(item, bench, arm), len(tokens), tick)

@@ -20,18 +20,7 @@ from veloxbench.errors import UsageError
 from veloxbench.measure.divergence import PositionStats
 from veloxbench.measure.protocol import Chunked
 from veloxbench.measure.quality import computed_reference, cost, kept_decoded, reference_rows_of, run_arm, run_reference
-from veloxbench.measure.suite import (
-    SLOWER,
-    Bench,
-    Cell,
-    Measured,
-    Measurement,
-    Rates,
-    Suite,
-    Tick,
-    measures,
-    needed,
-)
+from veloxbench.measure.suite import Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures
 from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.intervals import finite, mean_interval
 from veloxbench.records.record import Estimate, LayerEngagement
@@ -242,16 +231,14 @@ class Retrieval(Suite):
 
     def seconds(self, cell: Cell, rates: Rates) -> float:
         """Tokens in batches."""
-        slower = 1.0 if cell.arm == REFERENCE else SLOWER
-        return slower * float(cell.task.sequences * cell.task.length) * rates.token_seconds
+        return cell.slower * float(cell.task.sequences * cell.task.length) * rates.token_seconds
 
     def units(self, cell: Cell) -> int:
         """Tokens of all sequences."""
         return int(cell.task.sequences * cell.task.length)
 
-    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+    def measure(self, item: Measurement, bench: Bench, tick: Tick) -> Measured:
         """Lay the task out on the text, feed the arm and compare the positions that count with the reference."""
-        bench = needed(bench)
         laid = item.cell.task.laid(item.block.tokens, bench.context.tokenizer)
         task = Chunked(item.cell.sequences, item.cell.fed, CHUNK, laid.score_from)
         item = dataclasses.replace(

@@ -55,6 +55,11 @@ class Cell:
     fed: int = 0
 
     @property
+    def slower(self) -> float:
+        """How many times longer than fp16 the arm's cache is assumed to take, for estimates."""
+        return 1.0 if self.arm == REFERENCE else 1.5
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The task's fields as a record keeps them."""
         fields = self.task.model_dump() if isinstance(self.task, BaseModel) else dataclasses.asdict(self.task)
@@ -205,11 +210,11 @@ class Suite(ABC):
         return bench.refusal(cell.arm)
 
     @abstractmethod
-    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+    def measure(self, item: Measurement, bench: Any, tick: Tick) -> Measured:
         """Measure one cell.
 
         Args:
-            bench: None for a suite whose row needs no model.
+            bench: a :class:`Bench`; None for a suite whose row needs no model.
 
         Raises:
             EngagementError: the method did not hold a layer that it claims, or its bytes differ from its formula.
@@ -231,17 +236,6 @@ def cell_of(suite: Suite, settings: Mapping[str, Any], arm: Arm) -> Cell:
     if not cells:
         raise UsageError(f"the suite {suite.name} does not measure {arm} with these settings here: {task}")
     return cells[0]
-
-
-SLOWER = 1.5
-"""How much longer a quantized cache is assumed to take, for estimates."""
-
-
-def needed(bench: Bench | None) -> Bench:
-    """The bench of a suite whose row says that it needs a model."""
-    if bench is None:
-        raise ValueError("a suite that needs a model was given none")
-    return bench
 
 
 _SUITES: dict[str, Suite] = {}

@@ -19,19 +19,7 @@ from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
 from veloxbench.errors import UsageError
-from veloxbench.measure.suite import (
-    SLOWER,
-    ArmCaches,
-    Bench,
-    Cell,
-    Measured,
-    Measurement,
-    Rates,
-    Suite,
-    Tick,
-    measures,
-    needed,
-)
+from veloxbench.measure.suite import ArmCaches, Bench, Cell, Measured, Measurement, Rates, Suite, Tick, measures
 from veloxbench.methods.cache_under_test import arrays_of
 from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.intervals import median_interval, ratio_interval
@@ -174,14 +162,12 @@ class Throughput(Suite):
 
     def seconds(self, cell: Cell, rates: Rates) -> float:
         """Both sides' prefills, then both sides' decode steps of every pair."""
-        slower = 1.0 if cell.arm == REFERENCE else SLOWER
         task: Timing = cell.task
-        prefills = task.prefill_pairs * (1 + slower) * rates.prefix_seconds(task.depth)
-        return prefills + task.pairs * (1 + 3 * slower) * (task.steps + 1) * rates.step_seconds
+        prefills = task.prefill_pairs * (1 + cell.slower) * rates.prefix_seconds(task.depth)
+        return prefills + task.pairs * (1 + 3 * cell.slower) * (task.steps + 1) * rates.step_seconds
 
-    def measure(self, item: Measurement, bench: Bench | None, tick: Tick) -> Measured:
+    def measure(self, item: Measurement, bench: Bench, tick: Tick) -> Measured:
         """Time the arm; what held its layers is read from the caches that were filled last."""
-        bench = needed(bench)
         timing, caches_of, model, kept = item.cell.task, bench.caches, bench.model, bench.kept
         last: list[ArmCaches] = []
 

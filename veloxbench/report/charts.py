@@ -278,6 +278,9 @@ def speeds(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Drawn |
     return alt.layer(one, bars, marks).properties(**_wide(20 * len({row["arm"] for row in timed}) + 4))
 
 
+_TO = "kld_mean_to_"
+"""Begins the names of the task ``by depth``, whose ends are positions."""
+
 PHASES = (
     ("held, tables with it", ("cache_bytes", "static_bytes")),
     ("peak of decode", ("decode_peak_bytes",)),
@@ -320,6 +323,43 @@ def phases(records: Sequence[Record]) -> Drawn | None:
         )
         .properties(**_wide(22 * len({bar["arm"] for bar in bars})))
     )
+
+
+def by_position(records: Sequence[Record], methods: Sequence[str]) -> Drawn | None:
+    """KLD by how deep in the text it is scored, arm by arm, with intervals. None where no record tells.
+
+    Args:
+        records: of one model; those of the retrieval suite's task ``by depth`` tell.
+    """
+    deep = [r for r in records if r.subject.protocol == "by depth" and r.status == "measured"]
+    lengths = Counter(int(str(r.subject.settings["length"])) for r in deep)
+    spots = [
+        {
+            "arm": printable(record.subject.method.label),
+            "method": printable(record.subject.method.name),
+            "position": int(name.removeprefix(_TO)),
+            "kld": found.value,
+            "low": found.low,
+            "high": found.high,
+            "record": record.id[:12],
+        }
+        for record in deep
+        if record.subject.settings["length"] == max(lengths, key=lambda length: (lengths[length], length))
+        for name, found in record.metrics.items()
+        if name.startswith(_TO) and found.value > 0
+    ]
+    if not spots:
+        return None
+    base = alt.Chart(_data(spots)).encode(
+        alt.X("position:Q", title="scored up to this token of the text", scale=alt.Scale(zero=True)),
+        color=_looks(methods)["colour"],
+        detail="arm:N",
+    )
+    hover = ["arm:N", alt.Tooltip("position:Q", title="up to token"), alt.Tooltip("kld:Q", format=".2g"), "record:N"]
+    y = alt.Y("kld:Q", title="KLD, nats a token", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=5))
+    lines = base.mark_line(point=True).encode(y, tooltip=hover)
+    bars = base.transform_filter("datum.low > 0").mark_rule().encode(alt.Y("low:Q"), y2="high:Q")
+    return alt.layer(lines, bars).properties(**_wide(260))
 
 
 def layer_bits(records: Sequence[Record]) -> Drawn | None:

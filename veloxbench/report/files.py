@@ -7,7 +7,6 @@ from pathlib import Path
 from veloxbench.records.journal import write_text
 from veloxbench.records.store import Store
 from veloxbench.report.history import read_history
-from veloxbench.report.html import render_html
 from veloxbench.report.page import DETAILS, beside, render
 
 PAGE = "BENCHMARK_RESULTS.md"
@@ -18,6 +17,8 @@ def write_pages(folder: Path, store: Store) -> None:
     """Write the pages of a run, as far as there is anything to show; the HTML page has the charts."""
     (records, others), failures = store.newest(), store.failures()
     if records or failures:
+        from veloxbench.report.html import render_html  # a second for its charts: not before there is a page
+
         history = read_history([store.path])
         files = {f"{DETAILS}/{name}": text for name, text in beside(records, drawn=False).items()}
         files |= {PAGE: render(records, failures, others, drawn=False)}

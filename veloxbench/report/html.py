@@ -132,6 +132,7 @@ def _sections(
             chart(made, title, f"{name}: {title}")
             for made, title in (
                 (charts.speeds(drawn, methods), "Decode speed beside fp16"),
+                (charts.by_position(of_model, methods), "Error by position"),
                 (charts.phases(of_model), "Memory by phase"),
                 (charts.layer_bits(of_model), "Bits by layer"),
                 *(

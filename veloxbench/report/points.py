@@ -108,34 +108,33 @@ def points(records: Sequence[Record]) -> dict[str, list[Point]]:
         records: of one model.
     """
     measured = [record for record in table_rows(records) if record.status == "measured"]
-    evaluated = [record for record in measured if "calibration" not in record.subject.text.name]
-    fullest = fullest_group(evaluated)
-    labels = dict.fromkeys(record.subject.method.label for record in measured if record.subject.suite != "kernels")
-    best = {}
-    for label in labels:
-        of_arm = [record for record in evaluated if record.subject.method.label == label]
-        best[label] = best_quality(of_arm, fullest)
+    fullest = fullest_group(filter(_is_evaluated, measured))
+    by_label: dict[str, list[Record]] = {}
+    for record in measured:
+        if record.subject.suite != "kernels":
+            by_label.setdefault(record.subject.method.label, []).append(record)
+    best = {label: best_quality(filter(_is_evaluated, of_arm), fullest) for label, of_arm in by_label.items()}
+    sizes = {
+        label: (_largest(of_arm, "memory", "tokens"), _largest(of_arm, "throughput", "depth"))
+        for label, of_arm in by_label.items()
+    }
     by_group = {BEST: best} | {
         title: {record.subject.method.label: record for record in rows if quality_word(record.metrics) is not None}
         for title, rows in quality_groups(measured).items()
     }
 
-    def point(label: str, quality: Record | None) -> Point:
-        of_arm = [record for record in measured if record.subject.method.label == label]
-        return Point(quality, _largest(of_arm, "memory", "tokens"), _largest(of_arm, "throughput", "depth"))
-
     return {
         title: [
-            one
-            for label in labels
-            if (one := point(label, of_group.get(label))).quality is not None or (_is_fp16(label) and one.memory)
+            Point(of_group.get(label), memory, speed)
+            for label, (memory, speed) in sizes.items()
+            if of_group.get(label) is not None or (label == REFERENCE.name and memory)
         ]
         for title, of_group in by_group.items()
     }
 
 
-def _is_fp16(label: str) -> bool:
-    return label == REFERENCE.name
+def _is_evaluated(record: Record) -> bool:
+    return "calibration" not in record.subject.text.name
 
 
 def _largest(records: Sequence[Record], suite: str, setting: str) -> Record | None:

@@ -7,7 +7,8 @@ with the tokens (fp16 sinks, which do not, included), and so does all working me
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -280,15 +281,15 @@ def _rank(record: Record) -> tuple[bool, bool, int]:
     return "calibration" not in subject.text.name, subject.protocol == "decode", sequences
 
 
-def fullest_group(records: Sequence[Record]) -> tuple[str, str, str] | None:
+def fullest_group(records: Iterable[Record]) -> tuple[str, str, str] | None:
     """Of the groups of the best rank the one with most arms; :func:`best_quality` takes it."""
     of_quality = [record for record in records if quality_word(record.metrics) is not None]
-    groups = [_group(record) for record in of_quality]
-    best = max(of_quality, key=lambda record: (*_rank(record), groups.count(_group(record))), default=None)
+    arms = Counter(map(_group, of_quality))
+    best = max(of_quality, key=lambda record: (*_rank(record), arms[_group(record)]), default=None)
     return None if best is None else _group(best)
 
 
-def best_quality(records: Sequence[Record], fullest: tuple[str, str, str] | None = None) -> Record | None:
+def best_quality(records: Iterable[Record], fullest: tuple[str, str, str] | None = None) -> Record | None:
     """Of one arm's records the one to quote: of the group that is asked for, or else of the best rank."""
     of_quality = [record for record in records if quality_word(record.metrics) is not None]
     return max(of_quality, key=lambda record: (_group(record) == fullest, *_rank(record)), default=None)

@@ -13,7 +13,7 @@ from veloxbench.inputs.sources import PinnedFile, is_whole, path_of
 from veloxbench.measure.suite import Cell
 from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import NO_MODEL, Record
-from veloxbench.run.grid import Grid
+from veloxbench.run.grid import Grid, missing_peers
 from veloxbench.run.plan import Shard, cells, identity, identity_of, settings
 
 
@@ -73,8 +73,8 @@ def expected(grid: Grid, shard: Shard, known: Iterable[Record], here: Iterable[R
 
 
 def to_fetch(grid: Grid) -> list[Fetched]:
-    """Models and texts of a grid that are not on this machine."""
-    missing: list[Fetched] = []
+    """Models, texts and peers of a grid that are not on this machine."""
+    missing = [Fetched(requirement, None) for requirement in missing_peers(grid)]
     if not grid.needs_model:
         return missing
     for model in grid.models:

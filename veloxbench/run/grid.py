@@ -14,11 +14,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
+from packaging.requirements import Requirement
 from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
 
 from veloxbench.errors import UsageError, unknown_name, validation_reason
 from veloxbench.inputs.corpora import Role
 from veloxbench.measure.suite import Suite, get_suite, known_suites
+from veloxbench.methods.peers import known_peers
 from veloxbench.methods.registry import checked, get_method
 from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.frozen import Frozen
@@ -81,6 +83,8 @@ class Grid(Frozen):
     n_layers: int | None = Field(default=None, ge=1)
     corpus: str = Field(default="wikitext-2", min_length=1)
     part: Role = "evaluation"
+    peers: tuple[str, ...] = ()
+    """What ``run --peers`` gives to pip, each for an environment of its own, where it is not there."""
     arms: tuple[ArmSpec, ...] = ()
 
     @field_validator("suites")
@@ -160,6 +164,23 @@ def load_grid(profile: str) -> Grid:
     if profile not in names:
         raise unknown_name("profile", profile, names)
     return parse_grid((folder / f"{profile}.toml").read_text(encoding="utf-8"), f"profile {profile!r}")
+
+
+def peers_grid(grid: Grid) -> Grid:
+    """The grid of the profile ``peers`` on a grid's models and text.
+
+    Raises:
+        UsageError: the grid reads no model.
+    """
+    if not grid.needs_model:
+        raise UsageError("--peers needs a profile that reads a model")
+    return customise(load_grid("peers"), models=grid.models, corpus=grid.corpus)
+
+
+def missing_peers(grid: Grid) -> list[str]:
+    """Those of a grid's peers that have no environment on this machine, as pip is asked for them."""
+    here = known_peers()
+    return [requirement for requirement in grid.peers if Requirement(requirement).name not in here]
 
 
 def parse_grid(text: str, origin: str) -> Grid:

@@ -73,6 +73,7 @@ class Run:
         accept_licence: download models whose licence must be accepted first.
         fresh: measure everything anew, whatever the store has.
         shard: the part of the grid that this run carries out.
+        beside: a second grid of the same models, measured in the same run.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class Run:
         accept_licence: bool = False,
         fresh: bool = False,
         shard: Shard = WHOLE,
+        beside: Grid | None = None,
     ) -> None:
+        self.grids = (grid,) if beside is None else (grid, beside)
         self.grid, self.store, self.reporter, self.progress = grid, store, reporter, progress
         self.accept_licence = accept_licence
         self._fresh = fresh
@@ -110,7 +113,8 @@ class Run:
         if model not in self._plans:
             if self.grid.needs_model:
                 handle = resolve_model(model, reporter=self.reporter, accept_licence=self.accept_licence)
-                self._plans[model] = Plan(handle, plan_model(self.grid, handle, self.reporter, self.shard))
+                items = [item for grid in self.grids for item in plan_model(grid, handle, self.reporter, self.shard)]
+                self._plans[model] = Plan(handle, list({item.subject.key: item for item in items}.values()))
             else:
                 self._plans[model] = Plan(None, measurements_without_model(self.grid, self.shard))
             self.store.begin(self.keys)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -63,6 +62,8 @@ def measure(item: Measurement, bench: Bench | None, tick: Tick) -> Record:
     else:
         refusal = None if bench is None else suite.refusal(item.cell, bench)
         measured = Measured({}) if refusal else suite.measure(item, bench, tick)
+    commit, dirty = provenance.git_state()
+    project_commit, project_dirty = provenance.project_state(Path.cwd())
     return Record.create(
         subject=item.subject,
         status="unsupported" if refusal else "measured",
@@ -70,38 +71,17 @@ def measure(item: Measurement, bench: Bench | None, tick: Tick) -> Record:
         metrics=measured.metrics,
         samples=measured.samples,
         engagement=measured.layers,
-        provenance=_provenance(
-            started,
-            time.perf_counter() - clock,
-            state,
-            versions,
+        provenance=Provenance(
+            started=started,
+            seconds=time.perf_counter() - clock,
+            commit=commit,
+            dirty=dirty,
+            project_commit=project_commit,
+            project_dirty=project_dirty,
+            versions=versions,
+            hardware=machine.hardware(),
+            state=state,
             model_licence=None if bench is None else bench.handle.licence,
             text_licence=item.block.licence,
         ),
-    )
-
-
-def _provenance(
-    started: datetime,
-    seconds: float,
-    state: dict[str, Any],
-    versions: dict[str, str],
-    *,
-    model_licence: str | None,
-    text_licence: str | None,
-) -> Provenance:
-    commit, dirty = provenance.git_state()
-    project_commit, project_dirty = provenance.project_state(Path.cwd())
-    return Provenance(
-        started=started,
-        seconds=seconds,
-        commit=commit,
-        dirty=dirty,
-        project_commit=project_commit,
-        project_dirty=project_dirty,
-        versions=versions,
-        hardware=machine.hardware(),
-        state=state,
-        model_licence=model_licence,
-        text_licence=text_licence,
     )

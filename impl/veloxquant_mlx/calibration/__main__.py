@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import mlx_lm
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from veloxquant_mlx.calibration import measure
@@ -16,9 +15,8 @@ from veloxquant_mlx.calibration.fit import TableBits
 from veloxquant_mlx.calibration.fitting import AGES, fit_code
 from veloxquant_mlx.calibration.gradients import SINKS
 from veloxquant_mlx.calibration.measure import Measurements, measure_model
+from veloxquant_mlx.command import CONSOLE, run
 from veloxquant_mlx.transforms.klt import Scope
-
-CONSOLE = Console(stderr=True)
 
 
 def calibrate(
@@ -90,25 +88,10 @@ def calibrate(
     )
 
 
-@functools.wraps(calibrate)
-def _stoppable(*arguments: Any, **options: Any) -> None:
-    try:
-        calibrate(*arguments, **options)
-    except KeyboardInterrupt:
-        CONSOLE.print(
-            "calibration: stopped; type the same command again (what --measurements has kept is not measured anew)",
-            markup=False,
-        )
-        raise SystemExit(130) from None
-
-
 def main() -> None:
-    """The command; bad input is one sentence and exit code 2, Ctrl-C one and 130."""
-    try:
-        typer.run(_stoppable)
-    except (ValueError, OSError) as error:
-        CONSOLE.print(f"calibration: {error}", style="red", markup=False)
-        raise SystemExit(2) from error
+    """The command, see :func:`veloxquant_mlx.command.run`."""
+    go_on = "type the same command again (what --measurements has kept is not measured anew)"
+    run(partial(typer.run, calibrate), "calibration", go_on)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 // Native path of the entropy code: interleaved rANS.
 //
-// The format stands at the head of veloxquant_kernels/rans_decode.metal; rans_encode.py and rans_decode.py
+// The format stands at the head of veloxquant_kernels/rans_decode.metal; rans_format.py and rans_decode.py
 // beside it define it in NumPy, and tests hold all of them equal. The decoder reads no word outside of the block
 // that it decodes, whatever the words say. Tables come checked (Tables.check).
 #include <algorithm>
@@ -21,11 +21,6 @@ constexpr int kHeader = 1;
 constexpr int kLengthBits = 6;
 constexpr uint32_t kFirstLevel = 1u << 13;
 constexpr uint32_t kMaxGain = 1024;
-
-constexpr uint8_t kNext4[4][2] = {{0, 1}, {2, 3}, {1, 0}, {3, 2}};
-constexpr uint8_t kNext8[8][2] = {{0, 2}, {5, 7}, {1, 3}, {6, 4}, {2, 0}, {4, 6}, {3, 1}, {7, 5}};
-
-const uint8_t (*next_states(int n_states))[2] { return n_states == 8 ? kNext8 : kNext4; }
 
 inline int half_of(const VqTables& t) { return (t.n_symbols - 2) / 2; }
 
@@ -84,7 +79,7 @@ class BlockEncoder {
   }
 
  private:
-  // Forward: the interval of every symbol, by the token's level and trellis.
+  // Forward: the interval of every symbol, by the token's level.
   void choose(const int32_t* symbols, int n_tokens) {
     const int half = half_of(t_), groups = (n_tokens + kLanes - 1) / kLanes;
     const size_t n_active = active_.size();
@@ -94,14 +89,12 @@ class BlockEncoder {
     for (int token = 0; token < n_tokens; ++token) {
       const int32_t* row = symbols + size_t(token) * t_.n_coefficients;
       uint32_t level = kFirstLevel;
-      int trellis = 0;
       for (size_t a = 0; a < n_active; ++a) {
         const int j = active_[a], kind = t_.classes[j], shift = t_.shifts[j];
         const int32_t value = row[j];
         const size_t step = size_t(token / kLanes) * n_active + a, at = step * kLanes + token % kLanes;
         const int table = t_.class_tables[kind * t_.n_contexts + context_of(t_, level)];
-        const int set = t_.n_states > 1 ? trellis & 1 : 0;
-        const uint16_t* c = t_.cumulative + (size_t(set) * t_.n_tables + table) * (t_.n_symbols + 1);
+        const uint16_t* c = t_.cumulative + size_t(table) * (t_.n_symbols + 1);
         const int64_t near = int64_t(value) >> shift;
         int symbol = near < -half || near > half ? t_.n_symbols - 1 : int(near) + half;
         if (c[symbol] == c[symbol + 1]) symbol = t_.n_symbols - 1;
@@ -112,7 +105,6 @@ class BlockEncoder {
           lows_[at] = shift ? uint32_t(value) & ((1u << shift) - 1) : 0;
         }
         level = next_level(level, uint32_t(std::abs(symbol - half)), t_.weights[kind]);
-        if (t_.n_states > 1) trellis = next_states(t_.n_states)[trellis][value & 1];
       }
     }
   }
@@ -172,7 +164,7 @@ class BlockEncoder {
 // first-level cache, where a symbol for each slot would not be. Made for a call, then dropped.
 struct Lookup {
   explicit Lookup(const VqTables& t) : bits(std::min(8, t.precision)), shift(t.precision - bits) {
-    const size_t n = size_t(t.n_states > 1 ? 2 : 1) * t.n_tables;
+    const size_t n = size_t(t.n_tables);
     firsts.resize(n << bits);
     intervals.resize(n * t.n_symbols);
     for (size_t row = 0; row < n; ++row) {
@@ -235,14 +227,10 @@ void read_numbers(Reader& r, const uint16_t* symbols, int escape, int here, int3
     }
 }
 
-struct Output {
-  int32_t* symbols;
-  size_t token_stride, coefficient_stride;
-};
-
-template <bool kContexts, bool kTrellis>
+// `symbols` is the block's own, a row of n_coefficients for each token.
+template <bool kContexts>
 bool decode_block(const VqTables& t, const Lookup& lookup, const std::vector<int>& active, const uint16_t* words,
-                  const uint16_t* end, int n_tokens, const Output& out, size_t first_token) {
+                  const uint16_t* end, int n_tokens, int32_t* symbols_of_block) {
   const int lanes = std::min(n_tokens, kLanes), half = half_of(t), escape = t.n_symbols - 1;
   if (end - words < kHeader + 2 * lanes || words[0] + 1 != n_tokens) return false;
   Reader r;
@@ -253,15 +241,12 @@ bool decode_block(const VqTables& t, const Lookup& lookup, const std::vector<int
   }
   r.words = words + kHeader + 2 * lanes;
   const uint32_t mask = (1u << t.precision) - 1;
-  const uint8_t(*next)[2] = next_states(t.n_states);
   uint16_t symbols[kLanes];
   int32_t values[kLanes];
   uint32_t rows[kLanes], level[kLanes];
-  uint8_t trellis[kLanes];
   for (int begin = 0; begin < n_tokens; begin += kLanes) {
     const int here = std::min(kLanes, n_tokens - begin);
     std::fill(level, level + kLanes, kFirstLevel);
-    std::fill(trellis, trellis + kLanes, uint8_t(0));
     for (int j : active) {
       const int kind = t.classes[j], shift = t.shifts[j];
       const uint16_t* class_tables = t.class_tables + size_t(kind) * t.n_contexts;
@@ -271,7 +256,6 @@ bool decode_block(const VqTables& t, const Lookup& lookup, const std::vector<int
       bool escapes = false;
       for (int l = 0; l < here; ++l) {
         rows[l] = class_tables[kContexts ? context_of(t, level[l]) : 0];
-        if (kTrellis) rows[l] += (trellis[l] & 1) * t.n_tables;
         const uint32_t x = r.state[l], slot = x & mask;
         const uint32_t* intervals = lookup.intervals.data() + rows[l] * t.n_symbols;
         uint32_t symbol = lookup.firsts[(rows[l] << lookup.bits) + (slot >> lookup.shift)];
@@ -301,10 +285,7 @@ bool decode_block(const VqTables& t, const Lookup& lookup, const std::vector<int
           if (symbols[l] != escape) values[l] = int32_t((uint32_t(values[l]) << shift) | r.bits(l, shift));
       if (escapes) read_numbers(r, symbols, escape, here, values);
       if (r.damaged) return false;
-      const size_t at = (first_token + begin) * out.token_stride + size_t(j) * out.coefficient_stride;
-      for (int l = 0; l < here; ++l) out.symbols[at + l * out.token_stride] = values[l];
-      if (kTrellis)
-        for (int l = 0; l < here; ++l) trellis[l] = next[trellis[l]][values[l] & 1];
+      for (int l = 0; l < here; ++l) symbols_of_block[size_t(begin + l) * t.n_coefficients + j] = values[l];
     }
   }
   for (int l = 0; l < lanes; ++l)
@@ -334,14 +315,12 @@ VQ_EXPORT int64_t vq_encode(const VqTables* tables, const int32_t* symbols, int6
 }
 
 VQ_EXPORT void vq_decode(const VqTables* tables, const uint16_t* words, const int64_t* starts,
-                         const int64_t* first_tokens, int64_t n_blocks, const VqOutput* output, uint32_t* status) {
+                         const int64_t* first_tokens, int64_t n_blocks, int32_t* symbols, uint32_t* status) {
   const VqTables& t = *tables;
   const std::vector<int> active = active_coefficients(t);
   const Lookup lookup(t);
-  const Output out{output->symbols, size_t(output->token_stride), size_t(output->coefficient_stride)};
-  const auto decode = t.n_contexts > 1 ? (t.n_states > 1 ? decode_block<true, true> : decode_block<true, false>)
-                                       : (t.n_states > 1 ? decode_block<false, true> : decode_block<false, false>);
+  const auto decode = t.n_contexts > 1 ? decode_block<true> : decode_block<false>;
   for (int64_t b = 0; b < n_blocks; ++b)
     status[b] = !decode(t, lookup, active, words + starts[b], words + starts[b + 1],
-                        int(first_tokens[b + 1] - first_tokens[b]), out, size_t(first_tokens[b]));
+                        int(first_tokens[b + 1] - first_tokens[b]), symbols + first_tokens[b] * t.n_coefficients);
 }

@@ -9,10 +9,5 @@ struct VqTables {  // veloxquant_kernels.rans_format.Tables
   const uint16_t* class_tables;
   const uint16_t* weights;
   const uint8_t* contexts;
-  int32_t n_coefficients, n_tables, n_symbols, n_contexts, precision, n_states;
-};
-
-struct VqOutput {
-  int32_t* symbols;
-  int64_t token_stride, coefficient_stride;
+  int32_t n_coefficients, n_tables, n_symbols, n_contexts, precision;
 };

@@ -4,8 +4,9 @@ The format is the one that ``veloxquant_kernels/rans_decode.metal`` states: bloc
 words that decodes alone; a lane a token, 32 interleaved rANS lanes on one stream; a table for each class of
 coefficients in each context, which is how large the token's coefficients have been so far. Any int32 has a code.
 
-Here: tables, blocks, sizes. :mod:`veloxquant_mlx.codes.native` codes in C++ where a compiler is; the NumPy definitions
-are ``veloxquant_kernels.rans_encode`` and ``rans_decode``.
+Here: tables, blocks, sizes. Metal decodes where kernels are launched; :mod:`veloxquant_mlx.codes.native` encodes, and
+decodes on a CPU, in C++ where a compiler is; the NumPy definitions are ``veloxquant_kernels.rans_format`` and
+``rans_decode``.
 
 Cost: ``log2 1/p`` bits a number; beside it, for each block, a word, 4 bytes of length and 32 bits of state a lane, of
 which 8 on average carry symbols: .06 bits a value in blocks of 32 tokens of 384 coefficients, .008 in blocks of 256.
@@ -17,11 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from veloxquant_kernels.rans_decode import rans_decode_reference
-from veloxquant_kernels.rans_encode import rans_encode_reference, step_parts
+from veloxquant_kernels.kernel import launches_on
+from veloxquant_kernels.rans_decode import rans_decode, rans_decode_reference
 from veloxquant_kernels.rans_format import (
     HEADER_WORDS,
     MAX_BLOCK_TOKENS,
@@ -31,6 +33,8 @@ from veloxquant_kernels.rans_format import (
     TokenModel,
     Words,
     check_layout,
+    rans_encode_reference,
+    step_parts,
 )
 from veloxquant_kernels.rans_format import INACTIVE as INACTIVE
 from veloxquant_mlx.codes import native
@@ -41,12 +45,11 @@ class TableFamily:
     """The tables that all layers share.
 
     Attributes:
-        cumulative: ``[n_sets, n_tables, n_symbols + 1]`` uint16 cumulative frequencies; two sets for a trellis.
+        cumulative: ``[n_tables, n_symbols + 1]`` uint16 cumulative frequencies.
         class_tables: ``[n_classes, n_contexts]`` uint16, the table of a class in each context.
         weights: ``[n_classes]`` uint16, what a magnitude of one adds to a token's level.
         contexts: ``[256]`` uint8, the context at each level.
         precision: frequencies of a table sum to ``2**precision``.
-        n_states: states of the trellis: 1 for none, 4 or 8.
 
     Raises:
         ValueError: an array outside of the format.
@@ -57,7 +60,6 @@ class TableFamily:
     weights: NDArray[np.uint16]
     contexts: NDArray[np.uint8]
     precision: int
-    n_states: int = 1
 
     def __post_init__(self) -> None:
         for name, dtype in (("cumulative", "u2"), ("class_tables", "u2"), ("weights", "u2"), ("contexts", "u1")):
@@ -67,7 +69,7 @@ class TableFamily:
     def tables(self, classes: NDArray[np.uint16], shifts: NDArray[np.uint8]) -> Tables:
         """With a layer's own classes: what encoder and decoder work with."""
         arrays = (self.cumulative, self.class_tables, self.weights, self.contexts)
-        return Tables(classes, shifts, *arrays, self.precision, self.n_states)
+        return Tables(classes, shifts, *arrays, self.precision)
 
     @property
     def n_classes(self) -> int:
@@ -77,7 +79,7 @@ class TableFamily:
     @property
     def half(self) -> int:
         """Largest magnitude that has a symbol of its own."""
-        return int(self.cumulative.shape[2] - 3) // 2
+        return int(self.cumulative.shape[1] - 3) // 2
 
     @property
     def nbytes(self) -> int:
@@ -86,16 +88,20 @@ class TableFamily:
 
     @cached_property
     def bits(self) -> NDArray[np.float32]:
-        """``[n_sets, n_tables, n_symbols]``: bits of each symbol; infinite for one that has no frequency."""
+        """``[n_tables, n_symbols]``: bits of each symbol; infinite for one that has no frequency."""
         frequencies = np.diff(self.cumulative.astype(np.float64), axis=-1)
         with np.errstate(divide="ignore"):
             return (self.precision - np.log2(frequencies)).astype(np.float32)
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
-        """Arrays by name, for safetensors."""
-        names = ("cumulative", "class_tables", "weights", "contexts")
-        form = np.array([self.precision, self.n_states], np.uint8)
-        return {**{name: getattr(self, name) for name in names}, "form": form}
+        """Arrays by name, for safetensors.
+
+        ``cumulative`` has a first axis of one, and ``form`` a one behind the precision: an older form had a choice
+        there, and calibrations keep their hashes.
+        """
+        form = np.array([self.precision, 1], np.uint8)
+        plain = {name: getattr(self, name) for name in ("class_tables", "weights", "contexts")}
+        return {"cumulative": self.cumulative[None], **plain, "form": form}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, ArrayLike]) -> TableFamily:
@@ -109,10 +115,10 @@ class TableFamily:
         if missing:
             raise ValueError(f"arrays lacks {missing[0]!r} of the entropy code's tables")
         form = np.asarray(arrays["form"]).ravel()
-        if form.size != 2:
-            raise ValueError(f"form must be [precision, n_states], got {form.size} numbers")
         cumulative, class_tables, weights, contexts = (np.asarray(arrays[name]) for name in names[:4])
-        return cls(cumulative, class_tables, weights, contexts, int(form[0]), int(form[1]))
+        if form.size != 2 or form[1] != 1 or cumulative.shape[:1] != (1,):
+            raise ValueError(f"form must be [precision, 1] and cumulative [1, ...], got {form} and {cumulative.shape}")
+        return cls(cumulative[0], class_tables, weights, contexts, int(form[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,7 +309,12 @@ def decode_blocks(blocks: EntropyBlocks, tables: EntropyTables, first: int = 0, 
     if last == first:
         return np.zeros((0, len(tables.classes)), np.int32)
     library = native.library()
-    if library is None:
+    where = launches_on(None)
+    if where is not None:
+        records = (mx.array(blocks.words), mx.array(starts.astype(np.uint32)), mx.array(tokens.astype(np.uint32)))
+        planes, status = map(np.array, rans_decode(*records, tables.tables, backend=where))
+        symbols = np.ascontiguousarray(planes.T)
+    elif library is None:
         planes, status = rans_decode_reference(blocks.words, starts, tokens, tables.tables)
         symbols = np.ascontiguousarray(planes.T)
     else:

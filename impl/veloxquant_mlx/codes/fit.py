@@ -58,31 +58,33 @@ def _smoothed(counts: Floats) -> Floats:
     return np.asarray(p / p.sum(-1, keepdims=True))
 
 
+def _pooled(counts: Floats, member: NDArray[np.int64], n_clusters: int) -> Floats:
+    pooled = np.zeros((n_clusters, counts.shape[1]))
+    np.add.at(pooled, member, counts)
+    return pooled
+
+
 def _clusters(counts: Floats, n_clusters: int) -> tuple[NDArray[np.int64], Floats]:
-    """Clusters of histograms ``[n, sets, n_symbols]`` by code length, in the order of their entropy.
+    """Clusters of histograms ``[n, n_symbols]`` by code length, in the order of their entropy.
 
     Returns:
-        ``[n]`` cluster of each, and the pooled counts ``[clusters, sets, n_symbols]``; empty clusters are dropped.
+        ``[n]`` cluster of each, and the pooled counts ``[clusters, n_symbols]``; empty clusters are dropped.
     """
-    p = counts / np.maximum(counts.sum((1, 2), keepdims=True), 1)
-    entropy = -np.sum(p * np.log2(np.maximum(p, 1e-12)), (1, 2))
+    p = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    entropy = -np.sum(p * np.log2(np.maximum(p, 1e-12)), 1)
     place = np.log(entropy + 0.01)
     edges = np.linspace(place.min(), place.max() + 1e-9, n_clusters + 1)
     member = np.clip(np.searchsorted(edges, place, side="right") - 1, 0, n_clusters - 1)
     for _ in range(ITERATIONS):
         used, member = np.unique(member, return_inverse=True)
-        pooled = np.zeros((len(used), *counts.shape[1:]))
-        np.add.at(pooled, member, counts)
-        bits = -np.log2(_smoothed(pooled))
-        nearest = np.einsum("nsa,csa->nc", counts, bits, optimize=True).argmin(axis=1)
+        nearest = (counts @ -np.log2(_smoothed(_pooled(counts, member, len(used)))).T).argmin(axis=1)
         if (nearest == member).all():
             break
         member = nearest
     used, member = np.unique(member, return_inverse=True)
-    pooled = np.zeros((len(used), *counts.shape[1:]))
-    np.add.at(pooled, member, counts)
+    pooled = _pooled(counts, member, len(used))
     p = _smoothed(pooled)
-    order = np.argsort(-(p * np.log2(p)).sum((1, 2)))
+    order = np.argsort(-(p * np.log2(p)).sum(1))
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     return rank[member], pooled[order]
@@ -115,16 +117,16 @@ def integer_frequencies(p: Floats, precision: int) -> NDArray[np.uint16]:
     return cumulative.reshape(*p.shape[:-1], -1).astype(np.uint16)
 
 
-def _levels(layer: Symbols, tables: EntropyTables) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Level and set ``[n_active, n]`` before each active coefficient of each token."""
+def _levels(layer: Symbols, tables: EntropyTables) -> NDArray[np.int64]:
+    """Level ``[n_active, n]`` before each active coefficient of each token."""
     t = tables.tables
     model = TokenModel.start(t, (len(layer),))
-    levels, sets = (np.zeros((len(t.active), len(layer)), np.int64) for _ in range(2))
+    levels = np.zeros((len(t.active), len(layer)), np.int64)
     symbols = _symbols(layer, t.shifts, t.half)
     for i, j in enumerate(t.active):
-        levels[i], sets[i] = np.minimum(model.levels >> LEVEL_SHIFT, N_LEVELS - 1), model.states & 1
-        model.update(int(j), symbols[:, j], layer[:, j].astype(np.int64))
-    return levels, sets
+        levels[i] = np.minimum(model.levels >> LEVEL_SHIFT, N_LEVELS - 1)
+        model.update(int(j), symbols[:, j])
+    return levels
 
 
 def fit_tables(
@@ -135,7 +137,6 @@ def fit_tables(
     n_tables: int = 64,
     half: int = 63,
     precision: int = 12,
-    n_states: int = 1,
 ) -> tuple[TableFamily, tuple[EntropyTables, ...]]:
     """Tables for symbols like these.
 
@@ -144,10 +145,9 @@ def fit_tables(
             from the large ones.
         n_classes: classes of coefficients at most.
         n_contexts: contexts, 1 for none.
-        n_tables: tables at most (in each set).
+        n_tables: tables at most.
         half: largest magnitude with a symbol of its own.
         precision: frequencies of a table sum to ``2**precision``.
-        n_states: states of the trellis that chose the integers, 1 for none.
 
     Returns:
         The family, and each layer's tables. A coefficient that is zero in all of its tokens is not coded.
@@ -166,9 +166,9 @@ def fit_tables(
         _histograms(np.arange(mask.sum()), _symbols(layer, shift, half)[:, mask], int(mask.sum()), n_symbols)
         for layer, mask, shift in zip(layers, active, shifts, strict=True)
     ])  # fmt: skip
-    member, pooled = _clusters(counts[:, None], n_classes)
+    member, pooled = _clusters(counts, n_classes)
     distance = np.abs(np.arange(n_symbols) - half)
-    magnitude = (pooled[:, 0] * distance).sum(-1) / pooled[:, 0].sum(-1)
+    magnitude = (pooled * distance).sum(-1) / pooled.sum(-1)
     weights = np.clip(np.rint(UNIT / (magnitude + LEAST_MAGNITUDE)), 1, 0xFFFF).astype(np.uint16)
     classes, at = [], 0
     for mask in active:
@@ -176,30 +176,27 @@ def fit_tables(
         own[mask] = member[at : at + mask.sum()]
         classes.append(own)
         at += int(mask.sum())
-    n_sets = 1 + (n_states > 1)
-    flat = integer_frequencies(np.repeat(_smoothed(pooled[:, 0])[None], n_sets, 0), precision)
     blank = TableFamily(
-        flat,
+        integer_frequencies(_smoothed(pooled), precision),
         np.arange(len(weights), dtype=np.uint16)[:, None],
         weights,
         np.zeros(N_LEVELS, np.uint8),
         precision,
-        n_states,
     )
     drafts = [EntropyTables(blank, own, shift) for own, shift in zip(classes, shifts, strict=True)]
     walked = [_levels(layer, draft) for layer, draft in zip(layers, drafts, strict=True)]
-    seen = sum(np.bincount(levels.ravel(), minlength=N_LEVELS) for levels, _ in walked)
+    seen = sum(np.bincount(levels.ravel(), minlength=N_LEVELS) for levels in walked)
     rank = (np.cumsum(seen) - 0.5 * seen) / max(int(np.sum(seen)), 1)
     contexts = np.minimum((rank * n_contexts).astype(np.uint8), n_contexts - 1)
-    joint = np.zeros((len(weights) * n_contexts * n_sets, n_symbols))
-    for layer, (levels, sets), draft in zip(layers, walked, drafts, strict=True):
+    joint = np.zeros((len(weights) * n_contexts, n_symbols))
+    for layer, levels, draft in zip(layers, walked, drafts, strict=True):
         own = draft.classes[draft.active].astype(np.int64)[:, None]
-        keys = (own * n_contexts + contexts[levels]) * n_sets + sets
+        keys = own * n_contexts + contexts[levels]
         symbols = _symbols(layer, draft.shifts, half)[:, draft.active].T
         joint += _histograms(keys, symbols, len(joint), n_symbols)
-    table, pooled = _clusters(joint.reshape(-1, n_sets, n_symbols), n_tables)
-    cumulative = integer_frequencies(_smoothed(pooled).transpose(1, 0, 2), precision)
+    table, pooled = _clusters(joint, n_tables)
+    cumulative = integer_frequencies(_smoothed(pooled), precision)
     family = TableFamily(
-        cumulative, table.astype(np.uint16).reshape(len(weights), n_contexts), weights, contexts, precision, n_states
+        cumulative, table.astype(np.uint16).reshape(len(weights), n_contexts), weights, contexts, precision
     )
     return family, tuple(EntropyTables(family, d.classes, d.shifts) for d in drafts)

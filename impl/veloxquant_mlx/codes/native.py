@@ -32,17 +32,14 @@ class _Tables(ctypes.Structure):
             "classes", "shifts", "cumulative", "class_tables", "weights", "contexts"
         )),
         *((name, ctypes.c_int32) for name in (
-            "n_coefficients", "n_tables", "n_symbols", "n_contexts", "precision", "n_states"
+            "n_coefficients", "n_tables", "n_symbols", "n_contexts", "precision"
         )),
     )  # fmt: skip
 
 
-class _Output(ctypes.Structure):
-    _fields_ = (
-        ("symbols", ctypes.c_void_p),
-        ("token_stride", ctypes.c_int64),
-        ("coefficient_stride", ctypes.c_int64),
-    )
+_TABLES: Final = ctypes.POINTER(_Tables)
+_POINTER: Final = ctypes.c_void_p
+_INT: Final = ctypes.c_int64
 
 
 @functools.cache
@@ -59,7 +56,11 @@ def _build() -> ctypes.CDLL | str:
                 produced = Path(folder) / target.name
                 command = [compiler, *_FLAGS, str(HERE / "codes.cpp"), "-o", str(produced)]
                 build.compile_library([command], produced, target)
-        return ctypes.CDLL(str(target))
+        library = ctypes.CDLL(str(target))
+        library.vq_encode.argtypes = (_TABLES, _POINTER, _INT, ctypes.c_int32, _POINTER, _INT, _POINTER)
+        library.vq_encode.restype = _INT
+        library.vq_decode.argtypes = (_TABLES, *3 * (_POINTER,), _INT, _POINTER, _POINTER)
+        return library
     except (build.CompilerNotFound, build.CompilationFailed, OSError) as problem:
         return str(problem).splitlines()[0]
 
@@ -91,52 +92,44 @@ def library() -> ctypes.CDLL | None:
     return built
 
 
-def _pointer(array: NDArray[np.generic] | None) -> int | None:
-    return None if array is None else array.ctypes.data
-
-
 def _tables(tables: Tables) -> _Tables:
     t = tables
     arrays = (t.classes, t.shifts, t.cumulative, t.class_tables, t.weights, t.contexts)
     assert all(array.flags.c_contiguous for array in arrays)
-    n_tables, n_symbols = t.cumulative.shape[1], t.cumulative.shape[2] - 1
-    sizes = (len(t.classes), n_tables, n_symbols, t.class_tables.shape[1], t.precision, t.n_states)
-    pointers = [_pointer(array) for array in arrays]
+    n_tables, n_symbols = t.cumulative.shape[0], t.cumulative.shape[1] - 1
+    sizes = (len(t.classes), n_tables, n_symbols, t.class_tables.shape[1], t.precision)
+    pointers = [array.ctypes.data for array in arrays]
     return _Tables(*pointers, *sizes)
-
-
-def _n_blocks(n_tokens: int, block_tokens: int) -> int:
-    return -(-n_tokens // block_tokens)
 
 
 def coded_lengths(library: ctypes.CDLL, symbols: Symbols, tables: Tables, block_tokens: int) -> NDArray[np.uint32]:
     """Words of each block's record."""
-    lengths = np.zeros(_n_blocks(len(symbols), block_tokens), np.uint32)
-    library.vq_encode(
-        ctypes.byref(_tables(tables)), ctypes.c_void_p(_pointer(symbols)), ctypes.c_int64(len(symbols)),
-        ctypes.c_int32(block_tokens), None, ctypes.c_int64(0), ctypes.c_void_p(_pointer(lengths)),
-    )  # fmt: skip
-    return lengths
+    return _encode(library, symbols, tables, block_tokens, np.zeros(0, np.uint16))[1]
 
 
 def encode(
     library: ctypes.CDLL, symbols: Symbols, tables: Tables, block_tokens: int
 ) -> tuple[Words, NDArray[np.uint32]]:
     """Words of all records, and the words of each."""
-    lengths = np.zeros(_n_blocks(len(symbols), block_tokens), np.uint32)
-    call = library.vq_encode
-    call.restype = ctypes.c_int64
-    capacity = 64 * (len(lengths) + 1) + len(symbols) * (8 + len(tables.classes) // 2)
+    n_words = 64 * (-(-len(symbols) // block_tokens) + 1) + len(symbols) * (8 + len(tables.classes) // 2)
     while True:
-        words = np.empty(capacity, np.uint16)
-        n_words = call(
-            ctypes.byref(_tables(tables)), ctypes.c_void_p(_pointer(symbols)), ctypes.c_int64(len(symbols)),
-            ctypes.c_int32(block_tokens), ctypes.c_void_p(_pointer(words)), ctypes.c_int64(capacity),
-            ctypes.c_void_p(_pointer(lengths)),
-        )  # fmt: skip
-        if n_words <= capacity:
+        words = np.empty(n_words, np.uint16)
+        n_words, lengths = _encode(library, symbols, tables, block_tokens, words)
+        if n_words <= words.size:
             return words[:n_words].copy(), lengths
-        capacity = n_words
+
+
+def _encode(
+    library: ctypes.CDLL, symbols: Symbols, tables: Tables, block_tokens: int, words: Words
+) -> tuple[int, NDArray[np.uint32]]:
+    """How many words the records take, and each of them; written to ``words`` as far as it reaches, if it has any."""
+    lengths = np.zeros(-(-len(symbols) // block_tokens), np.uint32)
+    written = words.ctypes.data if words.size else None
+    of_tables, of_lengths = ctypes.byref(_tables(tables)), lengths.ctypes.data
+    n_words = library.vq_encode(
+        of_tables, symbols.ctypes.data, len(symbols), block_tokens, written, words.size, of_lengths
+    )
+    return n_words, lengths
 
 
 def decode(
@@ -148,23 +141,9 @@ def decode(
 ) -> tuple[Symbols, NDArray[np.uint32]]:
     """Symbols ``[T, d]`` and a status for each block."""
     symbols = np.zeros((int(first_tokens[-1]), len(tables.classes)), np.int32)
-    output = _Output(symbols=_pointer(symbols), token_stride=symbols.shape[1], coefficient_stride=1)
-    return symbols, _decode(library, words, starts, first_tokens, tables, output)
-
-
-def _decode(
-    library: ctypes.CDLL,
-    words: Words,
-    starts: NDArray[np.int64],
-    first_tokens: NDArray[np.int64],
-    tables: Tables,
-    output: _Output,
-) -> NDArray[np.uint32]:
     starts, first_tokens = (np.ascontiguousarray(x, np.int64) for x in (starts, first_tokens))
     status = np.zeros(len(starts) - 1, np.uint32)
-    library.vq_decode(
-        ctypes.byref(_tables(tables)), ctypes.c_void_p(_pointer(words)), ctypes.c_void_p(_pointer(starts)),
-        ctypes.c_void_p(_pointer(first_tokens)), ctypes.c_int64(len(status)), ctypes.byref(output),
-        ctypes.c_void_p(_pointer(status)),
-    )  # fmt: skip
-    return status
+    read, written = (words, starts, first_tokens), (symbols, status)
+    pointers = [[array.ctypes.data for array in arrays] for arrays in (read, written)]
+    library.vq_decode(ctypes.byref(_tables(tables)), *pointers[0], len(status), *pointers[1])
+    return symbols, status

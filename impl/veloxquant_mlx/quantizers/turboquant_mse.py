@@ -9,7 +9,12 @@ import mlx.core as mx
 
 from veloxquant_kernels.codebook import codebook_arrays
 from veloxquant_kernels.packing import check_code_bits, packed_words
-from veloxquant_kernels.turboquant import rotate_quantize_pack, unpack_dequantize_unrotate
+from veloxquant_kernels.turboquant import (
+    kernel_decodes,
+    rotate_quantize_pack,
+    unpack_dequantize_unrotate,
+    unpack_unrotate,
+)
 from veloxquant_mlx.methods import METHODS, Role, WidthOptions
 from veloxquant_mlx.quantizers.base import QUANTIZERS, Arrays, ArraySpec, Codes, Quantizer
 from veloxquant_mlx.quantizers.lloyd_max import Codebook, sphere_codebook
@@ -54,10 +59,11 @@ class TurboQuantMSE(Quantizer):
 
     def _decode(self, codes: Codes) -> mx.array:
         words, norms = codes.arrays
-        head_dim = codes.head_dim
-        return unpack_dequantize_unrotate(
-            words, norms, rotation(head_dim, self.seed), self.codebook(head_dim), self.code_bits, mx.float32
-        )
+        turn, codebook = rotation(codes.head_dim, self.seed), self.codebook(codes.head_dim)
+        if kernel_decodes(words, turn):  # the same in one pass over the words
+            return unpack_dequantize_unrotate(words, norms, turn, codebook, self.code_bits, mx.float32)
+        unit = unpack_unrotate(words, turn, codebook, self.code_bits)
+        return unit * norms.astype(mx.float32)
 
     def static_arrays(self, head_dim: int) -> Arrays:
         """The codebook's tables and the rotation."""

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from contributing_steps import contributing_files
+from small_grids import LINES
 
 from veloxbench.inputs.models import resolve_model
 
@@ -25,14 +26,6 @@ length = 24
 """
 
 
-# several commands in one process; the tests' own checkout may have changes
-PROGRAM = """
-import sys
-from veloxbench.records import provenance
-provenance.git_state = lambda: ("c" * 40, False)
-from veloxbench.cli.app import _run
-print([_run(line.split()) for line in sys.argv[1:]])
-"""
 RUN = "run --profile toy.toml --out out"
 APPROVE = "baseline approve --profile toy.toml --records out --reason x --unknown-checkout"
 GATE = "gate --profile toy.toml --records out"
@@ -58,7 +51,7 @@ def toybench(tmp_path):
 def veloxbench(folder, *lines):
     path = os.pathsep.join(filter(None, [str(folder / "site"), *sys.path]))
     environment = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-c", PROGRAM, *lines]
+    command = [sys.executable, "-c", LINES, *lines]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1]), done
 

@@ -14,6 +14,7 @@ from veloxbench.cli.app import _run as veloxbench
 from veloxbench.records.record import Record
 from veloxbench.records.selection import table_rows
 from veloxbench.records.store import read_records
+from veloxbench.report.charts import by_position
 from veloxbench.report.html import render_html
 from veloxbench.report.page import render
 
@@ -121,3 +122,17 @@ def test_a_page_is_checked_as_what_it_is(tmp_path, capsys):
     page.write_text(page.read_text().replace("Provenance", "provenance", 1))
     assert veloxbench(["report", records, "--check", str(page)]) == 1
     assert "is stale" in capsys.readouterr().err
+
+
+def test_error_by_position_is_drawn_from_the_task_by_depth(records):
+    """A point for each part of the text, at its end; other tasks and records without such parts draw none."""
+    record = next(r for r in records if "kld_mean" in r.metrics)
+    assert by_position([record], ["fisher_klt"]) is None
+    parts = {f"kld_mean_to_{end}": record.metrics["kld_mean"] for end in (512, 1024)}
+    subject = record.subject.model_copy(update={"protocol": "by depth", "settings": {"length": 1024}})
+    deep = record.model_copy(update={"subject": subject, "metrics": {**record.metrics, **parts}})
+    drawn = by_position([deep, record], [record.subject.method.name]).to_dict()
+    spots = [row for rows in drawn["datasets"].values() for row in rows] or drawn["data"]["values"]
+    assert [(row["position"], row["kld"]) for row in spots] == [
+        (end, record.metrics["kld_mean"].value) for end in (512, 1024)
+    ]
