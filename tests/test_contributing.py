@@ -23,7 +23,8 @@ def project(tmp_path_factory):
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.json.xz"))
+            # with what is compiled, but for what another process is about to rename
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.json.xz", "*.pyc.*"))
         else:
             shutil.copy(source, folder / name)
     resolve_model("smollm2-135m")
