@@ -16,8 +16,7 @@ bench: $(VENV)/.installed
 	$(BIN)/veloxbench run --profile $(PROFILE) --out results
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
-	$(BIN)/pytest suites
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS) suites --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -58,11 +57,11 @@ report: $(VENV)/.installed
 	$(BIN)/veloxbench trial instruments --out docs/instruments.md
 	$(BIN)/python -m veloxbench.report.guide
 
-# pip reads dependency groups from 25.1 on
+# pip reads dependency groups from 25.1 on; a module is compiled where it is first imported, and few of them ever are
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet --no-compile --editable . --group dev
 	touch $@
 
 clean:

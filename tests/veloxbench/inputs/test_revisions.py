@@ -1,4 +1,6 @@
-"""A revision is exported whole from whatever kind of repository it is in, or one sentence says why not."""
+"""A user's folder is the user's: a revision is exported whole from whatever kind of repository it is in, or one
+sentence says why not.
+"""
 
 import os
 import shutil

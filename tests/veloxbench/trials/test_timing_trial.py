@@ -48,7 +48,7 @@ from veloxbench.trials.timing_series import (
 ROOT = Path(__file__).parents[3]
 SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.10)
 SPEC = TimingSpec()
-GATES = 40  # drawn for each slowdown
+GATES = 16  # drawn for each slowdown
 
 
 def header(**changes):
