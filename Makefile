@@ -16,8 +16,7 @@ bench: $(VENV)/.installed
 	$(BIN)/veloxbench run --profile $(PROFILE) --out results
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS) --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
-	$(BIN)/pytest suites
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS) suites --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -37,6 +36,7 @@ fresh: $(VENV)/.installed
 	$(BIN)/veloxbench trial damages --check docs/damages.md
 	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --check docs/gate-error-rates.md
 	$(BIN)/veloxbench trial travelling --check docs/travelling.md
+	$(BIN)/veloxbench trial instruments --check docs/instruments.md
 
 # damaged files and attacks by the thousand (hours; one that was broken off goes on), and the page that counts them
 faults: $(VENV)/.installed
@@ -54,13 +54,14 @@ report: $(VENV)/.installed
 	$(BIN)/veloxbench trial damages --out docs/damages.md
 	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --out docs/gate-error-rates.md
 	$(BIN)/veloxbench trial travelling --out docs/travelling.md
+	$(BIN)/veloxbench trial instruments --out docs/instruments.md
 	$(BIN)/python -m veloxbench.report.guide
 
-# pip reads dependency groups from 25.1 on
+# pip reads dependency groups from 25.1 on; a module is compiled where it is first imported, and few of them ever are
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet --no-compile --editable . --group dev
 	touch $@
 
 clean:

@@ -23,7 +23,8 @@ def project(tmp_path_factory):
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.json.xz"))
+            # with what is compiled, but for what another process is about to rename
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.json.xz", "*.pyc.*"))
         else:
             shutil.copy(source, folder / name)
     resolve_model("smollm2-135m")
@@ -62,7 +63,7 @@ def test_a_method_is_added_by_its_steps(project):
     assert "signs@1" in (project / "results-signs" / "BENCHMARK_RESULTS.md").read_text(encoding="utf-8")
     file = project / "impl" / "veloxquant_mlx" / "quantizers" / "signs.py"
     file.write_text(file.read_text().replace("return signs * sizes", "return 1.5 * signs * sizes"))
-    wrong = run(project, "pytest tests/impl/test_quantizers.py -k signs")  # of the same tests, those of the distortion
+    wrong = run(project, "pytest tests/impl/test_quantizers.py -k signs")  # of the same tests, the distortion's file
     assert wrong.returncode == 1, wrong.stdout[-2000:]
     assert "distortion" in wrong.stdout
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from veloxbench.errors import UsageError
-from veloxbench.inputs.models import resolve_model
 from veloxbench.methods.ratequant import RECIPES, Recipe
 from veloxbench.report.guide import BLOCK, PAGES, TABLES, Sources, candidates, fill
 
@@ -14,26 +13,28 @@ ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
 
-HUB_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
-SAMPLES = ("num_samples=32", "num_samples=16")
+FOR_A_SMALL_MODEL = {
+    "mlx-community/Llama-3.2-3B-Instruct-4bit": None,
+    "num_samples=32": "num_samples=2, seq_len=64, quiet=True",
+    "num_samples=16": "num_samples=2, quiet=True",
+    "range(32)": "range(2)",
+    "range(8, 17)": "range(1, 2)",
+    "prompt_cache=cache)": "prompt_cache=cache, max_tokens=8)",
+}
+"""What stands in the snippets, and what the test puts in its place; nothing for a folder in place of the model."""
 
 
-def test_the_code_of_the_guide_runs():
+def test_the_code_of_the_guide_runs(cut_model):
     """Every snippet, one after the other in one session, as a reader would type them.
 
-    Four substitutions: the default model for the hub's, two calibration sequences for thirty-two and sixteen, which
-    cost minutes, the default model's 30 layers for the 32 of the guide's, and eight generated tokens for mlx-lm's 256.
+    On two layers of the default model, with two short calibration sequences and eight generated tokens: that it runs
+    is what is said here. ``impl/test_ratequant_examples.py`` runs such code on all layers and looks at what it gives.
     """
     session: dict[str, object] = {}
     source = "\n".join(SNIPPETS)
-    assert HUB_MODEL in source
-    source = source.replace(HUB_MODEL, str(resolve_model("smollm2-135m").directory))
-    for number in SAMPLES:
-        assert number in source
-        source = source.replace(number, "num_samples=2, quiet=True")
-    source = source.replace("range(32)", "range(30)").replace(
-        "prompt_cache=cache)", "prompt_cache=cache, max_tokens=8)"
-    )
+    for shown, run in FOR_A_SMALL_MODEL.items():
+        assert shown in source
+        source = source.replace(shown, run or str(cut_model))
     exec(compile(source, "docs/guide.md", "exec"), session)
     assert session["bit_allocation"]
     assert session["report"].outlier_count > 0

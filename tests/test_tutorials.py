@@ -50,7 +50,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     place = tmp_path_factory.mktemp("environment")
     copy = place / "project"
     for name in ("veloxbench", "impl", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        # with what is compiled, but for what another process is about to rename
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.pyc.*"))
     (copy / "records").symlink_to(ROOT / "records")
     venv.create(place / "venv", symlinks=True)
     python = place / "venv" / "bin" / "python"

@@ -1,17 +1,24 @@
-"""Every architecture of mlx-lm that builds in tiny size runs on our caches, or there is a reason why not."""
+"""Caches do what models do: every architecture of mlx-lm that builds in tiny size runs on ours, or there is a
+reason why not.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from architectures import VOCABULARY, architectures, tiny
+from architectures import VOCABULARY, architectures, configuration, tiny
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from veloxbench.errors import UsageError
+from veloxbench.inputs.models import load_model, resolve_model
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.cache.fused import leaves
 
@@ -71,3 +78,16 @@ def test_the_page_names_every_architecture() -> None:
     """docs/architectures.md has one row for each module of mlx_lm.models that holds a model."""
     rows = [line.split("`")[1] for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     assert rows == architectures()
+
+
+@pytest.mark.parametrize(("name", "n_layers", "least"), [("gemma3n", 2, 4), ("lfm2", 1, 2)])
+def test_a_model_cut_too_short_names_the_fewest_layers(name: str, n_layers: int, least: int, tmp_path: Path) -> None:
+    """gemma3n's last two layers read what earlier ones hold, and lfm2's first layer is a convolution."""
+    config = {"model_type": name, **configuration(name)}
+    weights = dict(tree_flatten(tiny(name).parameters()))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve_model("smollm2-135m").directory / file, tmp_path / file)
+    with pytest.raises(UsageError, match=rf"n_layers={n_layers}: .* can be cut to {least}\.\.4 layers"):
+        load_model(resolve_model(str(tmp_path)), n_layers=n_layers)

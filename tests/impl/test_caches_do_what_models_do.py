@@ -1,4 +1,6 @@
-"""What models and their data do to caches: odd first tokens, values not finite or large, threads, hooks, files."""
+"""Caches do what models do, and bear what their data do: odd first tokens, values not finite or large, threads,
+hooks, files.
+"""
 
 from __future__ import annotations
 
@@ -198,6 +200,21 @@ def test_a_loaded_cache_does_not_care_for_its_file(llama_model: Any, tmp_path: P
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(OSError, match="no regular file"):
         save_prompt_cache(tmp_path / "folder.safetensors", one)
+
+
+@pytest.mark.parametrize(("written", "altered"), [("12, 12, 40,", "12, 12, 39,"), ("64, 40, null", "64, 257, null")])
+def test_a_file_whose_counts_disagree_with_its_arrays_is_refused(
+    llama_model: Any, tmp_path: Path, written: str, altered: str
+) -> None:
+    """What is cached is verified: an offset of 39 beside 40 coded tokens, and 257 tokens in 256 slots."""
+    path = str(tmp_path / "chat.safetensors")
+    save_prompt_cache(path, filled(llama_model))
+    arrays, metadata = mx.load(path, return_metadata=True)
+    assert written in metadata["layers"]
+    metadata["layers"] = metadata["layers"].replace(written, altered, 1)
+    mx.save_safetensors(path, arrays, metadata)
+    with pytest.raises(ValueError, match=r"chat\.safetensors"):
+        load_prompt_cache(path)
 
 
 def test_mlx_lm_and_this_package_read_each_others_files(llama_model: Any, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The guide's three snippets, kept as examples, on the real default model.
 
-Four calibration sequences stand for the thirty-two of the first, and sixteen generated tokens for mlx-lm's 256: the
+Two calibration sequences stand for the thirty-two of the first, and sixteen generated tokens for mlx-lm's 256: the
 time grows with both, and what is said of the result holds for any number.
 """
 
@@ -23,7 +23,7 @@ def run_example(name: str) -> dict[str, Any]:
     source = (EXAMPLES / name).read_text(encoding="utf-8")
     if name == "ratequant.py":
         assert source.count("num_samples=32") == source.count("prompt_cache=cache)") == 1
-        source = source.replace("num_samples=32", "num_samples=4")
+        source = source.replace("num_samples=32", "num_samples=2")
         source = source.replace("prompt_cache=cache)", "prompt_cache=cache, max_tokens=16)")
     variables: dict[str, Any] = {"__name__": "__main__"}
     with pytest.MonkeyPatch.context() as patch:
@@ -74,9 +74,9 @@ def test_first_snippet_measures_the_models_own_vectors(ratequant: dict[str, Any]
 
 
 def test_first_snippet_knows_its_model_and_text(ratequant: dict[str, Any]) -> None:
-    """Four sequences of 256 tokens of a 30-layer llama; keys and values apart, three heads each."""
+    """Two sequences of 256 tokens of a 30-layer llama; keys and values apart, three heads each."""
     provenance = ratequant["sensitivities"].provenance
-    assert (provenance.num_samples, provenance.seq_len, provenance.n_layers) == (4, 256, 30)
+    assert (provenance.num_samples, provenance.seq_len, provenance.n_layers) == (2, 256, 30)
     assert provenance.model_type == "llama"
     assert len(ratequant["curves"].curves) == 30 * 2 * 3
 

@@ -1,4 +1,4 @@
-"""Grids of seconds, as their files hold them, and a program whose checkout counts as committed."""
+"""Grids of seconds, as their files hold them, and programs whose checkout counts as committed."""
 
 import json
 from collections.abc import Sequence
@@ -22,6 +22,11 @@ from veloxbench.records import provenance
 provenance.git_state = lambda: ("c" * 40, False)
 """
 """The beginning of a program of tests: their own checkout may have changes, and whose it is does not matter."""
+LINES = f"""{COMMITTED}
+from veloxbench.cli.app import _run
+print([_run(line.split()) for line in sys.argv[1:]])
+"""
+"""A program whose arguments are command lines of veloxbench; it ends by printing their exit codes."""
 
 
 def quality_grid(

@@ -311,6 +311,12 @@ def test_json_and_junit_say_the_same(project, capsys):
     assert int(suite.attrib["failures"]) == len(failed) == len(suite.findall("testcase/failure")) > 0
 
 
+def test_junit_onto_a_device_is_written_to_it(project):
+    """A user's path is the user's: ``--junit /dev/null`` stays a device."""
+    assert command_of(project, "gate", "--junit", "/dev/null") == 0
+    assert Path("/dev/null").is_char_device()
+
+
 @pytest.mark.parametrize(
     ("broken", "code", "reason"),
     [

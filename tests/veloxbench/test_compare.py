@@ -75,7 +75,7 @@ def repository(tmp_path_factory):
 @pytest.fixture
 def grid(cut_model, tmp_path):
     path = tmp_path / "grid.toml"
-    path.write_text(quality_grid(["turboquant_mse@4"], model=str(cut_model), length=64, tables=TIMED + IN_MEMORY))
+    path.write_text(quality_grid(["turboquant_mse@4"], model=str(cut_model), tables=TIMED + IN_MEMORY))
     return path
 
 

@@ -1,9 +1,11 @@
-"""The gate on the real model cut to two layers: measured, approved, judged, damaged, through both front doors."""
+"""The gate judges this code, and nothing else: the real model cut to two layers is measured, approved, judged and
+damaged, through both front doors.
+"""
 
+import ast
 import json
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,8 +33,8 @@ def approved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, out: str) -> int:
-    return veloxbench(["run", "--profile", str(folder / "mine.toml"), "--out", str(folder / out)])
+def run(folder: Path, out: str, *more: str) -> int:
+    return veloxbench(["run", "--profile", str(folder / "mine.toml"), "--out", str(folder / out), *more])
 
 
 def places(folder: Path, out: str) -> list[str]:
@@ -42,10 +44,10 @@ def places(folder: Path, out: str) -> list[str]:
 
 
 def test_the_same_program_measured_again_passes_without_any_change(approved, capsys):
-    """A second run in another folder gives the same samples to the last bit."""
-    assert run(approved, "again") == 0
-    capsys.readouterr()
-    assert veloxbench(["gate", "--json", *places(approved, "again")]) == 0
+    """``--fresh`` measures anew what is recorded, and gives the same samples to the last bit."""
+    assert run(approved, "results", "--fresh") == 0
+    assert "2 measured, 0 recorded before" in capsys.readouterr().err
+    assert veloxbench(["gate", "--json", *places(approved, "results")]) == 0
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert [finding["change"] for finding in findings if finding["tier"] == "quality"] == [0.0, 0.0, 0.0]
 
@@ -85,18 +87,31 @@ def test_a_measurement_that_raises_is_a_regression(approved, monkeypatch, capsys
     assert "broken on purpose" in log.read_text()
 
 
-def pytest_gate(folder: Path, *modules: str, baseline: str = "baselines") -> tuple[int, str, list[ET.Element]]:
-    junit = folder / "junit.xml"
-    command = [sys.executable, "-m", "pytest", *(f"suites/{name}.py" for name in modules), "--benchmark", "-q"]
-    command += ["--veloxbench-profile", str(folder / "mine.toml"), "--veloxbench-out", str(folder / "results")]
-    command += ["--veloxbench-baseline", str(folder / baseline), "--junitxml", str(junit), "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, list(ET.parse(junit).iter("testcase"))
+@pytest.fixture
+def pytest_gate(approved, capsys):
+    """``pytest suites --benchmark`` as a call: exit code, output and the cases of its JUnit file."""
+
+    def session(
+        *modules: str, baseline: str = "baselines", more: Sequence[str] = ()
+    ) -> tuple[int, str, list[ET.Element]]:
+        junit = approved / "junit.xml"
+        command = [*(str(ROOT / "suites" / f"{name}.py") for name in modules), "--benchmark", "-q"]
+        command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
+        command += ["--veloxbench-profile", str(approved / "mine.toml"), "--veloxbench-out", str(approved / "results")]
+        command += ["--veloxbench-baseline", str(approved / baseline), "--junitxml", str(junit), *more]
+        capsys.readouterr()
+        junit.unlink(missing_ok=True)
+        code = int(pytest.main(command))
+        said = capsys.readouterr()
+        cases = list(ET.parse(junit).iter("testcase")) if junit.exists() else []
+        return code, said.out + said.err, cases
+
+    return session
 
 
-def test_gates_are_pytest_items(approved):
+def test_gates_are_pytest_items(pytest_gate):
     """Each subject of the baselines is an item with its figures in the JUnit file, after the measurements."""
-    code, output, cases = pytest_gate(approved, "test_perplexity", "test_gate")
+    code, output, cases = pytest_gate("test_perplexity", "test_gate")
     assert code == 0, output
     gates = [case for case in cases if "test_subject_is_as_good" in case.attrib["name"]]
     # fp16 and one arm, each in the exact and in the quality tier
@@ -109,16 +124,30 @@ def test_gates_are_pytest_items(approved):
     )
 
 
-def test_a_gated_metric_that_no_item_produced_fails(approved):
-    """Selecting the gates alone measures nothing, which is no pass."""
-    code, output, cases = pytest_gate(approved, "test_gate")
+@pytest.mark.parametrize("asserts", ["rewrite", "plain"])
+def test_a_gated_metric_that_no_item_produced_fails(pytest_gate, asserts):
+    """Selecting the gates alone measures nothing, which is no pass, whatever becomes of ``assert``."""
+    code, output, cases = pytest_gate("test_gate", more=[f"--assert={asserts}"])
     assert code == 1
     assert all(case.find("failure") is not None for case in cases)
     assert "nothing was judged" in output
 
 
-def test_a_missing_baseline_fails_the_session(approved):
+def test_a_missing_baseline_fails_the_session(pytest_gate):
     """Measuring with gates but without baselines fails, and says how to make one."""
-    code, output, _ = pytest_gate(approved, "test_gate", baseline="nowhere")
+    code, output, _ = pytest_gate("test_gate", baseline="nowhere")
     assert code == 1
     assert "there is no baseline folder" in output
+
+
+def test_several_processes_are_refused(pytest_gate):
+    """``-n 2`` would time measurements beside each other, and no gate would see them all: one sentence, exit 4."""
+    code, output, _ = pytest_gate("test_perplexity", "test_gate", more=["-n", "2"])
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "--benchmark measures in one process: leave -n out" in output
+
+
+def test_no_verdict_of_the_suites_is_an_assert():
+    """Python leaves ``assert`` out under ``-O``: the gates' module has none."""
+    tree = ast.parse((ROOT / "suites" / "test_gate.py").read_text(encoding="utf-8"))
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]

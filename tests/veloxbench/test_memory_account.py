@@ -80,8 +80,13 @@ def test_a_sliding_layer_costs_its_window_only_and_the_account_is_whole(sliding_
     assert 0 <= found["unaccounted_bytes"].value < PAGE
 
 
-def test_a_failed_memory_process_keeps_its_exit_code(tmp_path):
-    """A name that does not exist is a usage error (4) there as here, said in the child's words."""
+def test_a_failed_memory_process_keeps_its_exit_code(tmp_path, monkeypatch):
+    """A name that does not exist is a usage error (4) there as here, said in the child's words: it imports what its
+    parent does, and nothing of a working directory whose files bear the names of libraries.
+    """
+    for name in ("numpy", "random", "veloxbench"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the working directory is on the path')")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(VeloxError, match="memory process of fp16 failed: unknown model 'smollm3'") as caught:
         memory.measure(request(Path("smollm3"), tmp_path, "fp16", None))
     assert caught.value.exit_code == ExitCode.USAGE

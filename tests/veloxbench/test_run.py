@@ -73,11 +73,12 @@ def test_the_memory_suite_counts_widths_that_the_data_chose(cut_model, grid_file
     assert {record.status for record in read_records(tmp_path)} == {"measured"}
 
 
-def test_a_configuration_that_mlx_lm_refuses_is_a_row_not_a_crash(cut_model, grid_file, tmp_path):
-    """Group 128 does not divide head_dim 64: the record says who does not support it."""
+def test_a_configuration_that_mlx_lm_refuses_is_a_row_not_a_crash(cut_model, grid_file, tmp_path, capsys):
+    """Group 128 does not divide head_dim 64: the record says who does not support it, and nothing calls it measured."""
     out = tmp_path / "out"
     arguments = ["run", "--profile", str(grid_file), "--models", str(cut_model), "--suites", "perplexity"]
     assert veloxbench([*arguments, "--methods", "mlx-affine:group_size=128", "--targets", "4", "--out", str(out)]) == 0
+    assert "2 measured, 2 not supported, 0 recorded before, 0 failed" in capsys.readouterr().err
     refused = [record for record in read_records(out) if record.status == "unsupported"]
     assert len(refused) == 2
     assert "not supported by mlx-lm" in (out / "BENCHMARK_RESULTS.md").read_text()
@@ -101,7 +102,7 @@ def test_a_crash_is_kept_for_the_page_until_it_is_measured(cut_model, grid_file,
     assert "ZeroDivisionError" not in page.read_text()
 
 
-@pytest.mark.parametrize("n_kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_it_loses_nothing_and_measures_nothing_twice(n_kills, cut_model, grid_file, tmp_path):
     """kill -9 at seeded moments: every restart goes on, finished records stay, keys and ids are unique."""
     rng = random.Random(0)
@@ -138,9 +139,6 @@ def test_killed_again_and_again_it_loses_nothing_and_measures_nothing_twice(n_ki
             assert len(records) == 12
             finished_runs += 1
             folder_number += 1
-    last = tmp_path / f"out{folder_number}"
-    assert subprocess.run([*command, "--out", str(last)], capture_output=True, check=False).returncode == 0
-    assert len(read_records(last)) == 12
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""A stranger's repository with a cache of its own: measured, approved, edited, committed; the gate turns red."""
+"""The gate judges this code, and nothing else: a stranger's repository with a cache of its own is measured, approved,
+edited and committed; the gate turns red.
+"""
 
 import json
 import os
@@ -8,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_grids import COMMITTED, quality_grid
+from small_grids import LINES, quality_grid
 
 ROOT = Path(__file__).parents[2]
 CACHE = '''
@@ -73,11 +75,6 @@ FILES = {
     ".gitignore": "results/\n__pycache__/\n",
 }
 PLACES = "--profile grid.toml --records results --baseline baselines"
-# several commands in one process
-PROGRAM = f"""{COMMITTED}
-from veloxbench.cli.app import _run
-print([_run(line.split()) for line in sys.argv[1:]])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +117,7 @@ def environment(repository: Path) -> dict[str, str]:
 
 
 def veloxbench(repository: Path, *lines: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROGRAM, *lines]
+    command = [sys.executable, "-c", LINES, *lines]
     return subprocess.run(command, cwd=repository, env=environment(repository), capture_output=True, text=True)
 
 

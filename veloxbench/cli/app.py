@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import itertools
 import os
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    gc.set_threshold(100_000)  # ten thousand records are many objects, and all of them stay
     try:
         result: Any = app(args=None if arguments is None else list(arguments), standalone_mode=False)
     except typer.TyperException as error:

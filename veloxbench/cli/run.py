@@ -161,8 +161,9 @@ def run(
                 }
             )
         )
+    refused = f"{outcome.unsupported} not supported, " if outcome.unsupported else ""
     progress.message(
-        f"{outcome.measured} measured, {outcome.resumed} recorded before, {len(outcome.failures)} failed; "
+        f"{outcome.measured} measured, {refused}{outcome.resumed} recorded before, {len(outcome.failures)} failed; "
         f"tables in {out / PAGE}"
     )
     raise typer.Exit(int(outcome.exit_code))

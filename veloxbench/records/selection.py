@@ -6,13 +6,14 @@ gates and comparisons each judge a part of it, and every such part is chosen her
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.records.arm import REFERENCE
-from veloxbench.records.record import FailedMeasurement, Record, Subject, content_hash
+from veloxbench.records.record import FailedMeasurement, Record, Subject
 from veloxbench.records.store import (
     JOURNAL,
     LAST_RUN,
@@ -108,9 +109,13 @@ def _package(record: Record) -> str:
 
 def row_key(subject: Subject) -> str:
     """What a measurement shares with the same one made by other code or on another machine: one row of a table."""
-    fields = subject.model_dump(mode="json", exclude={"harness", "machine_class"})
-    fields["method"].pop("implementation")
-    return content_hash(fields)
+    method = {name: part for name, part in vars(subject.method).items() if name != "implementation"}
+    fields = {name: part for name, part in vars(subject).items() if name not in ("harness", "machine_class")}
+    return canonical(fields | {"method": method})
+
+
+canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=vars).encode
+"""JSON of parts of a record, the same for equal ones: what tells them apart where no hash is to be written down."""
 
 
 Machine = tuple[Any, ...]

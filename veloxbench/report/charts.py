@@ -101,7 +101,7 @@ def vega_library() -> str:
 
 
 def _data(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:
-    return alt.InlineData(values=[dict(row) for row in rows])
+    return alt.InlineData(values=tuple(dict(row) for row in rows))  # altair copies a list with every layer and option
 
 
 def _looks(methods: Sequence[str], named: Sequence[str] | None = None) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class PoolRun(Run):
         self.scheduler = scheduler
         self.pool = Pool()
         self._keys: dict[str, None] = {}
-        self._measured = 0
+        self._new: Counter[str] = Counter()
         place = [platform.node(), str(self.store.path.resolve())]
         self._name = uuid.uuid4().hex if self._fresh else content_hash(place)
 
@@ -178,8 +178,8 @@ class PoolRun(Run):
             self.progress.plan(self.scheduler, self.size(), 0, None, "planned as workers take them")
             self._carry_out(client, streams)
         self.store.begin(self.keys)
-        resumed = len(self._keys) - self._measured - len(self.failures)
-        return Outcome(self.keys, self._measured, resumed, tuple(self.failures))
+        resumed = len(self._keys) - self._new.total() - len(self.failures)
+        return Outcome(self.keys, self._new["measured"], self._new["unsupported"], resumed, tuple(self.failures))
 
     def size(self) -> int:
         """Cells of all models, also those that the grid names twice and those of other shards."""
@@ -311,7 +311,7 @@ class PoolRun(Run):
             time.sleep(GLANCE_S)
         if client.status != "running":
             raise UnfitEnvironmentError(
-                f"the scheduler at {self.scheduler} is gone; {self._measured} records of this run are kept in "
+                f"the scheduler at {self.scheduler} is gone; {self._new.total()} records of this run are kept in "
                 f"{self.store.path.parent}. Start a scheduler there and type the same command again to go on"
             )
 
@@ -419,7 +419,7 @@ class PoolRun(Run):
             raise ValueError(f"a record of {record.subject} came for {flight.item.subject}")
         self.store.append(record)
         self._made.add(record.key)
-        self._measured += 1
+        self._new[record.status] += 1
         self.progress.recorded(record)
 
     def _lost(self, flight: Flight, address: str) -> None:

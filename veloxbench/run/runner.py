@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,10 +35,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did."""
+    """What a run did; an arm that is not supported has a record with the reason, and no figure."""
 
     keys: tuple[str, ...]
     measured: int
+    unsupported: int
     resumed: int
     failures: tuple[Failure, ...]
 
@@ -163,7 +165,7 @@ class Run:
 
     def all(self) -> Outcome:
         """Measure everything that the store does not have yet; what crashes is reported, and the others go on."""
-        measured = 0
+        made: Counter[str] = Counter()
         # every model and text is there, and every window fits, before the first minute is spent
         for plan in [self.plan(model) for model in self.models]:
             pending = [item for item in plan.items if self.recorded(item) is None]
@@ -177,11 +179,11 @@ class Run:
             self.progress.plan(plan.name, len(plan.items), done, total, estimate.described(rates))
             for item in pending:
                 try:
-                    self.record(plan, item, rates)
-                    measured += 1
+                    made[self.record(plan, item, rates).status] += 1
                 except Exception:
                     self.progress.message(f"FAILED {plan.name} {item.label}: {self.failures[-1].reason}")
-        return Outcome(self.keys, measured, len(self.keys) - measured - len(self.failures), tuple(self.failures))
+        resumed = len(self.keys) - made.total() - len(self.failures)
+        return Outcome(self.keys, made["measured"], made["unsupported"], resumed, tuple(self.failures))
 
     def close(self) -> None:
         """Free the model that is loaded."""

@@ -1,4 +1,6 @@
-"""Texts by name, by file and by hub id; parts that never overlap; windows of tokens."""
+"""Texts by name, by file and by hub id, of which what is cached is verified and the user's paths are the user's; parts
+that never overlap; windows of tokens.
+"""
 
 import json
 import os

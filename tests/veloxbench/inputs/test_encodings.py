@@ -1,4 +1,6 @@
-"""No file is read in the locale's encoding: the same bytes are the same text, and the same hash, on every machine."""
+"""A user's locale is the user's: no file is read in its encoding; the same bytes are the same text, and the same
+hash, on every machine.
+"""
 
 import ast
 import subprocess

@@ -1,4 +1,6 @@
-"""Models by name, by directory and by hub id; what the user is told when one cannot be had."""
+"""Models by name, by directory and by hub id; what is cached of them is verified; what the user is told when one cannot
+be had.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The cached reference: what rounding it costs, what it takes on disk, and when it is not kept."""
+"""The cached reference: what rounding it costs, what it takes on disk, when it is not kept, and that it is verified."""
 
 from concurrent.futures import ThreadPoolExecutor
 

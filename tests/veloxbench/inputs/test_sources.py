@@ -1,4 +1,4 @@
-"""Downloads: pinned, resumed, verified; and what the user is told when they cannot be had."""
+"""What is cached is verified: downloads are pinned, resumed, checked; what the user is told when they cannot be had."""
 
 import base64
 import errno

@@ -1,4 +1,6 @@
-"""What a user names as an output is written, followed or refused; it is never turned into something else."""
+"""A user's path is the user's: what is named as an output is written, followed or refused, and never turned into
+something else.
+"""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Figures that nothing measured: masked logits, budgets that nothing fills, values that are not finite."""
+"""No figure from a guess: masked logits, budgets that nothing fills, values that are not finite."""
 
 from types import SimpleNamespace
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from contributing_steps import contributing_files
-from small_grids import COMMITTED
+from small_grids import LINES
 
 from veloxbench.inputs.models import resolve_model
 
@@ -24,6 +24,11 @@ arms = ["turboquant_mse@2:sinks=4"]
 sequences = 16
 length = 24
 """
+
+
+RUN = "run --profile toy.toml --out out"
+APPROVE = "baseline approve --profile toy.toml --records out --reason x --unknown-checkout"
+GATE = "gate --profile toy.toml --records out"
 
 
 @pytest.fixture
@@ -43,42 +48,25 @@ def toybench(tmp_path):
     return tmp_path
 
 
-def veloxbench(folder, *arguments):
+def veloxbench(folder, *lines):
     path = os.pathsep.join(filter(None, [str(folder / "site"), *sys.path]))
     environment = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-c", f"{COMMITTED}from veloxbench.cli import main; main()", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", LINES, *lines]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1]), done
 
 
 def test_a_suite_of_somebody_elses_is_planned_measured_reported_and_gated(toybench):
     """Row, class and table are enough, from the plan's line to the verdict; a worse figure fails its gate."""
-    run = ("run", "--profile", "toy.toml", "--out", "out")
-    done = veloxbench(toybench, *run)
-    assert done.returncode == 0, done.stderr
+    codes, done = veloxbench(toybench, RUN, APPROVE, f"{GATE} --json")
+    assert codes == [0, 0, 0], done.stderr
     assert "2 measurements" in done.stderr
     assert "### Toy" in (toybench / "out" / "BENCHMARK_RESULTS.md").read_text()
-    approve = (
-        "baseline",
-        "approve",
-        "--profile",
-        "toy.toml",
-        "--records",
-        "out",
-        "--reason",
-        "x",
-        "--unknown-checkout",
-    )
-    assert (done := veloxbench(toybench, *approve)).returncode == 0, done.stderr
-    gate = ("gate", "--profile", "toy.toml", "--records", "out", "--json")
-    done = veloxbench(toybench, *gate)
-    assert done.returncode == 0, done.stdout + done.stderr
-    judged = {(f["tier"], f["metric"]) for f in json.loads(done.stdout)["findings"]}
-    assert ("quality", "logit_shift") in judged
+    report = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+    assert ("quality", "logit_shift") in {(f["tier"], f["metric"]) for f in report["findings"]}
     suite = toybench / "site" / "toybench" / "suite.py"
     suite.write_text(suite.read_text().replace("shift = np.array(", "shift = 1.5 * np.array("))
-    done = veloxbench(toybench, *gate)
-    assert (done.returncode, "of other code" in done.stderr) == (4, True)
-    assert veloxbench(toybench, *run).returncode == 0
-    done = veloxbench(toybench, *gate)
-    assert done.returncode == 1, done.stdout + done.stderr
+    codes, done = veloxbench(toybench, GATE, RUN, GATE)
+    assert codes == [4, 0, 1], done.stderr
+    assert "of other code" in done.stderr
     assert "logit_shift" in done.stderr
