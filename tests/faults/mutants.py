@@ -756,8 +756,9 @@ work kept busy; `tests/growth.py` makes the folder and measures it.
 {growth}
 
 A page of the last million has 10,000 rows, and its gate 17,500 quality metrics, whose baselines lie in 5,000 files. To
-look through the million lines costs a page a third of its time. Of a gate, some five seconds are there in any folder:
-to import what measures, and to hash the code that is judged.
+look through the million lines costs a page about a third of its time. Of a gate, some six seconds are there in any
+folder: to import what measures, and to hash the code that is judged. Ten seconds for a page and a gate of a million
+were wanted and are not reached on a machine as busy as that: some twenty processes shared its two cores.
 """
 
 
