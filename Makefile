@@ -36,6 +36,7 @@ fresh: $(VENV)/.installed
 	$(BIN)/veloxbench trial damages --check docs/damages.md
 	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --check docs/gate-error-rates.md
 	$(BIN)/veloxbench trial travelling --check docs/travelling.md
+	$(BIN)/veloxbench trial instruments --check docs/instruments.md
 
 # damaged files and attacks by the thousand (hours; one that was broken off goes on), and the page that counts them
 faults: $(VENV)/.installed
@@ -53,6 +54,7 @@ report: $(VENV)/.installed
 	$(BIN)/veloxbench trial damages --out docs/damages.md
 	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --out docs/gate-error-rates.md
 	$(BIN)/veloxbench trial travelling --out docs/travelling.md
+	$(BIN)/veloxbench trial instruments --out docs/instruments.md
 	$(BIN)/python -m veloxbench.report.guide
 
 # pip reads dependency groups from 25.1 on; a module is compiled where it is first imported, and few of them ever are

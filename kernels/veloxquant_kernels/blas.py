@@ -32,11 +32,6 @@ class BlasStatus:
     path: str | None
     detail: str
 
-    @property
-    def is_fast(self) -> bool:
-        """False where MLX was left with the reference BLAS."""
-        return self.name != "reference"
-
 
 def _candidates() -> Iterator[tuple[str, str]]:
     try:

@@ -9,6 +9,7 @@ Source: MLX 0.32, documentation "Custom Metal Kernels" and ``mlx/backend/common/
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,10 +75,7 @@ class ArraySpec:
     @property
     def size(self) -> int:
         """Number of elements."""
-        product = 1
-        for n in self.shape:
-            product *= n
-        return product
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

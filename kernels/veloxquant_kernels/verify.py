@@ -411,7 +411,7 @@ def _entropy(
         f"{n_contexts} contexts, {precision} bits"
     )
     yield decode(name, records, True)
-    # each block damaged in a way of its own: too short, another header, a low state, a word missing, any words
+    # each block damaged in a way of its own, the last one too short: what is behind it is no word of anybody's
     wrong = [record.copy() for record in records]
     damages: list[Callable[[np.ndarray], np.ndarray]] = [
         lambda record: record[: 2 * min(32, int(record[0]) + 1)],
@@ -422,7 +422,7 @@ def _entropy(
         lambda record: np.concatenate([record, record[-1:]]),
     ]
     for i, record in enumerate(wrong):
-        wrong[i] = damages[i % len(damages)](record)
+        wrong[i] = damages[(len(wrong) - 1 - i) % len(damages)](record)
     yield decode(f"{name}, damaged", wrong, False)
 
 

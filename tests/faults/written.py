@@ -122,7 +122,7 @@ def read_grid(work: Path) -> str:
     from veloxbench.run.grid import load_grid
     from veloxbench.run.plan import cells
 
-    cells(load_grid(str(work / "mine.toml")))
+    list(cells(load_grid(str(work / "mine.toml"))))
     return "followed"
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from veloxquant_kernels.rans_format import TokenModel, step_parts
 from veloxquant_mlx.codes.entropy import INACTIVE, EntropyTables, TableFamily
 
 
@@ -38,3 +39,14 @@ def symbols(n_tokens, own, seed=0, spread=2.0):
     q.ravel()[:: max(q.size // 3, 1)][:3] = [-(2**31), 2**31 - 1, 0][: len(q.ravel()[:: max(q.size // 3, 1)][:3])]
     q[:, ~own.active] = 0
     return q.astype(np.int32)
+
+
+def coded_bits(symbols, own):
+    """Ideal length: the sum of ``log2 1/p`` under the tables, plain bits and escapes included, nothing else."""
+    model, total = TokenModel.start(own.tables, (len(symbols),)), 0.0
+    active = np.ones(len(symbols), np.bool_)
+    for j in own.tables.active:
+        for part in step_parts(own.tables, model, int(j), symbols[:, j].astype(np.int64), active):
+            cost = part.width.astype(np.float64) - np.log2(part.frequency.astype(np.float64))
+            total += float(cost[part.active].sum())
+    return total

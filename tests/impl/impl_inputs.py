@@ -26,39 +26,30 @@ def seeded(model: Any, seed: int) -> Any:
     return model
 
 
+def llama_of(**sizes: Any) -> Any:
+    """A llama with the weights that mlx-lm gives it."""
+    sizes = {"model_type": "llama", "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 128} | sizes
+    return llama.Model(llama.ModelArgs(**sizes))
+
+
 def tiny_llama(n_layers: int = 3, head_dim: int = 64, n_heads: int = 4, n_kv_heads: int = 2) -> Any:
     """A llama of a few layers."""
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=96,
-        num_hidden_layers=n_layers,
-        intermediate_size=192,
-        num_attention_heads=n_heads,
-        num_key_value_heads=n_kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=1e-5,
-        vocab_size=128,
-        rope_theta=10000.0,
-    )
-    return seeded(llama.Model(args), 1)
+    heads = {"num_attention_heads": n_heads, "num_key_value_heads": n_kv_heads, "head_dim": head_dim}
+    model = llama_of(hidden_size=96, num_hidden_layers=n_layers, intermediate_size=192, rope_theta=10000.0, **heads)
+    return seeded(model, 1)
+
+
+def gemma3_of(**sizes: Any) -> Any:
+    """A gemma3 with the weights that mlx-lm gives it: every ``sliding_window_pattern``-th layer is global."""
+    sizes = {"model_type": "gemma3_text", "num_key_value_heads": 1, "vocab_size": 128} | sizes
+    return gemma3_text.Model(gemma3_text.ModelArgs(**sizes))
 
 
 def tiny_gemma3(window: int = 16) -> Any:
     """A gemma3 with one global layer among sliding-window layers of ``window`` tokens."""
-    args = gemma3_text.ModelArgs(
-        model_type="gemma3_text",
-        hidden_size=96,
-        num_hidden_layers=4,
-        intermediate_size=192,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=64,
-        query_pre_attn_scalar=64,
-        vocab_size=128,
-        sliding_window=window,
-        sliding_window_pattern=3,
-    )
-    return seeded(gemma3_text.Model(args), 2)
+    windows = {"sliding_window": window, "sliding_window_pattern": 3}
+    heads = {"num_attention_heads": 4, "head_dim": 64, "query_pre_attn_scalar": 64}
+    return seeded(gemma3_of(hidden_size=96, num_hidden_layers=4, intermediate_size=192, **heads, **windows), 2)
 
 
 def lfm2_of(**sizes: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from impl_inputs import gaussian
 
-from veloxquant_mlx.calibration.fit import FP16_TABLES, FittedLayer, TableBits, fit_layer, regularised
+from veloxquant_mlx.calibration.fit import FittedLayer, fit_layer, regularised
 from veloxquant_mlx.codes.deadzone import DeadZone
 from veloxquant_mlx.transforms.coded_matrix import CodedMatrix, code_matrix
 from veloxquant_mlx.transforms.klt import CachedShape, Scope, cached_vectors, keys_and_values
@@ -48,7 +48,7 @@ def sample(shape: CachedShape, n: int = 3000, seed: int = 0) -> tuple[np.ndarray
 
 
 @functools.cache
-def fitted(shape: CachedShape, scope: Scope, bits: TableBits = FP16_TABLES, step: float = 0.01) -> FittedLayer:
+def fitted(shape: CachedShape, scope: Scope, bits: int = 16, step: float = 0.01) -> FittedLayer:
     fisher, x = sample(shape)
     return fit_layer(3, shape, ropes(shape), fisher, x, scope=scope, step=step, bits=bits)
 
@@ -124,7 +124,7 @@ def test_the_best_basis_has_the_least_geometric_mean() -> None:
 
 
 @functools.cache
-def predicted_pair(bits: TableBits = FP16_TABLES) -> tuple[FittedLayer, FittedLayer, np.ndarray]:
+def predicted_pair(bits: int = 16) -> tuple[FittedLayer, FittedLayer, np.ndarray]:
     """A layer of 80 values and one of 192 above it, which is a linear map of it and a tenth of noise."""
     low, high = CachedShape(1, 40, 1, 40), SHAPES["GQA"]
     fisher, x = sample(low)
@@ -169,28 +169,12 @@ def test_a_predicted_layer_needs_the_layer_below() -> None:
         first.transform.decode(mx.zeros((1, 1, 80)), mx.zeros((1, 1, 80)))
 
 
-@pytest.mark.parametrize("scope", ["head", "layer", "below"])
-def test_leaving_out_coefficients_is_sending_them_to_zero(scope: Scope) -> None:
-    """The first n coefficients of a truncated transform are those of the whole; the rest decode as zeros."""
-    shape = SHAPES["GQA"]
-    whole = fitted(shape, scope).transform
-    part = whole.truncated(70)
-    x = mx.array(sample(shape)[1][:9])[None]
-    y = whole.encode(x)
-    assert mx.allclose(part.encode(x), y[..., :70], atol=1e-5).item()
-    zeroed = mx.where(mx.arange(shape.size) < 70, y, 0)
-    assert mx.allclose(part.decode(y[..., :70]), whole.decode(zeroed), atol=1e-4).item()
-    assert part.nbytes < 0.45 * whole.nbytes
-    with pytest.raises(ValueError, match=r"must be within 1\.\.192, got 193"):
-        whole.truncated(193)
-
-
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("scope", ["head", "layer"])
 def test_static_bytes_are_those_of_the_arrays(scope: Scope, bits: int) -> None:
     """2 N² entries of b bits (head: of each head's D²), a bf16 scale a row, an fp32 mean; fp16 entries at 16 bits."""
     shape = SHAPES["MHA"]
-    transform = fitted(shape, scope, TableBits(bits, bits, bits)).transform
+    transform = fitted(shape, scope, bits).transform
     widths = [b - a for a, b in shape.parts(scope)]
     expected = sum(2 * w * (w * bits // 8 + 2) for w in widths) + 4 * shape.size
     expected += 2 * shape.size if scope == "head" else 0
@@ -207,7 +191,7 @@ def test_rounded_tables_cost_little_at_the_operating_step(bits: int, limit: floa
     metric = regularised(fisher, 0.1)
 
     def cost(bits: int) -> float:
-        made = fitted(shape, "layer", TableBits(bits, bits, bits), step=0.02)
+        made = fitted(shape, "layer", bits, step=0.02)
         error = made.decoded + np.array(made.transform.mean) - x
         return float(np.einsum("ij,jk,ik->", error, metric, error))
 
@@ -216,7 +200,7 @@ def test_rounded_tables_cost_little_at_the_operating_step(bits: int, limit: floa
 
 def test_a_transform_survives_its_arrays() -> None:
     """Arrays and a JSON description give the same transform back, rope and predictor included."""
-    _, second, above = predicted_pair(TableBits(5, 6, 4))
+    _, second, above = predicted_pair(5)
     transform = second.transform
     again = type(transform).from_arrays(transform.arrays(), json.loads(json.dumps(transform.description())))
     lower = mx.array(gaussian((1, 4, 80)))
@@ -297,8 +281,6 @@ def test_other_widths_are_refused(bits: int) -> None:
     """2..8 or 16, named."""
     with pytest.raises(ValueError, match=r"must be within 2\.\.8, or 16"):
         code_matrix(np.eye(4), bits)
-    with pytest.raises(ValueError, match="encoder must be within"):
-        TableBits(encoder=bits)
 
 
 def test_coded_rows_of_another_shape_are_refused() -> None:

@@ -16,7 +16,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from veloxquant_mlx.allocators.sensitivity import model_sha256
 from veloxquant_mlx.calibration import measure as measure_module
 from veloxquant_mlx.calibration.fisher_klt import FisherCode
-from veloxquant_mlx.calibration.fit import TableBits
 from veloxquant_mlx.calibration.fitting import fit_code
 from veloxquant_mlx.calibration.gradients import Split, fisher_matrices, window_sizes
 from veloxquant_mlx.calibration.klt import source_below, text_line_hashes
@@ -290,7 +289,7 @@ def test_the_default_model_is_calibrated_to_what_it_promises() -> None:
     some = measure_model(model, tokenizer, [text], gradient_sequences=3, vector_sequences=6)
     rates = {}
     for scope in ("head", "layer", "below"):
-        made = fit_code(some, scope=scope, step=0.0075, bits=TableBits(8, 8, 8)).klt
+        made = fit_code(some, scope=scope, step=0.0075, bits=8).klt
         deviations = np.concatenate([np.array(layer.deviations) for layer in made.layers])
         rates[scope] = np.log2(np.maximum(deviations / made.step, 1)).mean()
     assert rates["below"] < rates["layer"] < rates["head"]

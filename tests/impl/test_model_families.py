@@ -29,15 +29,8 @@ HALF_PRECISION = 4e-3
 @pytest.fixture(scope="module")
 def convolutional() -> Any:
     """An lfm2 with attention in layers 1 and 3 and short convolutions in 0 and 2."""
-    model = lfm2_of(
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        block_dim=96,
-        block_multiple_of=32,
-        block_ff_dim=192,
-        full_attn_idxs=[1, 3],
-    )
+    blocks = {"block_dim": 96, "block_multiple_of": 32, "block_ff_dim": 192}
+    model = lfm2_of(hidden_size=96, num_hidden_layers=4, num_attention_heads=6, full_attn_idxs=[1, 3], **blocks)
     return seeded(model, 3)
 
 

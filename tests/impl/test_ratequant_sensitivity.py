@@ -5,9 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from impl_inputs import lfm2_of
+from impl_inputs import gemma3_of, lfm2_of, llama_of
 from mlx.utils import tree_map
-from mlx_lm.models import gemma3_text, llama
 
 from veloxquant_mlx.allocators.ratequant import Sensitivities, calibrate_layer_sensitivities
 from veloxquant_mlx.allocators.sensitivity import (
@@ -21,6 +20,7 @@ from veloxquant_mlx.allocators.sensitivity import (
 )
 
 VOCABULARY = 64
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 class ByteTokenizer:
@@ -47,21 +47,7 @@ def randomised(model, seed=0, scale=0.25):
 
 
 def tiny_llama(seed=0):
-    return randomised(
-        llama.Model(
-            llama.ModelArgs(
-                model_type="llama",
-                hidden_size=32,
-                num_hidden_layers=3,
-                intermediate_size=48,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                rms_norm_eps=1e-5,
-                vocab_size=VOCABULARY,
-            )
-        ),
-        seed,
-    )
+    return randomised(llama_of(intermediate_size=48, **SIZES), seed)
 
 
 def calibrate(model, **options):
@@ -220,19 +206,9 @@ def test_a_model_with_broken_parameters_is_an_error():
 
 def test_sliding_window_layers_are_probed_with_their_own_mask():
     """gemma3 with a window of 8 on 24 tokens: the probed loss is that of the model with its own caches."""
-    args = gemma3_text.ModelArgs(
-        model_type="gemma3_text",
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=48,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=VOCABULARY,
-        sliding_window=8,
-        sliding_window_pattern=2,
-    )
-    model = randomised(gemma3_text.Model(args))
+    windows = {"sliding_window": 8, "sliding_window_pattern": 2}
+    sizes = {**SIZES, "num_hidden_layers": 2}
+    model = randomised(gemma3_of(intermediate_size=48, head_dim=16, **sizes, **windows))
     assert [head.max_size for head in calibrate(model).heads] == [8, 8, None, None]
     tokens = mx.array(calibration_sequences(ByteTokenizer(), bundled_texts(), num_samples=1, seq_len=24)[0])
     loss, _ = sequence_loss(model, tokens, None, probe_layers(model))
@@ -243,17 +219,8 @@ def test_sliding_window_layers_are_probed_with_their_own_mask():
 
 def test_layers_without_keys_and_values_keep_their_own_cache():
     """lfm2 mixes convolutions and attention: only the attention layers are units, and the pass still runs."""
-    model = lfm2_of(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        block_dim=32,
-        block_ff_dim=48,
-        block_multiple_of=8,
-        full_attn_idxs=[1],
-        rope_theta=10000.0,
-    )
+    blocks = {"block_dim": 32, "block_ff_dim": 48, "block_multiple_of": 8}
+    model = lfm2_of(full_attn_idxs=[1], rope_theta=10000.0, **SIZES, **blocks)
     result = calibrate(randomised(model))
     assert result.layers == (1,)
     assert result.provenance.n_layers == 3

@@ -4,9 +4,9 @@ import contextlib
 
 import mlx.core as mx
 import pytest
+from line_coverage import line_coverage
 
 from veloxquant_kernels import emulator, kernel, verify
-from veloxquant_kernels.emulator.coverage import line_coverage
 from veloxquant_kernels.kernel import FOLDER, metal_text, shipped_kernels
 
 pytestmark = pytest.mark.usefixtures("compiler")

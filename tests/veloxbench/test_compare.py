@@ -108,6 +108,24 @@ def test_a_revision_that_decodes_worse_regresses(repository, grid, capsys):
 
 
 @pytest.mark.slow
+def test_the_commit_that_made_it_worse_is_found(repository, grid, capsys):
+    """Renamed, damaged, and one more commit on the base, measured one beside the other: the damaged one is named."""
+    git(repository, "checkout", "-q", "-b", "line", "base")
+    try:
+        git(repository, "cherry-pick", "renamed", "damaged")
+        git(repository, "commit", "-q", "--allow-empty", "-m", "more")
+    finally:
+        git(repository, "checkout", "-q", "--detach", "base")
+    command = ["bisect", "base", "line", "--repo", str(repository), "--profile", str(grid)]
+    assert _run([*command, "--subject", "turboquant_mse@4"]) == ExitCode.PASS
+    shown = capsys.readouterr()
+    assert shown.out.rstrip().endswith(": damaged")
+    assert "that is the first bad commit" in shown.err
+    assert _run(["bisect", "base", "renamed", *command[3:], "--subject", "turboquant_mse@4"]) == ExitCode.USAGE
+    assert "renamed is not worse than the good revision" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_revision_that_crashes_is_one_sentence(repository, grid, capsys):
     """It names the side, the revision and what was raised."""
     assert compare(repository, grid, "base", "crashing", "--tiers", "records") == ExitCode.REGRESSION

@@ -266,7 +266,7 @@ def test_run_with_peers_plans_them_on_its_own_model_and_installs_what_is_missing
     asked: list[str] = []
     monkeypatch.setattr(peers, "peers_folder", lambda: tmp_path)
     monkeypatch.setattr(peers, "add", asked.append)
-    monkeypatch.setattr(Run, "all", lambda self: Outcome((), 0, 0, ()))
+    monkeypatch.setattr(Run, "all", lambda self: Outcome((), 0, 0, 0, ()))
     command = ["run", "--profile", "quick", "--peers", "--out", str(tmp_path / "results")]
     assert veloxbench([*command, "--plan"]) == 0
     planned = capsys.readouterr().out

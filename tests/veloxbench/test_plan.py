@@ -85,14 +85,14 @@ def handle(context: int, directory: Path) -> ModelHandle:
 def test_a_window_as_long_as_the_context_fits(tmp_path):
     """96 tokens are fed of a window of 96 and its last target: a context of 96 holds them, one of 95 does not."""
     grid, text = parse_grid(GRID, "test"), Text("t", "evaluation", ("word " * 200,), None, "test")
-    assert len(measurements(grid, handle(96, tmp_path), text, Bytes())) == 7
+    assert len(list(measurements(grid, handle(96, tmp_path), text, Bytes()))) == 7
     with pytest.raises(UsageError, match="needs 96 tokens of context, m has 95"):
-        measurements(grid, handle(95, tmp_path), text, Bytes())
+        list(measurements(grid, handle(95, tmp_path), text, Bytes()))
 
 
 def test_a_suite_that_needs_no_model_is_not_asked_of_one():
     """Beside suites that read a model the exact suite's arms are no methods to be probed on it: ``cache`` is none."""
     grid = parse_grid(GRID.replace('suites = ["perplexity"]', 'suites = ["exact", "perplexity"]'), "test")
-    planned = measurements_without_model(customise(grid, suites=["exact"]))
+    planned = list(measurements_without_model(customise(grid, suites=["exact"])))
     item = next(item for item in planned if item.cell.arm.name == "cache")
     assert measure(item, SimpleNamespace(), lambda _: None).status == "measured"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import itertools
 import os
@@ -15,7 +16,7 @@ import typer
 
 import veloxbench
 from veloxbench import __version__
-from veloxbench.cli.compare import compare
+from veloxbench.cli.compare import bisect, compare
 from veloxbench.cli.gate import baseline_app, gate
 from veloxbench.cli.inputs import corpora, models
 from veloxbench.cli.machine import doctor, kernels
@@ -25,7 +26,7 @@ from veloxbench.cli.peers import peers_app
 from veloxbench.cli.recommend import recommend
 from veloxbench.cli.records import merge, submit, verify
 from veloxbench.cli.report import report, schema
-from veloxbench.cli.run import run
+from veloxbench.cli.run import run, worker
 from veloxbench.cli.trials import trial
 from veloxbench.cli.use import HANDS_ON, chat, generate, serve
 from veloxbench.errors import ExitCode, UsageError, VeloxError
@@ -67,7 +68,7 @@ RENAMED = {"aa": "trial timing", "damages": "trial damages"}
 """Commands by names that they had, and by those that they have."""
 
 for command in (
-    *(run, merge, verify, submit, recommend, report, gate, compare),
+    *(run, worker, merge, verify, submit, recommend, report, gate, compare, bisect),
     *(models, corpora, methods, doctor, kernels, schema),
 ):
     app.command()(command)
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    gc.set_threshold(100_000)  # ten thousand records are many objects, and all of them stay
     try:
         result: Any = app(args=None if arguments is None else list(arguments), standalone_mode=False)
     except typer.TyperException as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from veloxbench.cli.output import above_zero, listed, print_findings, to_stderr
-from veloxbench.errors import UsageError, unknown_name
+from veloxbench.errors import ExitCode, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from veloxbench.compare.timed_decode import DecodeSpec
@@ -97,6 +97,69 @@ def compare(
     publish(findings, "VeloxBench compare", os.environ)
     to_stderr(f"veloxbench compare: {sentence(findings)}")
     raise typer.Exit(int(exit_code(findings)))
+
+
+def bisect(
+    good: Annotated[str, typer.Argument(help="A git revision that is good.")],
+    bad: Annotated[str, typer.Argument(help="A later one that is not.")],
+    subject: Annotated[str, typer.Option(help="The cache that became worse, as `turboquant_mse@4:sinks=4`.")],
+    repository: Annotated[Path, typer.Option("--repo", help="The repository of the revisions.")] = Path(),
+    suite: Annotated[str, typer.Option(help="**perplexity** (quality and bytes) or **exact** (fixed inputs).")] = (
+        "perplexity"
+    ),
+    profile: Annotated[str, typer.Option(help="Whose protocols and texts are measured.")] = "gate",
+    model: Annotated[str | None, typer.Option(help="In place of the profile's models.")] = None,
+) -> None:
+    """Find the first commit that made a cache worse: `git bisect`, with the paired gate of `compare` as its test.
+
+    Each commit is measured beside GOOD. One that passes is good, one that regresses is bad; one that cannot be built,
+    crashes or leaves the test undecided is skipped (a crash is bad where BAD itself crashes). Git bisects in a
+    worktree of its own in the user's cache: your checkout stays as it is. Stop it at any time and type the same
+    command again: it goes on where it was.
+
+    Exit codes: 0 found, 2 only skipped commits are left (they are listed), 4 usage (BAD is not worse than GOOD).
+
+    **Examples**
+
+    `veloxbench bisect v0.1.0 HEAD --subject turboquant_mse@4`
+
+    `veloxbench bisect HEAD~20 HEAD --subject turboquant_mse@4 --suite exact`
+    """
+    from veloxbench.compare import bisect as steps
+    from veloxbench.compare.compare import Plan, compare_revisions
+    from veloxbench.compare.revisions import prepare, resolve
+    from veloxbench.compare.timing_test import TimingSpec
+    from veloxbench.inputs.sources import cache_dir
+    from veloxbench.records.journal import write_text
+    from veloxbench.records.record import content_hash
+    from veloxbench.run.grid import customise, load_grid
+
+    if suite not in ("perplexity", "exact"):
+        raise unknown_name("suite", suite, ("perplexity", "exact"))
+    arms = None if suite == "exact" else [subject]
+    grid = customise(load_grid(profile), suites=[suite], methods=arms or (), models=listed(model, "--model"))
+    label = steps.subject_label(grid, subject)
+    text = steps.grid_text(grid)
+    file = cache_dir() / "bisect" / f"{content_hash(text)[:16]}.toml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
+    plan = Plan(profile=str(file), timed={}, spec=TimingSpec(), threads=0, seed=0)
+    base = prepare(good, repository)
+
+    def judge(commit: str, crash_is_bad: bool = False) -> steps.Judged:
+        findings = compare_revisions(base, prepare(commit, repository), plan, to_stderr)
+        return steps.judged(findings, label, crash_is_bad)
+
+    worst = judge(resolve(bad, repository), crash_is_bad=True)
+    to_stderr(f"{bad}: {worst.word} ({worst.reason})")
+    steps.check_ends(worst, bad)
+    culprits = steps.bisect(good, bad, repository, text, lambda commit: judge(commit, worst.crashed), to_stderr).commits
+    for commit in culprits:
+        print(steps.described(commit, repository))
+    if len(culprits) > 1:
+        to_stderr(f"veloxbench bisect: one of these {len(culprits)} is the first bad commit; the others were skipped")
+        raise typer.Exit(int(ExitCode.INCONCLUSIVE))
+    to_stderr("veloxbench bisect: that is the first bad commit")
 
 
 def _timed(text: str, model: str) -> dict[str, DecodeSpec]:

@@ -100,8 +100,8 @@ def recommend(
         if record.subject.model.n_layers is None
         and (record.subject.model.name == name if handle is None else _same_weights(record, handle.weights_sha256))
     ]
-    answer = recommend(name, of_model, Wish(wanted or limit, limit_bytes, max_kld, verdict, speed), limit)
     chip = str(hardware()["chip"])
+    answer = recommend(name, of_model, Wish(wanted or limit, limit_bytes, max_kld, verdict, speed), limit, chip)
     how = [] if answer.choice is None else lines_of_use(model, answer.choice.arm, memory is not None)
     if as_json:
         print(json.dumps(answer_as_json(answer, how, chip), indent=1))

@@ -87,12 +87,12 @@ def report(
 
         to_stderr(upload(measured, push))
     elif name == "md" and target is not None:
-        from veloxbench.report.page import DETAILS, beside, render
+        from veloxbench.report.page import DETAILS, pages
 
         drawn = details is not None
         folder = DETAILS if details is None else Path(os.path.relpath(details, target.parent)).as_posix()
-        page = render(measured, failures, others, folder, drawn)
-        files = {f"{folder}/{file}": text for file, text in beside(measured, drawn).items()}
+        page, texts = pages(measured, failures, others, folder, drawn)
+        files = {f"{folder}/{file}": text for file, text in texts.items()}
         deliver(page, out, check, "veloxbench report", "these records", files)
     elif name == "html":
         from veloxbench.report.history import read_depth, read_history

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from veloxbench.cli.options import AcceptLicence, AsJson
-from veloxbench.cli.output import above_zero, listed, numbers, print_table
-from veloxbench.errors import Stopped
+from veloxbench.cli.output import above_zero, listed, numbers, print_table, to_stderr
+from veloxbench.errors import ExitCode, Stopped, UnfitEnvironmentError
 from veloxbench.records.suites import all_suites
 
 if TYPE_CHECKING:
@@ -56,6 +60,10 @@ def run(
         str | None,
         typer.Option(help="Measure one part of the grid, `2/5`; `veloxbench merge` makes one run of all parts."),
     ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="Have a pool measure: the address of a dask scheduler, `tcp://host:8786` (docs/pool.md)."),
+    ] = None,
     peers: Annotated[
         bool,
         typer.Option("--peers", help="Measure caches of other projects too (the profile **peers**), installed first."),
@@ -86,6 +94,8 @@ def run(
     `veloxbench run --profile full --plan`
 
     `veloxbench run --profile full --shard 2/5 --out part2`, then `veloxbench merge part1 … part5 --out results`
+
+    `veloxbench run --profile full --scheduler tcp://mini.local:8786`, with `veloxbench worker` on each machine
     """
     from veloxbench.inputs.transfer_progress import default_reporter
     from veloxbench.methods.peers import add
@@ -121,8 +131,14 @@ def run(
     progress = default_progress()
     with open_store(out) as store:
         try:
-            options = {"accept_licence": accept_licence, "fresh": fresh}
-            with Run(grid, store, default_reporter(), progress, shard=part, beside=beside, **options) as carried:
+            options: dict[str, Any] = {
+                "accept_licence": accept_licence,
+                "fresh": fresh,
+                "shard": part,
+                "beside": beside,
+            }
+            kind = Run if scheduler is None else functools.partial(_pool().PoolRun, scheduler=scheduler)
+            with kind(grid, store, default_reporter(), progress, **options) as carried:
                 try:
                     outcome = carried.all()
                 except KeyboardInterrupt:
@@ -151,6 +167,42 @@ def run(
         f"tables in {out / PAGE}"
     )
     raise typer.Exit(int(outcome.exit_code))
+
+
+def worker(
+    scheduler: Annotated[str, typer.Argument(help="Address of the dask scheduler: `tcp://host:8786`.")],
+) -> None:
+    """Measure cells for `veloxbench run --scheduler`, one at a time, until Ctrl-C.
+
+    Start one on each machine of the pool (`dask scheduler` starts the scheduler itself). A machine may have several;
+    timings and memory are measured while the others of that machine rest. A worker outlives its scheduler and waits
+    for the next one. Whoever reaches the scheduler runs code on its workers: keep it in a network that you trust.
+
+    **Example:** `veloxbench worker tcp://mini.local:8786`
+    """
+    _pool()
+    from veloxbench.run.pool_worker import serve
+
+    signal.signal(signal.SIGINT, lambda *_: _leave())
+    serve(scheduler, to_stderr)
+
+
+def _leave() -> NoReturn:
+    to_stderr("veloxbench: stopped; the run gives the cell that was being measured to another worker")
+    os._exit(int(ExitCode.INTERRUPTED))
+
+
+def _pool() -> ModuleType:
+    """The pool's module, whose dask is an extra."""
+    try:
+        from veloxbench.run import pool
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("distributed", "dask"):
+            raise
+        raise UnfitEnvironmentError(
+            "a pool needs the package distributed, which is not installed: `pip install 'veloxbench[pool]'`"
+        ) from error
+    return pool
 
 
 def _print_plan(grid: Grid, beside: Grid | None, shard: Shard, out: Path) -> None:

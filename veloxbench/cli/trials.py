@@ -269,3 +269,40 @@ def travelling(
         rates = error_rates(settings, read_study(study), gates, seed)
         write_text(record, rates.model_dump_json(indent=1) + "\n")
     deliver(render(read_rates(record)), out, check, "veloxbench trial travelling", record)
+
+
+@trial.command()
+def instruments(
+    record: Annotated[Path, typer.Option(help="The measured comparison.")] = Path("records/gate/instruments.json"),
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure it anew; `veloxbench peers add mlx-quant-fidelity==0.10.0` first."),
+    ] = False,
+    model: ModelOption = "smollm2-135m",
+    corpus: Annotated[str, typer.Option(help="A name from `veloxbench corpora`, or a file.")] = "wikitext-2",
+    sequences: Annotated[int, typer.Option(min=2, help="Sequences to read.")] = 16,
+    length: Annotated[int, typer.Option(min=3, help="Tokens of a sequence.")] = 512,
+    out: PageFile = None,
+    check: CheckedPage = None,
+) -> None:
+    """Does another instrument see the same? mlx-lm's affine cache by mlx-quant-fidelity and by the perplexity suite.
+
+    **Examples**
+
+    `veloxbench trial instruments --check docs/instruments.md`
+
+    `veloxbench trial instruments --measure --record mine.json` (ten minutes on two cores)
+    """
+    from veloxbench.trials.instruments import OTHER, protocol_of, read_comparison, render
+    from veloxbench.trials.instruments import measure as measure_both
+
+    if measure:
+        from veloxbench.inputs.models import resolve_model
+        from veloxbench.inputs.transfer_progress import default_reporter
+        from veloxbench.methods.peers import get_peer
+
+        peer, reporter = get_peer(OTHER), default_reporter()
+        handle = resolve_model(model, reporter=reporter)
+        compared = measure_both(handle, corpus, peer, protocol_of(sequences, length), reporter)
+        write_text(record, compared.model_dump_json(indent=1) + "\n")
+    deliver(render(read_comparison(record)), out, check, "veloxbench trial instruments", record)

@@ -90,27 +90,27 @@ def resolve(revision: str, repository: Path) -> str:
     """
     if "\0" in revision:
         raise UsageError(f"unknown revision {revision!r}")
-    inside = _git(repository, "rev-parse", "--git-dir")
+    inside = run_git(repository, "rev-parse", "--git-dir")
     if inside.returncode != 0:
-        said = _said(inside)
-        if "dubious ownership" in said or "safe.bareRepository" in said:
+        why = said(inside)
+        if "dubious ownership" in why or "safe.bareRepository" in why:
             raise UsageError(
-                f"git does not trust the repository at {repository} ({said}); "
+                f"git does not trust the repository at {repository} ({why}); "
                 f"`git config --global --add safe.directory {shlex.quote(str(repository.resolve()))}` makes it"
             )
-        reason = "" if "not a git repository" in said else f" that git can read ({said})"
+        reason = "" if "not a git repository" in why else f" that git can read ({why})"
         raise UsageError(f"{repository} is not a git repository{reason}, so {revision!r} can be no revision of it")
-    done = _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    done = run_git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if done.returncode == 0:
         return done.stdout.decode().strip()
-    shallow = _git(repository, "rev-parse", "--is-shallow-repository").stdout.strip() == b"true"
+    shallow = run_git(repository, "rev-parse", "--is-shallow-repository").stdout.strip() == b"true"
     hint = "; the clone is shallow: `git fetch --unshallow` gets its history" if shallow else ""
     raise UsageError(
         f"unknown revision {revision!r}: it is neither a commit of {repository} nor a file of records{hint}"
     )
 
 
-def _git(
+def run_git(
     repository: Path, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[bytes]:
     """Run git in a folder; the variables by which a hook or a script points at another repository do not count."""
@@ -133,7 +133,7 @@ _GIT_PLACES = (
 )
 
 
-def _said(done: subprocess.CompletedProcess[bytes]) -> str:
+def said(done: subprocess.CompletedProcess[bytes]) -> str:
     """The first line of what git says was wrong."""
     lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
     return lines[0].removeprefix("fatal: ") if lines else f"exit status {done.returncode}"
@@ -218,14 +218,16 @@ def _export(repository: Path, commit: str, tree: Path) -> None:
     """Write a commit's tree through an index of its own; the repository's index and working tree are left alone."""
     tree.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=tree.parent) as beside:
-        git_dir = _git(repository, "rev-parse", "--absolute-git-dir").stdout.decode("utf-8", "surrogateescape").strip()
+        git_dir = (
+            run_git(repository, "rev-parse", "--absolute-git-dir").stdout.decode("utf-8", "surrogateescape").strip()
+        )
         place = {"GIT_DIR": git_dir, "GIT_WORK_TREE": str(tree), "GIT_INDEX_FILE": str(Path(beside) / "index")}
         plain = ("-c", "core.sparseCheckout=false", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false")
         for command in (("read-tree", commit), ("checkout-index", "--all", "--quiet", "--force")):
-            done = _git(tree, *plain, *command, environment=place)
+            done = run_git(tree, *plain, *command, environment=place)
             if done.returncode != 0:
-                raise UnfitEnvironmentError(f"git cannot export {commit[:12]}: {_said(done)}")
-        listed = _git(tree, *plain, "ls-files", "--stage", "-z", environment=place).stdout
+                raise UnfitEnvironmentError(f"git cannot export {commit[:12]}: {said(done)}")
+        listed = run_git(tree, *plain, "ls-files", "--stage", "-z", environment=place).stdout
     for entry in listed.split(b"\0"):
         if entry.startswith(_SUBMODULE):
             stage, _, name = entry.partition(b"\t")
@@ -237,11 +239,11 @@ _SUBMODULE = b"160000 "  # the mode of a commit of another repository
 
 def _export_submodule(repository: Path, name: str, commit: str, tree: Path) -> None:
     """A submodule whose commit is here comes with the tree; of another one the folder stays empty, as in a clone."""
-    top = _git(repository, "rev-parse", "--show-toplevel")
+    top = run_git(repository, "rev-parse", "--show-toplevel")
     place = Path(os.fsdecode(top.stdout.removesuffix(b"\n"))) / name
     if top.returncode != 0 or not (place / ".git").exists():
         return
-    if _git(place, "cat-file", "-e", f"{commit}^{{commit}}").returncode == 0:
+    if run_git(place, "cat-file", "-e", f"{commit}^{{commit}}").returncode == 0:
         _export(place, commit, tree / name)
 
 

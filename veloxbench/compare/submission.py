@@ -11,10 +11,11 @@ from veloxbench.gate.baselines import subject_name
 from veloxbench.measure.quality import FLOOR_LIMIT
 from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import Record, content_hash
+from veloxbench.records.store import CONTRIBUTED
 from veloxbench.records.suites import suite_row
 from veloxbench.run.plan import other_code
 
-PLACE = Path("records/contributed")
+PLACE = Path("records") / CONTRIBUTED
 """Where a pull request has them, from the checkout's root."""
 
 

@@ -73,11 +73,6 @@ class Proposal:
 
     changes: tuple[tuple[BaselineFile | None, BaselineFile], ...]
 
-    @property
-    def n_entries(self) -> int:
-        """Entries that would be in the files."""
-        return sum(len(new.entries) for _, new in self.changes)
-
 
 def propose(
     records: Sequence[Record],

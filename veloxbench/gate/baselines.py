@@ -31,7 +31,7 @@ from veloxbench.records.arm import REFERENCE, from_earlier_label
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.journal import read_content
 from veloxbench.records.record import Finite, Record, content_hash
-from veloxbench.records.selection import of_newest_code
+from veloxbench.records.selection import canonical, of_newest_code
 from veloxbench.records.suites import suite_row
 
 StoredTier = Literal["exact", "quality"]
@@ -187,11 +187,11 @@ def fingerprint(record: Record, tier: StoredTier) -> dict[str, JsonValue]:
         "tokens_sha256": subject.text.tokens_sha256,
         "settings": subject.settings,
     }
-    machine = machine_fields(record.provenance.hardware, record.provenance.versions)
     if tier == "quality":
-        return {**fields, **machine}
+        return {**fields, **machine_fields(record.provenance.hardware, record.provenance.versions)}
     # codes on fixed inputs are those of one kind of device: a GPU may divide to another last bit
-    return {**fields, "device": machine["device"]} if suite_row(subject.suite).device_bound else fields
+    device = record.provenance.hardware.get("device")
+    return {**fields, "device": device} if suite_row(subject.suite).device_bound else fields
 
 
 def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
@@ -201,7 +201,7 @@ def fingerprint_id(fields: Mapping[str, JsonValue]) -> str:
 
 def travel_id(fields: Mapping[str, JsonValue]) -> str:
     """What a baseline shares with everything that may be compared with it: its fingerprint but for the rounding."""
-    return fingerprint_id({name: value for name, value in fields.items() if name != REDRAWN})
+    return canonical({name: value for name, value in fields.items() if name != REDRAWN})
 
 
 def subject_name(record: Record) -> str:
@@ -227,7 +227,7 @@ def snapshot(record: Record, tier: StoredTier) -> Snapshot | None:
     metrics, samples = gated_metrics(record, tier)
     if not metrics and not samples:
         return None
-    return Snapshot(
+    return Snapshot.model_construct(  # of a record that was validated
         record_id=record.id,
         measured=record.provenance.started,
         commit=record.provenance.commit,
@@ -315,7 +315,7 @@ def read_baselines(folder: Path) -> Baselines:
     """
     if not folder.is_dir():
         raise BaselineError(f"there is no baseline folder {folder}; `veloxbench baseline approve` makes one")
-    paths = sorted(folder.glob("*/*.json"))
+    paths = sorted(folder.glob("*/*.json"), key=lambda path: path.parts)
     if not paths:
         raise BaselineError(f"the baseline folder {folder} is empty; `veloxbench baseline approve` fills it")
     return Baselines(tuple(_read_file(path) for path in paths), str(folder))

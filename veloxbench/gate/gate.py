@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from veloxbench.gate.baselines import (
@@ -28,10 +29,11 @@ from veloxbench.gate.baselines import (
     machine_fields,
     travel_id,
 )
-from veloxbench.gate.paired_test import ALPHA, FALSE_PASS, MIN_SEQUENCES, Paired, paired_test, smallest_detectable
+from veloxbench.gate.paired_test import ALPHA, FALSE_PASS, MIN_SEQUENCES, Paired, detectable_change, paired_tests
 from veloxbench.gate.verdicts import Finding, Verdict
 from veloxbench.records.intervals import holm_levels
 from veloxbench.records.record import Record
+from veloxbench.records.selection import canonical
 from veloxbench.records.suites import REDRAW_POSITIONS, suite_row
 
 SHOWN = 60
@@ -51,19 +53,31 @@ DRIFT_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class _Pending:
-    """A quality metric whose verdict waits for the p-values of its whole tier."""
+    """A quality metric whose verdict waits for the p-values of its whole tier: samples now, then and at the release."""
 
     finding: Finding
-    test: Paired
-    fall: Paired
-    """The same test of the opposite question: has it fallen by more than the margin?"""
-    drift: Paired
-    baseline: tuple[float, ...]
+    head: NDArray[np.float64]
+    base: NDArray[np.float64]
+    released: NDArray[np.float64]
+    margin: float
+    total: float
+    """What all approvals since the release may cost together."""
     redraw: float
     redrawn: bool
     """The baseline is of another rounding: every change holds a draw of noise."""
     two_sided: bool
     """Whether the metric is the fp16 reference's own, which may move neither way."""
+
+
+@dataclass(frozen=True)
+class _Tests:
+    """The paired tests of a metric, and the baseline's spread."""
+
+    test: Paired
+    fall: Paired
+    """The same test of the opposite question: has it fallen by more than the margin?"""
+    drift: Paired
+    deviation: float
 
 
 def judge(
@@ -86,7 +100,8 @@ def judge(
     if not measured:
         return []
     groups = [group for group in grouped(measured) if group.tier in baselines.tiers]
-    machines = [machine_fields(record.provenance.hardware, record.provenance.versions) for record in measured]
+    fields = (machine_fields(record.provenance.hardware, record.provenance.versions) for record in measured)
+    machines = list({canonical(machine): machine for machine in fields}.values())
     day = datetime.now(UTC).date() if today is None else today
     findings: list[Finding] = []
     pending: list[_Pending] = []
@@ -288,15 +303,15 @@ def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile, redraw
     results: list[Finding | _Pending] = []
     for metric, base in entry.approved.samples.items():
         values = head.samples.get(metric)
-        blank = Finding("quality", name, metric, Verdict.REGRESS, "the run did not produce it")
         if values is None:
-            results.append(blank)
+            results.append(Finding("quality", name, metric, Verdict.REGRESS, "the run did not produce it"))
             continue
-        mean = float(np.mean(base))
+        now, then = np.asarray(values), np.asarray(base)
+        mean = _mean(then)
         two_sided = metric in row.per_sequence_of_reference
         budget = (row.per_sequence_of_reference if two_sided else row.per_sequence)[metric]
         margin = budget.margin(mean)
-        blank = replace(blank, value=float(np.mean(values)), baseline=mean, limit=margin)
+        blank = Finding("quality", name, metric, Verdict.REGRESS, "", _mean(now), mean, limit=margin)
         if len(values) != len(base):
             reason = f"{len(values)} sequences cannot be paired with the baseline's {len(base)}"
             results.append(replace(blank, reason=reason))
@@ -304,13 +319,10 @@ def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile, redraw
             reason = f"{len(values)} sequences are too few to judge: a gate needs {MIN_SEQUENCES}"
             results.append(replace(blank, verdict=Verdict.INCONCLUSIVE, reason=reason))
         else:
-            released = np.asarray(entry.at_release.samples.get(metric, base))
-            total = DRIFT_FACTOR * budget.margin(float(released.mean()))
-            difference = np.asarray(values) - np.asarray(base)
-            test, fall = paired_test(difference, margin), paired_test(-difference, margin)
-            drift = paired_test(np.asarray(values) - released, total)
+            released = then if entry.released is None else np.asarray(entry.released.samples.get(metric, base))
+            total = DRIFT_FACTOR * budget.margin(_mean(released))
             redraw = budget.redraw * abs(mean) * math.sqrt(REDRAW_POSITIONS / positions)
-            results.append(_Pending(blank, test, fall, drift, tuple(base), redraw, redrawn, two_sided))
+            results.append(_Pending(blank, now, then, released, margin, total, redraw, redrawn, two_sided))
     missing = [metric for metric in head.samples if metric not in entry.approved.samples]
     results += [
         Finding("quality", name, metric, Verdict.NO_BASELINE, "the baseline does not have it") for metric in missing
@@ -320,42 +332,79 @@ def _quality(name: str, head: Snapshot, entry: Entry, file: BaselineFile, redraw
     return results
 
 
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(np.add.reduce(values) / len(values))
+
+
+def _tested(pending: Sequence[_Pending]) -> list[_Tests]:
+    """The tests of all metrics, those with equally many sequences at once."""
+    tests: dict[int, _Tests] = {}
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for i, item in enumerate(pending):
+        by_size.setdefault((len(item.head), len(item.released)), []).append(i)
+    for places in by_size.values():
+        some = [pending[i] for i in places]
+        head, base, released = (
+            np.stack([getattr(item, name) for item in some]) for name in ("head", "base", "released")
+        )
+        margins = [item.margin for item in some]
+        of_each = zip(
+            paired_tests(head - base, margins),
+            paired_tests(base - head, margins),
+            paired_tests(head - released, [item.total for item in some]),
+            base.std(axis=1, ddof=1).tolist(),
+            strict=True,
+        )
+        tests |= {i: _Tests(*each) for i, each in zip(places, of_each, strict=True)}
+    return [tests[i] for i in range(len(pending))]
+
+
 def _decided(pending: Sequence[_Pending]) -> list[Finding]:
     """Verdicts of the quality tier: Holm over all its tests of regression and of drift together.
 
     The reference's fall is a regression and one of these tests; gains of arms are a family of their own.
     """
+    tested = _tested(pending)
     falls = {i for i, item in enumerate(pending) if item.two_sided}
-    tests = [test for item in pending for test in (item.test, item.drift)]
-    levels = holm_levels([test.p_regress for test in [*tests, *(pending[i].fall for i in sorted(falls))]], ALPHA)
+    tests = [test for each in tested for test in (each.test, each.drift)]
+    levels = holm_levels([test.p_regress for test in [*tests, *(tested[i].fall for i in sorted(falls))]], ALPHA)
     fall_levels = dict(zip(sorted(falls), levels[len(tests) :], strict=True))
     gains = [i for i in range(len(pending)) if i not in falls]
-    fall_levels |= zip(gains, holm_levels([pending[i].fall.p_regress for i in gains], ALPHA), strict=True)
+    fall_levels |= zip(gains, holm_levels([tested[i].fall.p_regress for i in gains], ALPHA), strict=True)
     return [
-        _decide(item, levels[2 * i], levels[2 * i + 1], fall_levels[i], len(levels)) for i, item in enumerate(pending)
+        _decide(item, each, levels[2 * i], levels[2 * i + 1], fall_levels[i], len(levels))
+        for i, (item, each) in enumerate(zip(pending, tested, strict=True))
     ]
 
 
-def _decide(item: _Pending, level: float, drift_level: float, fall_level: float, n_tests: int) -> Finding:
-    finding = _judged(item, level, drift_level, fall_level, n_tests)
-    if not item.redrawn:
-        return finding
-    return replace(finding, reason=f"{finding.reason} (the baseline is of another rounding: the noise was drawn anew)")
-
-
-def _judged(item: _Pending, level: float, drift_level: float, fall_level: float, n_tests: int) -> Finding:
-    test, fall, drift = item.test, item.fall, item.drift
-    two_sided = item.two_sided
+def _decide(
+    item: _Pending, tests: _Tests, level: float, drift_level: float, fall_level: float, n_tests: int
+) -> Finding:
+    test = tests.test
     low = test.bound(level or ALPHA / n_tests, -1)
     high = test.bound(FALSE_PASS, +1)
     spread = max(test.standard_error * math.sqrt(test.n), item.redraw)
-    finding = replace(
+    verdict, reason = _verdict(item.two_sided, tests, low, high, (level, drift_level, fall_level))
+    if item.redrawn:
+        reason += " (the baseline is of another rounding: the noise was drawn anew)"
+    mean = _mean(item.base)
+    return replace(
         item.finding,
+        verdict=verdict,
+        reason=reason,
         change=test.mean,
         low=low,
         high=high,
-        detectable=smallest_detectable(item.baseline, test.margin, n_tests, spread),
+        detectable=detectable_change(test.n, mean, tests.deviation, test.margin, n_tests, spread),
     )
+
+
+def _verdict(
+    two_sided: bool, tests: _Tests, low: float, high: float, levels: tuple[float, float, float]
+) -> tuple[Verdict, str]:
+    """What the tests say at their levels (of growth, drift and fall), and why."""
+    test, fall, drift = tests.test, tests.fall, tests.drift
+    level, drift_level, fall_level = levels
     regressed = test.p_regress <= level and low > test.margin
     fell = fall.p_regress <= fall_level and fall.mean > fall.margin
     drifted = drift.p_regress <= drift_level and drift.mean > drift.margin
@@ -368,22 +417,22 @@ def _judged(item: _Pending, level: float, drift_level: float, fall_level: float,
             f"the fp16 reference itself moved by {test.mean:+.3g}, more than {test.margin:.3g} either way: mask, "
             "scorer, model or text, and every figure is measured against it"
         )
-        return replace(finding, verdict=Verdict.REGRESS, reason=reason)
+        return Verdict.REGRESS, reason
     if regressed:
         reason = f"grew by {test.mean:.3g} [{low:.3g}, {high:.3g}], more than {test.margin:.3g}"
-        return replace(finding, verdict=Verdict.REGRESS, reason=reason)
+        return Verdict.REGRESS, reason
     if drifted:
         reason = f"{drift.mean:.3g} above the last release, whose total budget is {drift.margin:.3g}"
-        return replace(finding, verdict=Verdict.REGRESS, reason=reason)
+        return Verdict.REGRESS, reason
     if fell:
         reason = (
             f"better by {fall.mean:.3g}, more than {test.margin:.3g}: a gain of that size is a better method or a "
             "broken measurement; find out which, then approve it"
         )
-        return replace(finding, verdict=Verdict.INCONCLUSIVE, reason=reason)
+        return Verdict.INCONCLUSIVE, reason
     if passes and within:
         same = "no sequence changed" if test.mean == 0 and test.standard_error == 0 else f"changed by {test.mean:.3g}"
-        return replace(finding, verdict=Verdict.PASS, reason=f"{same}, limit {test.margin:.3g}")
+        return Verdict.PASS, f"{same}, limit {test.margin:.3g}"
     what = (
         f"changed by {test.mean:.3g} [{low:.3g}, {high:.3g}]: {test.n} sequences cannot tell whether that is within "
         f"{test.margin:.3g}"
@@ -391,4 +440,4 @@ def _judged(item: _Pending, level: float, drift_level: float, fall_level: float,
         else f"{drift.mean:.3g} above the last release: {test.n} sequences cannot tell whether that is within the "
         f"total budget of {drift.margin:.3g}"
     )
-    return replace(finding, verdict=Verdict.INCONCLUSIVE, reason=what)
+    return Verdict.INCONCLUSIVE, what

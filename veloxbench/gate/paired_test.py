@@ -60,17 +60,32 @@ def paired_test(differences: Sequence[float] | NDArray[np.float64], margin: floa
     Raises:
         ValueError: fewer than two differences, or one that is not finite.
     """
-    values = np.asarray(differences, dtype=np.float64)
-    if values.size < 2 or not np.isfinite(values).all():
+    return paired_tests(np.atleast_2d(np.asarray(differences, dtype=np.float64)), [margin])[0]
+
+
+def paired_tests(differences: NDArray[np.float64], margins: Sequence[float]) -> list[Paired]:
+    """:func:`paired_test` of many metrics at once: ``differences`` is ``[metrics, n]``, each row has its margin."""
+    n = differences.shape[1]
+    for values in differences if n < 2 else differences[~np.isfinite(differences).all(axis=1)]:
         raise ValueError(f"a paired test needs two finite differences or more, got {values.tolist()}")
-    mean, spread = float(values.mean()), float(np.ptp(values))
-    if spread == 0:
-        above = mean > margin
-        return Paired(mean, 0.0, values.size, margin, 0.0 if above else 1.0, 1.0 if above else 0.0)
-    error = float(values.std(ddof=1) / math.sqrt(values.size))
-    return Paired(
-        mean, error, values.size, margin, _p_value(values, margin, "greater"), _p_value(values, margin, "less")
-    )
+    means, flat = differences.mean(axis=1), np.ptp(differences, axis=1) == 0
+    errors = np.where(flat, 0.0, differences.std(axis=1, ddof=1) / math.sqrt(n))
+    away = np.divide(np.asarray(margins) - means, errors, out=np.zeros(len(errors)), where=~flat)
+    students = special.stdtr(n - 1, away), special.stdtr(n - 1, -away)
+    rows = zip(differences, margins, *(each.tolist() for each in (means, errors, flat, *students)), strict=True)
+    return [
+        Paired(mean, 0.0, n, margin, float(mean <= margin), float(mean > margin))
+        if certain
+        else Paired(
+            mean,
+            error,
+            n,
+            margin,
+            _p_value(greater, values, margin, "greater"),
+            _p_value(less, values, margin, "less"),
+        )
+        for values, margin, mean, error, certain, greater, less in rows
+    ]
 
 
 def _above(level: float, n: int) -> float:
@@ -81,10 +96,8 @@ def _above(level: float, n: int) -> float:
 Alternative = Literal["less", "greater"]
 
 
-def _p_value(values: NDArray[np.float64], margin: float, alternative: Alternative) -> float:
-    """The larger of the two tests' p-values; the costly test is left out where the other rejects nothing anyway."""
-    away = float((margin - values.mean()) / (values.std(ddof=1) / math.sqrt(values.size)))
-    student = float(special.stdtr(values.size - 1, away if alternative == "greater" else -away))
+def _p_value(student: float, values: NDArray[np.float64], margin: float, alternative: Alternative) -> float:
+    """The larger of the two tests' p-values; the costly test is left out where Student's rejects nothing anyway."""
     return student if student > FALSE_PASS else max(student, _sign_flip(values, margin, alternative))
 
 
@@ -133,10 +146,16 @@ def smallest_detectable(baseline: Sequence[float], margin: float, n_tests: int, 
         spread: standard deviation of the differences that is there without any change of quality.
     """
     values = np.asarray(baseline, dtype=np.float64)
-    n, mean = values.size, float(values.mean())
+    return detectable_change(values.size, float(values.mean()), float(values.std(ddof=1)), margin, n_tests, spread)
+
+
+def detectable_change(
+    n: int, mean: float, deviation: float, margin: float, n_tests: int, spread: float
+) -> float | None:
+    """:func:`smallest_detectable` of a baseline whose mean and standard deviation are known."""
     if mean == 0:
         return None
-    variation = float(values.std(ddof=1)) / abs(mean)
+    variation = deviation / abs(mean)
     # the change at which (change - margin) / error is that shift: a quadratic equation, for the error grows with it
     shift = _detected_shift(n, n_tests)
     slope = n - (shift * variation) ** 2

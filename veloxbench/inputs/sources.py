@@ -48,6 +48,7 @@ import certifi
 import filelock
 import httpx
 import platformdirs
+from packaging.utils import canonicalize_name
 
 from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
 from veloxbench.inputs.transfer_progress import Reporter, SilentReporter, step
@@ -393,11 +394,11 @@ def _ask_pip(wheels: Sequence[WheelMember]) -> list[_Archive]:
     report = _ask(command + [wheel.requirement for wheel in wheels], "pip", first)
     with _readable_answer("pip", first):
         by_name: dict[str, dict[str, Any]] = {
-            _normalised(item["metadata"]["name"]): item["download_info"] for item in report["install"]
+            canonicalize_name(item["metadata"]["name"]): item["download_info"] for item in report["install"]
         }
         archives = []
         for wheel in wheels:
-            info = by_name[_normalised(wheel.package)]
+            info = by_name[canonicalize_name(wheel.package)]
             hashes = info.get("archive_info", {}).get("hashes", {})
             archives.append(_archive(info["url"], "sha256", hashes.get("sha256")))
     return archives
@@ -421,10 +422,6 @@ def _archive(url: Any, algorithm: str, digest: Any) -> _Archive:
     if not isinstance(digest, str) or length is None or not re.fullmatch(rf"[0-9a-f]{{{length}}}", digest):
         return _Archive(url, None, None)
     return _Archive(url, algorithm, digest)
-
-
-def _normalised(package: str) -> str:
-    return package.lower().replace("_", "-").replace(".", "-")
 
 
 def _ask_npm(mirror: NpmMember) -> _Archive:

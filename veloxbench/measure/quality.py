@@ -80,12 +80,7 @@ def run_arm(
 
 
 def noise_floor(
-    model: Module,
-    arm: ArmCaches,
-    tokens: NDArray[np.int32],
-    protocol: Protocol,
-    reference: Iterator[ReferenceRows],
-    pool: ThreadPoolExecutor,
+    bench: Bench, tokens: NDArray[np.int32], protocol: Protocol, reference: Iterator[ReferenceRows]
 ) -> NDArray[np.float64]:
     """KLD of a second fp16 run on the first two sequences alone, against the reference, ``[2, n_scored]``.
 
@@ -101,7 +96,8 @@ def noise_floor(
                 rows.log_probs[:length], rows.normaliser[:length], rows.nll[:length], rows.top1[:length]
             )
 
-    stats, _ = run_arm(model, arm, tokens[:n], protocol, first_sequences(), pool, lambda _: None)
+    arm = bench.caches(REFERENCE)
+    stats, _ = run_arm(bench.model, arm, tokens[:n], protocol, first_sequences(), bench.pool, lambda _: None)
     return stats.kld_nats.astype(np.float64)
 
 
@@ -229,8 +225,7 @@ class Perplexity(Suite):
         task, tokens, arm = item.cell.task, item.block.tokens, kept_decoded(bench.caches(item.cell.arm))
         if item.cell.arm == REFERENCE:
             nll = run_reference(computed_reference(item, bench, arm), len(tokens), tick)
-            again, kept = bench.caches(REFERENCE), reference_rows_of(item, bench)
-            floor = noise_floor(bench.model, again, tokens, task, kept, bench.pool)
+            floor = noise_floor(bench, tokens, task, reference_rows_of(item, bench))
             return reference_metrics(nll, floor, arm.engagement())
         stats, nll = run_arm(bench.model, arm, tokens, task, reference_rows_of(item, bench), bench.pool, tick)
         return arm_metrics(stats, nll, arm.engagement())

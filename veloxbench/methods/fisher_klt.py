@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import veloxquant_kernels
 import veloxquant_mlx
-from veloxbench.errors import EngagementError
 from veloxbench.inputs.corpora import load_text
-from veloxbench.methods.registry import BuildContext, Geometry, register
-from veloxbench.methods.veloxquant import implementation
+from veloxbench.methods.registry import BuildContext, register
+from veloxbench.methods.veloxquant import counted_formula, implementation, kept
 from veloxbench.records.provenance import source_hash
 from veloxbench.records.record import content_hash
 from veloxquant_mlx.allocators import sensitivity
 from veloxquant_mlx.cache.base import PackedKVCache
 from veloxquant_mlx.calibration import gradients, measure, vectors
 from veloxquant_mlx.calibration.fisher_klt import FisherCode
-from veloxquant_mlx.calibration.fit import TableBits
 from veloxquant_mlx.calibration.fitting import AGES, fit_code
 from veloxquant_mlx.calibration.measure import Measurements, Progress, measure_model
 from veloxquant_mlx.transforms import rope
+from veloxquant_mlx.transforms.coded_matrix import check_table_bits
 from veloxquant_mlx.transforms.klt import Scope
 
 TARGETS = (4.0, 3.0, 2.5, 2.0, 1.5, 1.25, 1.0, 0.75)
-
-Artefact = TypeVar("Artefact", Measurements, FisherCode)
-
-
-def storage_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fraction:
-    """Bytes of one layer: sinks by count, blocks by the length that their symbols have under the tables.
-
-    Raises:
-        EngagementError: the cache holds another number of tokens.
-    """
-    wanted = min(tokens, cache.max_size or tokens)
-    if cache.tokens_held() != (wanted, wanted):
-        raise EngagementError(
-            f"layer {cache.spec.layer} holds {cache.tokens_held()} tokens of keys and values after {tokens}, "
-            f"not {wanted}"
-        )
-    return cache.formula_nbytes()
 
 
 @register(
@@ -54,7 +33,7 @@ def storage_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fr
     cache_classes=(PackedKVCache,),
     targets=TARGETS,
     target_means="bits_per_value",
-    formula=storage_formula,
+    formula=counted_formula,
     implementation=implementation,
 )
 def fisher_klt(
@@ -78,10 +57,10 @@ def fisher_klt(
         tables: bits an entry of the static tables, 16 (fp16) or 2 to 8.
         text: whose calibration part the model is measured on; several joined by ``+``.
     """
-    bits = TableBits(tables, tables, tables)
+    check_table_bits(tables, name="tables")
     code = source_hash(veloxquant_mlx, veloxquant_kernels)
     name = f"{scope}-{target:g}-{sinks}-{'ages' if ages else 'one-age'}-{at_tokens}-{tables}.safetensors"
-    fitted = _kept(
+    fitted = kept(
         _place(context, [text, code]) / name,
         lambda path: FisherCode.load(path, scope=scope),
         lambda: fit_code(
@@ -91,7 +70,7 @@ def fisher_klt(
             sinks=sinks,
             ages=AGES if ages else (),
             at_tokens=at_tokens,
-            bits=bits,
+            **({} if tables == 16 else {"bits": tables}),  # an earlier revision, in a comparison, takes no number
             say=lambda line: print(f"fisher_klt@{target:g} {scope}: {line}", file=sys.stderr, flush=True),
         ),
     )
@@ -100,7 +79,7 @@ def fisher_klt(
 
 def _measured(context: BuildContext, text: str) -> Measurements:
     """What the calibration needs of the model, on disk since it was first asked for; hundreds of megabytes."""
-    return _kept(
+    return kept(
         _place(context, [text, _source(gradients, measure, vectors, rope, sensitivity)]) / "measurements.npz",
         lambda path: Measurements.load(path, context.model),
         lambda: measure_model(
@@ -130,12 +109,3 @@ def _place(context: BuildContext, key: list[str]) -> Path:
     place = context.cache_folder / f"fisher-klt-{content_hash([context.model_id, context.n_layers, *key])[:24]}"
     place.mkdir(parents=True, exist_ok=True)
     return place
-
-
-def _kept(path: Path, load: Callable[[Path], Artefact], make: Callable[[], Artefact]) -> Artefact:
-    """The artefact at ``path``, made where there is none: whole or not at all, for a run may be killed."""
-    if not path.exists():
-        partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
-        make().save(partial)
-        partial.replace(path)
-    return load(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any
 import veloxquant_kernels
 import veloxquant_mlx
 from veloxbench.methods.registry import BuildContext, register
-from veloxbench.methods.veloxquant import implementation, storage_formula
+from veloxbench.methods.veloxquant import implementation, kept, storage_formula
 from veloxbench.records.provenance import source_hash
 from veloxbench.records.record import content_hash
 from veloxquant_mlx.allocators.curves import Weighting
@@ -144,36 +143,25 @@ def _curves(context: BuildContext, recipe: Recipe) -> DistortionCurves:
     place = context.cache_folder / content_hash([context.model_id, context.n_layers, code])[:24]
     place.mkdir(parents=True, exist_ok=True)
     path = place / f"curves-{recipe.base}-{recipe.sinks}-{recipe.weighting}-{recipe.refined_at}-{recipe.trust:g}.json"
-    if path.exists():
-        return DistortionCurves.load(path)
+    return kept(path, DistortionCurves.load, lambda: _made_curves(context, recipe, place))
+
+
+def _made_curves(context: BuildContext, recipe: Recipe, place: Path) -> DistortionCurves:
     options = make_options(recipe.base, {})
     if recipe.refined_at:
         forecast = _curves(context, replace(recipe, refined_at=0, trust=1.0))
-        curves = refine_distortion_curve(
+        return refine_distortion_curve(
             context.model, context.tokenizer, forecast, recipe.refined_at, options.factories(), trust=recipe.trust
         )
-    else:
-        curves = fit_distortion_curve(
-            _sensitivities(context, place / "sensitivities.safetensors"),
-            options.factories(),
-            widths=tuple(options.widths),
-            sinks=recipe.sinks,
-            weighting=recipe.weighting,
-        )
-    _save(curves, path)
-    return curves
-
-
-def _sensitivities(context: BuildContext, path: Path) -> Sensitivities:
-    if path.exists():
-        return Sensitivities.load(path)
-    sensitivities = calibrate_layer_sensitivities(context.model, context.tokenizer)
-    _save(sensitivities, path)
-    return sensitivities
-
-
-def _save(artefact: DistortionCurves | Sensitivities, path: Path) -> None:
-    """Whole or not at all: a run may be killed at any moment."""
-    partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
-    artefact.save(partial)
-    partial.replace(path)
+    sensitivities = kept(
+        place / "sensitivities.safetensors",
+        Sensitivities.load,
+        lambda: calibrate_layer_sensitivities(context.model, context.tokenizer),
+    )
+    return fit_distortion_curve(
+        sensitivities,
+        options.factories(),
+        widths=tuple(options.widths),
+        sinks=recipe.sinks,
+        weighting=recipe.weighting,
+    )

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import veloxquant_kernels
 import veloxquant_mlx
@@ -20,6 +23,16 @@ from veloxbench.records.provenance import source_hash
 from veloxquant_mlx.cache.base import KVCacheBuilder, KVCacheConfig, PackedKVCache
 from veloxquant_mlx.methods import METHODS, MethodOptions
 from veloxquant_mlx.quantizers.mixed import MixedQuantizer
+
+
+class Saved(Protocol):
+    """What a method learns of a model, as it is kept on disk."""
+
+    def save(self, path: Path) -> object:
+        """Write it whole to a file."""
+
+
+Artefact = TypeVar("Artefact", bound=Saved)
 
 
 def implementation() -> str:
@@ -37,14 +50,33 @@ def storage_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fr
     """
     spec = cache.spec
     if spec.outlier_keys is not None or any(isinstance(side, MixedQuantizer) for side in (spec.keys, spec.values)):
-        wanted = min(tokens, cache.max_size or tokens)
-        if cache.tokens_held() != (wanted, wanted):  # its own formula counts what is there
-            raise EngagementError(
-                f"layer {spec.layer} holds {cache.tokens_held()} tokens of keys and values after {tokens}, not {wanted}"
-            )
-        return cache.formula_nbytes()
+        return counted_formula(cache, tokens, geometry)
     shape = {"n_kv_heads": geometry.n_kv_heads, "key_dim": geometry.head_dim, "value_dim": geometry.value_dim}
     return Fraction(spec.expected_nbytes(tokens, **shape))
+
+
+def counted_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fraction:
+    """Bytes of one layer from the costs and counts of what the data decided.
+
+    Raises:
+        EngagementError: it does not hold the tokens that came, or as many of them as its window takes.
+    """
+    wanted = min(tokens, cache.max_size or tokens)
+    if cache.tokens_held() != (wanted, wanted):
+        raise EngagementError(
+            f"layer {cache.spec.layer} holds {cache.tokens_held()} tokens of keys and values after {tokens}, "
+            f"not {wanted}"
+        )
+    return cache.formula_nbytes()
+
+
+def kept(path: Path, load: Callable[[Path], Artefact], make: Callable[[], Artefact]) -> Artefact:
+    """The artefact at ``path``, made where there is none: whole or not at all, for a run may be killed."""
+    if not path.exists():
+        partial = path.with_name(f"partial-{os.getpid()}-{path.name}")
+        make().save(partial)
+        partial.replace(path)
+    return load(path)
 
 
 def _aim(name: str, options: type[MethodOptions]) -> tuple[str | None, tuple[float, ...]]:

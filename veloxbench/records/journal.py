@@ -78,8 +78,8 @@ def parsed(line: bytes, parse: Callable[[bytes], Line], place: str, what: str) -
         raise IntegrityError(f"{place} is not {what}: {reason}") from error
 
 
-BLOCK = 1 << 22
-"""Bytes of a journal that are read at once from its end."""
+BLOCK = 1 << 16
+"""Bytes of a journal that are read at once: they stay in a core's cache while its lines are looked through."""
 
 
 def whole_size(path: Path) -> int:
@@ -96,26 +96,21 @@ def whole_size(path: Path) -> int:
     return 0
 
 
-def lines_backward(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The whole lines of a journal from its last to its first, each with the offset at which it starts."""
-    size = whole_size(path)
-    if not size:
-        return
-    end = place = size - 1  # without the last newline
-    rest = b""
-    with path.open("rb") as file:
-        while True:
-            start = max(end - BLOCK, 0)
+def blocks_backward(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a journal, several at a time from its end, each time with the offset of the first of them."""
+    end, size, rest = whole_size(path), BLOCK, b""
+    with path.open("rb", buffering=0) as file:
+        while end:
+            start = max(end - size, 0)
             file.seek(start)
-            lines = (file.read(end - start) + rest).split(b"\n")
-            rest = lines.pop(0) if start else b""
-            for line in reversed(lines):
-                place -= len(line)
-                yield place, line
-                place -= 1
-            if not start:
-                return
+            content = file.read(end - start) + rest
             end = start
+            cut = content.find(b"\n") + 1 if start else 0  # the line there begins before this block
+            if cut == len(content):
+                size, rest = 2 * size, content
+            else:
+                yield start + cut, content[cut:]
+                size, rest = BLOCK, content[:cut]
 
 
 def line_number(path: Path, offset: int) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, model_validator
 
 from veloxbench.records.arm import Arm
 from veloxbench.records.frozen import Frozen
@@ -21,13 +21,7 @@ from veloxbench.records.frozen import Frozen
 SCHEMA_VERSION: Literal[1] = 1
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is not a finite number; it cannot be recorded as a measurement")
-    return value
-
-
-Finite = Annotated[float, AfterValidator(_finite)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Estimate(Frozen):
@@ -121,6 +115,8 @@ class Provenance(Frozen):
     text_licence: str | None = Field(default=None, description="of the text, where it is known")
 
 
+SUBJECT = b'"subject":{"harness":"'
+"""How the subject begins in a record's line."""
 LATER_PROVENANCE = ("model_licence", "text_licence", "project_commit", "project_dirty")
 
 
@@ -139,12 +135,13 @@ class Record(Frozen):
     provenance: Provenance
 
     @model_validator(mode="after")
-    def _hashes_match(self) -> Record:
-        content = self._content()
-        if self.key != content_hash(content["subject"]):
-            raise ValueError(f"key {self.key[:12]} is not the hash of the record's subject")
-        if self.id != content_hash(content):
-            raise ValueError(f"id {self.id[:12]} is not the hash of the record's content")
+    def _hashes_match(self, info: ValidationInfo) -> Record:
+        if info.context != (self.key, self.id):
+            content = self._content()
+            if self.key != content_hash(content["subject"]):
+                raise ValueError(f"key {self.key[:12]} is not the hash of the record's subject")
+            if self.id != content_hash(content):
+                raise ValueError(f"id {self.id[:12]} is not the hash of the record's content")
         if self.status == "measured" and not self.metrics:
             raise ValueError("a measured record needs metrics")
         if self.status == "unsupported" and not self.reason:
@@ -176,9 +173,27 @@ class Record(Frozen):
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")) + "\n"
 
     @classmethod
-    def from_line(cls, line: str) -> Record:
-        """Parse and validate; raises ``pydantic.ValidationError`` for anything that is not a whole record."""
-        return cls.model_validate_json(line)
+    def from_line(cls, line: str | bytes) -> Record:
+        """Parse and validate; raises ``pydantic.ValidationError`` for anything that is not a whole record.
+
+        A line that :meth:`to_line` wrote is canonical JSON, whose hashes are those of its own bytes: where they are
+        its key and its id, it need not be written anew to be hashed.
+        """
+        line = line.encode("utf-8", "surrogatepass") if isinstance(line, str) else line
+        return cls.model_validate_json(line, context=_hashes(line.rstrip()))
+
+
+_ID = re.compile(rb'"id":"[0-9a-f]{64}",')
+_NOT_KNOWN = tuple(f'"{name}":null,'.encode() for name in ("attention", *LATER_PROVENANCE))
+
+
+def _hashes(line: bytes) -> tuple[str, str]:
+    """Key and id of a line if it is as :meth:`Record.to_line` writes it, its subject last."""
+    content = _ID.sub(b"", line, count=1)
+    for field in _NOT_KNOWN:
+        content = content.replace(field, b"")
+    subject = line[line.find(SUBJECT) + len(b'"subject":') : -1]
+    return hashlib.sha256(subject).hexdigest(), hashlib.sha256(content).hexdigest()
 
 
 class FailedMeasurement(Frozen):
@@ -191,8 +206,10 @@ class FailedMeasurement(Frozen):
 
 def content_hash(value: Any) -> str:
     """sha256 of canonical JSON (sorted keys, no spaces, shortest float form)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def json_schema() -> str:

@@ -6,16 +6,18 @@ gates and comparisons each judge a part of it, and every such part is chosen her
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from veloxbench.errors import IntegrityError, UsageError
 from veloxbench.records.arm import REFERENCE
-from veloxbench.records.record import FailedMeasurement, Record, Subject, content_hash
+from veloxbench.records.record import FailedMeasurement, Record, Subject
 from veloxbench.records.store import (
     JOURNAL,
     LAST_RUN,
+    MACHINE,
     find_records,
     journals,
     read_failures,
@@ -64,7 +66,7 @@ def shipped_records() -> list[Path]:
     """The files of records that come with the package: measurements of the models that are known by name."""
     package = Path(__file__).parents[1]
     folder = package / "shipped_records"  # in a wheel; a checkout has them at its root
-    return sorted((folder if folder.is_dir() else package.parent / "records").glob("*.jsonl"))
+    return journals(folder if folder.is_dir() else package.parent / "records")
 
 
 def read_last_run(path: Path) -> list[Record]:
@@ -107,16 +109,36 @@ def _package(record: Record) -> str:
 
 def row_key(subject: Subject) -> str:
     """What a measurement shares with the same one made by other code or on another machine: one row of a table."""
-    fields = subject.model_dump(mode="json", exclude={"harness", "machine_class"})
-    fields["method"].pop("implementation")
-    return content_hash(fields)
+    method = {name: part for name, part in vars(subject.method).items() if name != "implementation"}
+    fields = {name: part for name, part in vars(subject).items() if name not in ("harness", "machine_class")}
+    return canonical(fields | {"method": method})
+
+
+canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=vars).encode
+"""JSON of parts of a record, the same for equal ones: what tells them apart where no hash is to be written down."""
+
+
+Machine = tuple[Any, ...]
+
+
+def machine_of(record: Record) -> Machine:
+    """What tells the machine of a record from others (:data:`MACHINE`)."""
+    return tuple(record.provenance.hardware.get(name) for name in MACHINE)
+
+
+def by_machine(records: Iterable[Record]) -> dict[Machine, list[Record]]:
+    """Records of each machine."""
+    machines: dict[Machine, list[Record]] = {}
+    for record in records:
+        machines.setdefault(machine_of(record), []).append(record)
+    return machines
 
 
 def newest_per_row(records: Iterable[Record]) -> list[Record]:
-    """The newest record of each row, the reference first, then by method, parameters and falling target."""
-    newest: dict[str, Record] = {}
+    """The newest record of each row and machine: the reference first, then by method, parameters and falling target."""
+    newest: dict[tuple[str, Machine], Record] = {}
     for record in records:
-        row = row_key(record.subject)
+        row = row_key(record.subject), machine_of(record)
         if row not in newest or record.provenance.started > newest[row].provenance.started:
             newest[row] = record
     return sorted(newest.values(), key=_order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,21 +13,25 @@ from pydantic import ValidationError
 from veloxbench.errors import IntegrityError, UsageError, validation_reason
 from veloxbench.records.journal import (
     append_line,
+    blocks_backward,
     cut_torn_tail,
     line_number,
-    lines_backward,
     parsed_lines,
     read_content,
     sole_writer,
     write_text,
 )
-from veloxbench.records.record import FailedMeasurement, Record
+from veloxbench.records.record import SUBJECT, FailedMeasurement, Record
 
 JOURNAL = "records.jsonl"
 FAILURES = "failures.ndjson"
 """The file beside the records that has one line for each measurement that crashed. (``.jsonl`` files are records.)"""
 LAST_RUN = "last-run.json"
 """Keys of the records that the last run into the folder was to make, measured by it or before."""
+CONTRIBUTED = "contributed"
+"""The folder within one of published records that has those of other people's machines."""
+MACHINE = ("chip", "physical_cores", "device", "blas")
+"""What of the hardware makes another machine of it: its rows stand beside those of others, and replace none."""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -42,7 +47,7 @@ def read_records(path: Path) -> list[Record]:
     records: dict[str, Record] = {}
     for file in journals(path):
         own: dict[str, Record] = {}
-        for number, record in parsed_lines(file, read_content(file), Record.model_validate_json, "a valid record"):
+        for number, record in parsed_lines(file, read_content(file), Record.from_line, "a valid record"):
             if record.key in records:
                 raise IntegrityError(f"{file}:{number} measures key {record.key[:12]}, which another file has")
             if record.key in own and own[record.key].id == record.id:
@@ -53,25 +58,40 @@ def read_records(path: Path) -> list[Record]:
 
 
 def journals(path: Path) -> list[Path]:
-    """A journal file itself, or all of a folder."""
-    return sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
+    """A journal file itself, or all of a folder, contributed ones last."""
+    if path.is_dir():
+        return [*sorted(path.glob("*.jsonl")), *sorted(path.glob(f"{CONTRIBUTED}/*.jsonl"))]
+    return [path] if path.exists() else []
 
 
-_SUBJECT = b'"subject":{"harness":"'
 _KEY = b',"key":"'
+_HARDWARE = b'"hardware":{'
 
 
-def _glance(line: bytes) -> tuple[bytes, bytes] | None:
-    """Key and row of a record's line, unparsed; None where it does not look as :meth:`Record.to_line` writes it.
+@functools.lru_cache(256)
+def _machine(hardware: bytes) -> bytes:
+    """The machine of a line's hardware, unparsed but for those few that differ."""
+    try:
+        fields = json.loads(b"{" + hardware + b"}")
+        return repr([fields.get(name) for name in MACHINE]).encode()
+    except (ValueError, AttributeError):
+        return hardware
 
-    The row is the end of the line: a subject's fields are sorted, and what differs between two states of the code
-    (harness, machine class, implementation) stands before the method's name.
+
+def _glance(lines: bytes, begin: int, end: int) -> tuple[bytes, bytes] | None:
+    """Key and row of a record's line among others, unparsed; None where it is not as :meth:`Record.to_line` writes it.
+
+    The row is the machine and the end of the line: a subject's fields are sorted, and what differs between two states
+    of the code (harness, machine class, implementation) stands before the method's name.
     """
-    subject, key = line.find(_SUBJECT), line.find(_KEY) + len(_KEY)
-    row = line.find(b',"name":', subject)
-    if min(subject, row) < 0 or line[key + 64 : key + 65] != b'"' or line.rfind(_SUBJECT) != subject:
+    subject = lines.find(SUBJECT, begin, end)
+    key = lines.find(_KEY, begin, end) + len(_KEY)
+    row = lines.find(b',"name":', subject, end)
+    if min(subject, row) < 0 or lines[key + 64 : key + 65] != b'"' or lines.find(SUBJECT, subject + 1, end) >= 0:
         return None
-    return line[key : key + 64], line[row:]
+    hardware = lines.find(_HARDWARE, begin, end) + len(_HARDWARE)
+    machine = _machine(lines[hardware : lines.find(b"}", hardware, end)])
+    return lines[key : key + 64], machine + lines[row:end]
 
 
 def read_chosen(file: Path, chosen: Callable[[bytes, bytes], bool]) -> Iterator[Record]:
@@ -87,17 +107,22 @@ def read_chosen(file: Path, chosen: Callable[[bytes, bytes], bool]) -> Iterator[
         IntegrityError: a line that is chosen, or that does not look like a record's, is not valid.
     """
     try:
-        for offset, line in lines_backward(file):
-            known, record = _glance(line), None
-            try:
-                if known is None:
-                    record = Record.model_validate_json(line)
-                    known = _glance(record.to_line().rstrip().encode()) or (record.key.encode(), line)
-                if chosen(*known):
-                    yield record or Record.model_validate_json(line)
-            except ValidationError as error:
-                reason = validation_reason(error)
-                raise IntegrityError(f"{file}:{line_number(file, offset)} is not a valid record: {reason}") from error
+        for offset, lines in blocks_backward(file):
+            end = len(lines) - 1
+            while end >= 0:
+                begin = lines.rfind(b"\n", 0, end) + 1
+                known, record = _glance(lines, begin, end), None
+                try:
+                    if known is None:
+                        record = Record.from_line(lines[begin:end])
+                        written = record.to_line().rstrip().encode()
+                        known = _glance(written, 0, len(written)) or (record.key.encode(), lines[begin:end])
+                    if chosen(*known):
+                        yield record or Record.from_line(lines[begin:end])
+                except ValidationError as error:
+                    place, reason = f"{file}:{line_number(file, offset + begin)}", validation_reason(error)
+                    raise IntegrityError(f"{place} is not a valid record: {reason}") from error
+                end = begin - 1
     except OSError as error:
         raise IntegrityError(f"{file} cannot be read: {error.strerror or error}") from error
 
@@ -117,18 +142,18 @@ def find_records(file: Path, keys: Iterable[str]) -> list[Record]:
 
 def read_newest(file: Path) -> tuple[list[Record], int]:
     """The last record of each row of a journal, in the order of the rows' first ones, and how many others there are."""
-    places: dict[bytes, int] = {}
-    others = 0
+    first: dict[bytes, int] = {}  # of each row the number, from the last line, of its first one
+    lines = 0
 
     def is_new(_: bytes, row: bytes) -> bool:
-        nonlocal others
-        known = row in places
-        others += known
-        places[row] = places.pop(row, len(places))
-        return not known
+        nonlocal lines
+        new = row not in first
+        first[row] = lines
+        lines += 1
+        return new
 
-    records = list(read_chosen(file, is_new))
-    return [records[place] for place in reversed(places.values())], others
+    records = zip(list(read_chosen(file, is_new)), first.values(), strict=True)
+    return [record for record, _ in sorted(records, key=lambda pair: -pair[1])], lines - len(first)
 
 
 def run_keys(plan: Path) -> list[str]:
@@ -217,7 +242,7 @@ class Store:
         kept = self.get(record.key)
         if kept is not None and kept.id == record.id:
             raise UsageError(f"record {record.id[:12]} ({record.subject.method.label}) is in {self.path} already")
-        written = Record.from_line(record.to_line())  # as every later reader will see it
+        written = Record.from_line(record.to_line().encode())  # as every later reader will see it
         append_line(self.path, written.to_line())
         self._known[record.key] = written
 

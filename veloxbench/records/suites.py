@@ -58,6 +58,7 @@ class SuiteRow:
         per_sequence: samples of an arm whose paired differences are judged, each with the budget of its growth.
         per_sequence_of_reference: samples of the fp16 reference, which may move neither way by more.
         device_bound: whether exact facts are those of one kind of device (a GPU may divide to another last bit).
+        alone: whether a pool measures it only where nothing else of the pool runs: its figures are of the machine.
     """
 
     name: str
@@ -68,6 +69,7 @@ class SuiteRow:
     per_sequence: Mapping[str, Budget] = field(default_factory=dict)
     per_sequence_of_reference: Mapping[str, Budget] = field(default_factory=dict)
     device_bound: bool = False
+    alone: bool = False
 
 
 _OWN = (
@@ -130,9 +132,10 @@ _OWN = (
             "tokens_in_budget",
             "engaged_layers",
         ),  # peaks are the allocator's, not ours
+        alone=True,
     ),
     SuiteRow("holds", "what any cache really keeps in memory, by every array that can be reached", moved_by="rounding"),
-    SuiteRow("throughput", "how fast it is", moved_by="speed"),
+    SuiteRow("throughput", "how fast it is", moved_by="speed", alone=True),
     SuiteRow("kernels", "how many bytes fused decode attention moves", moved_by="counter", exact=None),
 )
 

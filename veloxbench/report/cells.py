@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tabulate import tabulate
-
 from veloxbench.errors import printable
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.intervals import MIN_RATIO_PAIRS
@@ -38,32 +36,48 @@ def markdown_text(text: str) -> str:
 
 def in_markdown(value: Any) -> Any:
     """A record (or a part of one) with every text in it as :func:`markdown_text`, for pages."""
-    if value is None or isinstance(value, (int, float)):  # most of what a record holds
-        return value
-    match value:
-        case str():
-            text = markdown_text(value)
-            return value if text == value else text
-        case Frozen():
-            changed = {name: new for name, part in value if (new := in_markdown(part)) is not part}
-            return value.model_copy(update=changed) if changed else value
-        case dict():
-            return {in_markdown(name): in_markdown(part) for name, part in value.items()} if value else value
-        case list() if value and not isinstance(value[0], float):
-            parts = [in_markdown(part) for part in value]
-            return parts if any(new is not part for new, part in zip(parts, value, strict=True)) else value
+    if isinstance(value, str):
+        text = markdown_text(value)
+        return value if text == value else text
+    if isinstance(value, Frozen):
+        changed = {
+            name: new
+            for name, part in vars(value).items()
+            if type(part) not in _NUMBERS and (new := in_markdown(part)) is not part
+        }
+        return value.model_copy(update=changed) if changed else value
+    if isinstance(value, dict):
+        parts = {
+            markdown_text(name): part if type(part) in _NUMBERS else in_markdown(part) for name, part in value.items()
+        }
+        return value if parts == value else parts
+    if isinstance(value, list) and value and not isinstance(value[0], float):
+        texts = [in_markdown(part) for part in value]
+        return value if texts == value else texts
     return value
 
 
+_NUMBERS = (float, int, bool, type(None))  # most of what a record holds
+
+
 def pipe_table(header: Sequence[str], body: Sequence[Sequence[str]], aligned: Sequence[str] | None = None) -> str:
-    """A Markdown table of texts as they are.
+    """A Markdown table of texts as they are, each column as wide as its widest cell.
 
     Args:
         header: of each column.
         body: rows of cells.
         aligned: ``left`` or ``right`` for each column; all left where it is absent.
     """
-    return tabulate(body, header, tablefmt="pipe", disable_numparse=True, colalign=aligned)
+    sides = [str.rjust if side == "right" else str.ljust for side in aligned or ["left"] * len(header)]
+    rows = [header, *([cell.strip() for cell in row] for row in body)]
+    widths = [max(len(column[0]) + 2, *map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(side(c, width) for side, c, width in zip(sides, row, widths, strict=True)) for row in rows]
+    mark = ":" if body else "-"
+    rules = [
+        "-" * (width + 1) + mark if side is str.rjust else mark + "-" * (width + 1)
+        for side, width in zip(sides, widths, strict=True)
+    ]
+    return "\n".join([f"| {lines[0]} |", f"|{'|'.join(rules)}|", *(f"| {line} |" for line in lines[1:])])
 
 
 def record_table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
@@ -167,7 +181,7 @@ def all_in(tokens: int) -> Cell:
 
 
 def machine(record: Record) -> str:
-    """What a reader would call another machine, and the library that measured there."""
+    """What a reader would call another machine (:data:`veloxbench.records.store.MACHINE`), and the library there."""
     hardware, versions = record.provenance.hardware, record.provenance.versions
     facts = [hardware["chip"], f"{hardware['physical_cores']} cores", hardware.get("device"), hardware.get("blas")]
     return ", ".join(str(fact) for fact in facts if fact) + (f", mlx {versions['mlx']}" if "mlx" in versions else "")

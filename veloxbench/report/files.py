@@ -7,7 +7,7 @@ from pathlib import Path
 from veloxbench.records.journal import write_text
 from veloxbench.records.store import Store
 from veloxbench.report.history import read_history
-from veloxbench.report.page import DETAILS, beside, render
+from veloxbench.report.page import DETAILS, pages
 
 PAGE = "BENCHMARK_RESULTS.md"
 HTML_PAGE = "BENCHMARK_RESULTS.html"
@@ -20,8 +20,8 @@ def write_pages(folder: Path, store: Store) -> None:
         from veloxbench.report.html import render_html  # a second for its charts: not before there is a page
 
         history = read_history([store.path])
-        files = {f"{DETAILS}/{name}": text for name, text in beside(records, drawn=False).items()}
-        files |= {PAGE: render(records, failures, others, drawn=False)}
+        page, texts = pages(records, failures, others, drawn=False)
+        files = {f"{DETAILS}/{name}": text for name, text in texts.items()} | {PAGE: page}
         files |= {HTML_PAGE: render_html(history, failures, others + len(records) - len(history))}
         for name, text in files.items():
             (folder / name).parent.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from markdown_it import MarkdownIt
 
 from veloxbench.errors import printable
 from veloxbench.records.record import FailedMeasurement, Record
-from veloxbench.records.selection import newest_per_row, row_key, table_rows
+from veloxbench.records.selection import by_machine, newest_per_row, row_key, table_rows
 from veloxbench.report import charts
 from veloxbench.report.answer import choice
+from veloxbench.report.cells import machine
 from veloxbench.report.page import DETAILS, by_model, method_names, render, slug
 from veloxbench.report.points import BEST, CONTEXTS, QUOTED, points, rows
 from veloxbench.report.templates import filled
@@ -148,12 +149,14 @@ def _sections(
         yield Section(name, slug(model), shown if measured else (), pareto, tuple(more))
 
 
-def _series(records: Iterable[Record]) -> dict[str, list[Record]]:
+def _series(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records of one row, oldest first, by a title."""
-    by_row: dict[str, list[Record]] = {}
+    by_row: dict[tuple[str, str], list[Record]] = {}
+    several = len(by_machine(records)) > 1
     for record in sorted(records, key=lambda record: record.provenance.started):
-        by_row.setdefault(row_key(record.subject), []).append(record)
-    return {_row_name(of_row[0], key): of_row for key, of_row in by_row.items()}
+        place = f" on {machine(record).partition(', mlx')[0]}" if several else ""
+        by_row.setdefault((row_key(record.subject), place), []).append(record)
+    return {_row_name(of_row[0], key) + place: of_row for (key, place), of_row in by_row.items()}
 
 
 def _row_name(record: Record, key: str) -> str:

@@ -10,14 +10,18 @@ import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from veloxbench.errors import printable
+from veloxbench.gate.baselines import chip_family
 from veloxbench.records.arm import REFERENCE
-from veloxbench.records.record import NO_MODEL, FailedMeasurement, Record, content_hash
+from veloxbench.records.record import NO_MODEL, FailedMeasurement, Record
 from veloxbench.records.selection import (
     CONTROL,
+    canonical,
     is_control,
+    machine_of,
     newest_per_row,
     row_key,
     table_rows,
@@ -50,19 +54,49 @@ def render(
     details: str = DETAILS,
     drawn: bool = True,
 ) -> str:
-    """The whole page.
+    """The page of :func:`pages`."""
+    newest = newest_per_row(records)
+    return _page(newest, list(map(in_markdown, newest)), failures, others + len(records) - len(newest), details, drawn)
+
+
+def beside(records: Sequence[Record], drawn: bool = True) -> dict[str, str]:
+    """The files of :func:`pages`."""
+    newest = newest_per_row(records)
+    return _beside(newest, list(map(in_markdown, newest)), drawn)
+
+
+def pages(
+    records: Sequence[Record],
+    failures: Sequence[FailedMeasurement] = (),
+    others: int = 0,
+    details: str = DETAILS,
+    drawn: bool = True,
+) -> tuple[str, dict[str, str]]:
+    """The whole page, and the files beside it by name: the tables that few readers want, and charts if they are drawn.
 
     Args:
         records: any order; of several records of one row the newest stands, and the others are counted.
         failures: what crashed; a row that was recorded later is left out.
         others: how many older records of these rows were left out already.
-        details: where the files of :func:`beside` are, as the page's links name it.
+        details: where the files are, as the page's links name it.
         drawn: whether charts are among them.
     """
     newest = newest_per_row(records)
+    shown = list(map(in_markdown, newest))
+    superseded = others + len(records) - len(newest)
+    return _page(newest, shown, failures, superseded, details, drawn), _beside(newest, shown, drawn)
+
+
+def _page(
+    newest: Sequence[Record],
+    shown: Sequence[Record],
+    failures: Sequence[FailedMeasurement],
+    superseded: int,
+    details: str,
+    drawn: bool,
+) -> str:
     failed = _failed(failures, newest)
-    shown = [in_markdown(record) for record in newest]
-    if not records:
+    if not newest:
         return "# Benchmark results\n\nNo records yet: `veloxbench run` makes them.\n" + (failed and f"\n{failed}\n")
     plain, calibration, controls = _parts(shown)
     models = by_model(plain)
@@ -78,15 +112,12 @@ def render(
         parts += [f"## {model}", *sections(of_model)]
     parts += sections([record for record in plain if record.subject.model == NO_MODEL])
     parts.append(_hardware(plain))
-    parts += _provenance(shown, others + len(records) - len(newest), details, bool(calibration), bool(controls))
+    parts += _provenance(shown, superseded, details, bool(calibration), bool(controls))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def beside(records: Sequence[Record], drawn: bool = True) -> dict[str, str]:
-    """The files beside the page by name: the tables that few readers want, and charts where they are drawn."""
-    newest = newest_per_row(records)
+def _beside(newest: Sequence[Record], shown: Sequence[Record], drawn: bool) -> dict[str, str]:
     files = drawings(newest) if drawn else {}
-    shown = [in_markdown(record) for record in newest]
     _, calibration, controls = _parts(shown)
     for name, title, some in (
         ("calibration.md", "Measured on calibration text", calibration),
@@ -184,7 +215,10 @@ def _failed(failures: Sequence[FailedMeasurement], rows: Sequence[Record]) -> st
     """What crashed last time, one line each."""
     if not failures:
         return ""
-    recorded = {row_key(record.subject): record.provenance.started for record in rows}
+    recorded: dict[str, datetime] = {}
+    for record in rows:  # of whatever machine
+        row, started = row_key(record.subject), record.provenance.started
+        recorded[row] = max(started, recorded.get(row, started))
     last = {row_key(failure.subject): failure for failure in sorted(failures, key=lambda failure: failure.when)}
     lines = [
         "- "
@@ -211,11 +245,13 @@ def _hardware(rows: Sequence[Record]) -> str:
 
 def hardware_table(records: Sequence[Record]) -> str:
     """Every machine that records come from: what it is, what was measured on it, and until when."""
-    machines: dict[str, list[Record]] = {}
+    machines: dict[Any, list[Record]] = {}
     for record in records:
-        machines.setdefault(content_hash(record.provenance.hardware), []).append(record)
+        memory = record.provenance.hardware.get("memory_gib")
+        machines.setdefault((machine_of(record), memory), []).append(record)
     body = [
         (
+            chip_family(hardware),
             str(hardware.get("chip", "")),
             str(hardware.get("physical_cores", "")),
             f"{hardware.get('memory_gib', '')} GiB",
@@ -228,7 +264,7 @@ def hardware_table(records: Sequence[Record]) -> str:
         for of_one in machines.values()
         for hardware in (of_one[0].provenance.hardware,)
     ]
-    return pipe_table(("chip", "cores", "memory", "device", "mlx", "records", "models", "last"), sorted(body))
+    return pipe_table(("class", "chip", "cores", "memory", "device", "mlx", "records", "models", "last"), sorted(body))
 
 
 def _provenance(
@@ -260,7 +296,12 @@ def _provenance(
 
 
 def _every_record(shown: Sequence[Record]) -> Iterable[str]:
-    """Each record with where it comes from, then the machines and the tokens."""
+    """The machines, each record with where it comes from, then all that is known of the machines and the tokens."""
+    apple = any(chip_family(record.provenance.hardware) == "apple-silicon" for record in shown)
+    missing = "" if apple else " There is nothing from Apple silicon yet."
+    yield f"## Hardware\n\nWhoever has another machine may add it (`veloxbench submit`).{missing}"
+    yield hardware_table(shown)
+    yield "## Records"
     table = [
         (
             r.id[:12] + (f" and {len(others)} more" if others else ""),
@@ -276,7 +317,7 @@ def _every_record(shown: Sequence[Record]) -> Iterable[str]:
     ]
     header = ("record", "model", "suite", "method", "status", "seconds", "commit", "started (UTC)")
     yield pipe_table(header, table)
-    machines = {content_hash([r.provenance.hardware, r.provenance.versions]): r.provenance for r in shown}
+    machines = {canonical([r.provenance.hardware, r.provenance.versions]): r.provenance for r in shown}
     for provenance in machines.values():
         facts = [*provenance.hardware.items(), *provenance.versions.items()]
         body = [(name, "" if value is None else str(value)) for name, value in facts]
@@ -289,8 +330,7 @@ def _lines(rows: Sequence[Record]) -> Iterable[list[Record]]:
     """Records that share a line: the shuffles of one allocation on one text."""
     lines: dict[str, list[Record]] = {}
     for record in rows:
-        subject = _of_any_seed(record).subject
-        lines.setdefault(content_hash(subject.model_dump(mode="json", exclude={"harness"})), []).append(record)
+        lines.setdefault(canonical({**vars(_of_any_seed(record).subject), "harness": ""}), []).append(record)
     return lines.values()
 
 

@@ -12,7 +12,7 @@ from veloxbench.errors import printable
 from veloxbench.records.arm import REFERENCE
 from veloxbench.records.quality_words import QualityWord, quality_word
 from veloxbench.records.record import Estimate, Record
-from veloxbench.records.selection import table_rows
+from veloxbench.records.selection import by_machine, table_rows
 from veloxbench.report.cells import format_estimate, machine, paired_ratio, significant
 from veloxbench.report.recommend import Footprint, best_quality, fullest_group
 from veloxbench.report.tables import GUIDE_CLAIMS, quality_groups
@@ -40,11 +40,13 @@ class Point:
         quality: None for the reference, which loses nothing.
         memory: of the longest sequence that was measured; None where none was.
         speed: likewise, of the deepest cache.
+        place: the machine, where the model's records are of several.
     """
 
     quality: Record | None
     memory: Record | None
     speed: Record | None
+    place: str = ""
 
     @property
     def record(self) -> Record:
@@ -55,8 +57,8 @@ class Point:
 
     @property
     def label(self) -> str:
-        """The arm's."""
-        return self.record.subject.method.label
+        """The arm's, with the machine where there are several."""
+        return self.record.subject.method.label + (f" on {self.place}" if self.place else "")
 
     @property
     def is_reference(self) -> bool:
@@ -105,9 +107,19 @@ def points(records: Sequence[Record]) -> dict[str, list[Point]]:
     """Every arm of a model by group of quality records; the first group has each arm's best measurement.
 
     Args:
-        records: of one model.
+        records: of one model; those of each machine are points of their own.
     """
-    measured = [record for record in table_rows(records) if record.status == "measured"]
+    machines = by_machine(record for record in table_rows(records) if record.status == "measured")
+    groups: dict[str, list[Point]] = {BEST: []}
+    for measured in machines.values():
+        place = machine(measured[0]).partition(", mlx")[0] if len(machines) > 1 else ""
+        for title, of_group in _points(measured, place).items():
+            groups.setdefault(title, []).extend(of_group)
+    return groups
+
+
+def _points(measured: Sequence[Record], place: str) -> dict[str, list[Point]]:
+    """Those of one machine."""
     fullest = fullest_group(filter(_is_evaluated, measured))
     by_label: dict[str, list[Record]] = {}
     for record in measured:
@@ -125,7 +137,7 @@ def points(records: Sequence[Record]) -> dict[str, list[Point]]:
 
     return {
         title: [
-            Point(of_group.get(label), memory, speed)
+            Point(of_group.get(label), memory, speed, place)
             for label, (memory, speed) in sizes.items()
             if of_group.get(label) is not None or (label == REFERENCE.name and memory)
         ]

@@ -16,7 +16,7 @@ from veloxbench.errors import UsageError
 from veloxbench.records.arm import REFERENCE, Arm
 from veloxbench.records.quality_words import WORDS, QualityWord, quality_word
 from veloxbench.records.record import Estimate, Record
-from veloxbench.records.selection import table_rows
+from veloxbench.records.selection import by_machine, table_rows
 
 GOOD = WORDS[1]
 """What is wanted of the smallest cache where a wish bounds neither quality nor memory."""
@@ -184,6 +184,7 @@ class Answer:
         candidates: every arm with figures of quality and memory, the smallest first.
         choice: the arm; None where no candidate keeps the wish.
         without: arms that have records but no figure of quality or of memory, with what is missing.
+        elsewhere: chips of other machines, whose records are left out: figures of two machines are not compared.
     """
 
     model: str
@@ -192,6 +193,7 @@ class Answer:
     candidates: tuple[Candidate, ...]
     choice: Candidate | None
     without: tuple[tuple[Arm, str], ...]
+    elsewhere: tuple[str, ...] = ()
 
     @property
     def pareto(self) -> tuple[Candidate, ...]:
@@ -205,7 +207,7 @@ class Answer:
         )
 
 
-def recommend(model: str, records: Sequence[Record], wish: Wish, limit: int) -> Answer:
+def recommend(model: str, records: Sequence[Record], wish: Wish, limit: int, chip: str | None = None) -> Answer:
     """The answer that a model's records give to a wish.
 
     The smallest cache that keeps a bound on quality; without such a bound the best quality that fits the memory; and
@@ -214,6 +216,7 @@ def recommend(model: str, records: Sequence[Record], wish: Wish, limit: int) -> 
     Args:
         records: of this model alone, whole.
         limit: tokens that the model was made for.
+        chip: whose records are wanted where there are those of several machines; otherwise of that which has most.
 
     Raises:
         UsageError: the context is beyond the model's, or no arm has figures of both quality and memory.
@@ -224,7 +227,12 @@ def recommend(model: str, records: Sequence[Record], wish: Wish, limit: int) -> 
         )
     if not wish.names_quality and wish.memory is None:
         wish = replace(wish, verdict=GOOD)
-    candidates, without = _candidates(records, wish.context)
+    machines = {machine: _candidates(of_machine, wish.context) for machine, of_machine in by_machine(records).items()}
+    taken = max(
+        machines, key=lambda each: (bool(machines[each][0]) and each[0] == chip, len(machines[each][0])), default=None
+    )
+    candidates, without = machines.pop(taken) if taken is not None else ([], [])
+    elsewhere = tuple(sorted({str(machine[0]) for machine, (found, _) in machines.items() if found}))
     if not candidates:
         raise UsageError(
             f"no records of {model} have figures of both quality and memory; --measure makes them (minutes to hours)"
@@ -232,7 +240,7 @@ def recommend(model: str, records: Sequence[Record], wish: Wish, limit: int) -> 
     kept = [candidate for candidate in candidates if not candidate.objections(wish)]
     smallest = wish.names_quality
     choice = min(kept, key=lambda c: _order(c, wish.context, smallest), default=None)
-    return Answer(model, wish, limit, tuple(candidates), choice, tuple(without))
+    return Answer(model, wish, limit, tuple(candidates), choice, tuple(without), elsewhere)
 
 
 def _order(candidate: Candidate, context: int, smallest: bool) -> tuple[float, float]:

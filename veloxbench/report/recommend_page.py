@@ -153,6 +153,10 @@ def caveats(answer: Answer, chip: str | None = None) -> list[str]:
         f"weights and peak are those of {weights.get('device') or 'the device'} on {machine(shown.footprint.record)}; "
         "where the model is loaded in fewer bytes, more fits"
     )
+    if answer.elsewhere:
+        lines.append(
+            f"every figure is that machine's; records of {', '.join(answer.elsewhere)} are there too and were left out"
+        )
     lengths = {_length(one) for one in answer.candidates if one.quality is not None}
     if lengths and context > max(lengths):
         lines.append(f"quality was measured on sequences of up to {max(lengths):,} tokens, not of {context:,}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -57,14 +57,15 @@ class Shard:
 WHOLE = Shard()
 
 
-def cells(grid: Grid) -> list[Cell]:
+def cells(grid: Grid) -> Iterator[Cell]:
     """The cells of a grid for one model, each once, in the order in which they are measured."""
     arms = [REFERENCE, *grid.arm_list()]
-    places: dict[str, Cell] = {}
+    places: set[str] = set()
     for suite in grid.chosen_suites():
         for cell in suite.cells(grid.tasks(suite), arms):
-            places.setdefault(identity(cell), cell)
-    return list(places.values())
+            if (place := identity(cell)) not in places:
+                places.add(place)
+                yield cell
 
 
 def settings(cell: Cell) -> dict[str, Any]:
@@ -83,23 +84,27 @@ def identity_of(record: Record) -> str:
     return content_hash([subject.suite, subject.protocol, subject.method.label, subject.settings])
 
 
+def model_ref(handle: ModelHandle, n_layers: int | None) -> ModelRef:
+    """A model that is here as it stands in a record's key."""
+    return ModelRef(
+        name=handle.name,
+        weights_sha256=handle.weights_sha256,
+        tokenizer_sha256=handle.tokenizer_sha256,
+        config_sha256=handle.config_sha256,
+        n_layers=n_layers,
+    )
+
+
 def measurements(
     grid: Grid, handle: ModelHandle, text: Text, tokenizer: Any, shard: Shard = WHOLE
-) -> list[Measurement]:
+) -> Iterator[Measurement]:
     """Every measurement of one model that a shard takes, one per cell and in the same order.
 
     Raises:
         UsageError: the text is too short, or a window exceeds the model's context.
     """
-    model = ModelRef(
-        name=handle.name,
-        weights_sha256=handle.weights_sha256,
-        tokenizer_sha256=handle.tokenizer_sha256,
-        config_sha256=handle.config_sha256,
-        n_layers=grid.n_layers,
-    )
+    model = model_ref(handle, grid.n_layers)
     blocks: dict[tuple[int, int], TokenBlock] = {(0, 0): NO_TEXT}
-    planned = []
     for cell in cells(grid):
         if not shard.takes(handle.name, cell):
             continue
@@ -112,13 +117,12 @@ def measurements(
             blocks[size] = token_block(
                 text, tokenizer, n_sequences=cell.sequences, length=cell.length, vocabulary=handle.vocabulary
             )
-        planned.append(measurement(cell, model, blocks[size]))
-    return planned
+        yield measurement(cell, model, blocks[size])
 
 
-def measurements_without_model(grid: Grid, shard: Shard = WHOLE) -> list[Measurement]:
+def measurements_without_model(grid: Grid, shard: Shard = WHOLE) -> Iterator[Measurement]:
     """Every measurement of a grid that needs no model and that a shard takes, in order."""
-    return [measurement(cell, NO_MODEL, NO_TEXT) for cell in cells(grid) if shard.takes(NO_MODEL.name, cell)]
+    return (measurement(cell, NO_MODEL, NO_TEXT) for cell in cells(grid) if shard.takes(NO_MODEL.name, cell))
 
 
 def measurement(cell: Cell, model: ModelRef, block: TokenBlock) -> Measurement:

@@ -14,10 +14,10 @@ from veloxbench.records.record import Record
 
 
 class Progress(Protocol):
-    """Where a run stands. Amounts are in seconds of estimated work."""
+    """Where a run stands. Amounts are in seconds of estimated work, or in measurements where nobody can estimate."""
 
-    def plan(self, model: str, n_measurements: int, n_done: int, seconds: float, detail: str) -> None:
-        """A model's work begins: what is there to do and how long it should take."""
+    def plan(self, model: str, n_measurements: int, n_done: int, seconds: float | None, detail: str) -> None:
+        """A model's work begins: what is there to do and how long it should take, None if that is not known."""
 
     def begin(self, label: str) -> None:
         """A measurement begins."""
@@ -37,8 +37,8 @@ def _clock(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _plan_line(model: str, n_measurements: int, n_done: int, seconds: float, detail: str) -> str:
-    if n_done == n_measurements:
+def _plan_line(model: str, n_measurements: int, n_done: int, seconds: float | None, detail: str) -> str:
+    if n_done == n_measurements or seconds is None:
         return f"{model}: {n_measurements} measurements, {detail}"
     resumed = f", {n_done} of them recorded already" if n_done else ""
     return f"{model}: {n_measurements} measurements{resumed}; about {_clock(seconds)} ({detail})"
@@ -59,9 +59,10 @@ class LineProgress:
         self.started = time.monotonic()
         self.label = ""
 
-    def plan(self, model: str, n_measurements: int, n_done: int, seconds: float, detail: str) -> None:
+    def plan(self, model: str, n_measurements: int, n_done: int, seconds: float | None, detail: str) -> None:
         """Print the estimate."""
-        self.total, self.done, self.started = seconds, 0.0, time.monotonic()
+        self.total = float(n_measurements) if seconds is None else seconds
+        self.done, self.started = 0.0, time.monotonic()
         self.message(_plan_line(model, n_measurements, n_done, seconds, detail))
 
     def begin(self, label: str) -> None:
@@ -104,11 +105,11 @@ class BarProgress:
         self.task = self.bar.add_task("", total=None)
         self.label = ""
 
-    def plan(self, model: str, n_measurements: int, n_done: int, seconds: float, detail: str) -> None:
+    def plan(self, model: str, n_measurements: int, n_done: int, seconds: float | None, detail: str) -> None:
         """Print the estimate and reset the bar."""
         self.message(_plan_line(model, n_measurements, n_done, seconds, detail))
         if n_done < n_measurements:
-            self.bar.reset(self.task, total=seconds, description=model)
+            self.bar.reset(self.task, total=n_measurements if seconds is None else seconds, description=model)
             self.bar.start()
 
     def begin(self, label: str) -> None:

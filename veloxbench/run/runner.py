@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -116,7 +116,7 @@ class Run:
                 items = [item for grid in self.grids for item in plan_model(grid, handle, self.reporter, self.shard)]
                 self._plans[model] = Plan(handle, list({item.subject.key: item for item in items}.values()))
             else:
-                self._plans[model] = Plan(None, measurements_without_model(self.grid, self.shard))
+                self._plans[model] = Plan(None, list(measurements_without_model(self.grid, self.shard)))
             self.store.begin(self.keys)
         return self._plans[model]
 
@@ -149,7 +149,7 @@ class Run:
             with estimate.ticking(item, rates, self.progress) as tick:
                 record = measure(item, self.bench(plan), tick)
         except Exception as error:
-            self.failures.append(_kept_failure(item, error, self.store))
+            self.failures.append(keep_failure(item, Crash.of(error), self.store))
             raise
         self.store.append(record)
         self._made.add(record.key)
@@ -197,19 +197,40 @@ class Run:
         self.close()
 
 
-def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter, shard: Shard = WHOLE) -> list[Measurement]:
+def plan_model(grid: Grid, handle: ModelHandle, reporter: Reporter, shard: Shard = WHOLE) -> Iterator[Measurement]:
     """The measurements of one model that a shard takes, its text fetched and tokenized."""
     text = load_text(grid.corpus, grid.part, reporter=reporter)
     return measurements(grid, handle, text, load_tokenizer(handle), shard)
 
 
-def _kept_failure(item: Measurement, error: Exception, store: Store) -> Failure:
+@dataclass(frozen=True)
+class Crash:
+    """What an exception says, as data: it may have been raised on another machine.
+
+    Attributes:
+        reason: in one line.
+        known: whether the reason explains itself; otherwise the traceback is needed.
+    """
+
+    reason: str
+    known: bool
+    trace: str
+    exit_code: ExitCode
+
+    @classmethod
+    def of(cls, error: BaseException) -> Crash:
+        """What an exception says."""
+        trace = "".join(traceback.format_exception(error))
+        if isinstance(error, VeloxError):
+            return cls(str(error), True, trace, error.exit_code)
+        return cls(f"{type(error).__name__}: {error}", False, trace, ExitCode.REGRESSION)
+
+
+def keep_failure(item: Measurement, crash: Crash, store: Store) -> Failure:
     """Keep what crashed: a line for the page in the store, the traceback in errors.log beside it."""
     folder = store.path.parent
     with (folder / "errors.log").open("a", encoding="utf-8") as log:
-        log.write(f"{datetime.now(UTC).isoformat()} {item.label} key {item.subject.key}\n")
-        log.write("".join(traceback.format_exception(error)) + "\n")
-    known = isinstance(error, VeloxError)
-    reason = str(error) if known else f"{type(error).__name__}: {error} (details in {folder / 'errors.log'})"
+        log.write(f"{datetime.now(UTC).isoformat()} {item.label} key {item.subject.key}\n{crash.trace}\n")
+    reason = crash.reason if crash.known else f"{crash.reason} (details in {folder / 'errors.log'})"
     store.append_failure(FailedMeasurement(subject=item.subject, when=datetime.now(UTC), reason=reason))
-    return Failure(item.label, reason, error.exit_code if isinstance(error, VeloxError) else ExitCode.REGRESSION)
+    return Failure(item.label, reason, crash.exit_code)

@@ -28,7 +28,7 @@ from veloxbench.gate.baselines import from_records
 from veloxbench.gate.gate import judge
 from veloxbench.gate.paired_test import smallest_detectable
 from veloxbench.gate.verdicts import Finding, Verdict, overall
-from veloxbench.inputs.corpora import load_text, token_block
+from veloxbench.inputs.corpora import TokenBlock, load_text, token_block
 from veloxbench.inputs.models import ModelHandle, load_model
 from veloxbench.inputs.transfer_progress import Reporter
 from veloxbench.measure import exact, machine
@@ -108,18 +108,7 @@ def measure(handle: ModelHandle, corpus: str, protocol: Chunked, journal: Path, 
     model, tokenizer = load_model(handle)
     text = load_text(corpus, "evaluation", reporter=reporter)
     block = token_block(text, tokenizer, n_sequences=GATES * protocol.sequences, length=protocol.n_tokens + 1)
-    head = {
-        "model": {
-            "name": handle.name,
-            "weights_sha256": handle.weights_sha256,
-            "tokenizer_sha256": handle.tokenizer_sha256,
-            "config_sha256": handle.config_sha256,
-        },
-        "text": {"name": block.text, "tokens_sha256": block.sha256},
-        "protocol": dataclasses.asdict(protocol),
-        "versions": provenance.versions(),
-        "hardware": machine.hardware(),
-    }
+    head = measured_on(handle, block, protocol)
     done = _read_journal(journal, head)
     with worker_pool() as pool:
         for gate in range(GATES):
@@ -138,6 +127,22 @@ def measure(handle: ModelHandle, corpus: str, protocol: Chunked, journal: Path, 
             gc.collect()
     samples = {name: [done[name, gate] for gate in range(GATES)] for name in arms()}
     return Study.model_validate({**head, "measured": datetime.now(UTC), "samples": samples})
+
+
+def measured_on(handle: ModelHandle, block: TokenBlock, protocol: Chunked) -> dict[str, Any]:
+    """What :class:`Measured` holds beside the date, of a measurement here and now."""
+    return {
+        "model": {
+            "name": handle.name,
+            "weights_sha256": handle.weights_sha256,
+            "tokenizer_sha256": handle.tokenizer_sha256,
+            "config_sha256": handle.config_sha256,
+        },
+        "text": {"name": block.text, "tokens_sha256": block.sha256},
+        "protocol": dataclasses.asdict(protocol),
+        "versions": provenance.versions(),
+        "hardware": machine.hardware(),
+    }
 
 
 def read_study(path: Path) -> Study:

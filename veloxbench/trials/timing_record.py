@@ -31,7 +31,7 @@ from veloxbench.compare.timing_test import TimingSpec
 from veloxbench.errors import UsageError
 from veloxbench.measure import machine
 from veloxbench.records import provenance
-from veloxbench.trials.timing_series import BASE, Journal, Segment, Series, SeriesHeader, open_journal, slot_name
+from veloxbench.trials.timing_series import BASE, Segment, SeriesHeader, append_line, appending, read_series, slot_name
 
 BENCHMARK = "decode"
 SLOWDOWNS = (0.0, 0.02, 0.03, 0.05, 0.10)
@@ -73,15 +73,15 @@ def record(spec: RecordSpec, path: Path, message: Callable[[str], None]) -> None
     """
     if spec.setup.core is not None:
         pin_to_core(spec.setup.core)
-    with open_journal(path) as journal:
-        recorded = 0.0
-        if journal.series is not None:
-            check_same(journal.series.header, spec.setup.asked(), path)  # before anything is loaded
-            recorded = journal.series.seconds
-        progress = _Progress(spec.hours * 3600, recorded, message)
+    with appending(path):
+        begun = read_series(path) if path.exists() and path.stat().st_size else None
+        header = None if begun is None else begun.header
+        if header is not None:
+            check_same(header, spec.setup.asked(), path)  # before anything is loaded
+        progress = _Progress(spec.hours * 3600, 0.0 if begun is None else begun.seconds, message)
         launch = launcher(spec.setup, path.with_suffix(".log"))
         while not progress.finished:
-            _record_start(journal, spec, launch, progress, message)
+            header = _record_start(path, header, spec, launch, progress, message)
     message(f"{path}: {progress.recorded / 3600:.2f} hours are recorded")
 
 
@@ -160,36 +160,34 @@ def settled_header(
     return SeriesHeader.model_validate({**now, "extra_rows": rows, "commit": commit, "dirty": dirty})
 
 
-def _header(
-    journal: Journal, spec: RecordSpec, workers: Mapping[str, Worker], message: Callable[[str], None]
-) -> SeriesHeader:
-    recorded = journal.series.header if journal.series is not None else None
-    header = settled_header(recorded, workers, spec.setup, SLOWDOWNS, journal.path, message)
-    if recorded is None:
-        journal.append(header)
-        journal.series = Series(header, ())
-    return header
-
-
 def _record_start(
-    journal: Journal, spec: RecordSpec, launch: Launch, progress: _Progress, message: Callable[[str], None]
-) -> None:
+    path: Path,
+    recorded: SeriesHeader | None,
+    spec: RecordSpec,
+    launch: Launch,
+    progress: _Progress,
+    message: Callable[[str], None],
+) -> SeriesHeader:
+    """Start both sides and record their blocks behind what is there; returns the header of the file."""
     seed = time.time_ns()
     rng, canary, began = np.random.default_rng(seed), Canary(), time.perf_counter()
     with ExitStack() as stack:
         order = side_order(rng)
         workers = launch(stack, order)
-        header = _header(journal, spec, workers, message)
+        header = settled_header(recorded, workers, spec.setup, SLOWDOWNS, path, message)
+        if recorded is None:
+            append_line(path, header)
         groups = [slots(header, slowdown) for slowdown in header.slowdowns]
         take_block(workers, groups, canary, rng)  # warms both sides
         started = round(time.time(), 2)
-        journal.append(Segment(started=started, seed=seed, first=order[0], state=provenance.machine_state()))
+        append_line(path, Segment(started=started, seed=seed, first=order[0], state=provenance.machine_state()))
         progress.launched(time.perf_counter() - began)
         for _ in range(spec.rounds_per_start):
             for index in rng.permutation(len(groups)):
                 block = take_block(workers, [groups[index]], canary, rng)
-                journal.append(block)
+                append_line(path, block)
                 progress.add(block)
+    return header
 
 
 class _Progress:

@@ -160,20 +160,6 @@ def _runs(starts: list[list[TimedBlock]]) -> tuple[tuple[Started, ...], ...]:
     return tuple(map(tuple, runs))
 
 
-class Journal:
-    """A series' file, open for appending by one process. Use :func:`open_journal`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.series: Series | None = None
-        if path.exists() and path.stat().st_size:
-            self.series = read_series(path)
-
-    def append(self, line: SeriesHeader | Segment | TimedBlock) -> None:
-        """Add a line, see :func:`append_line`."""
-        append_line(self.path, line)
-
-
 def append_line(path: Path, line: BaseModel) -> None:
     """Write a line whole and sync it.
 
@@ -181,13 +167,6 @@ def append_line(path: Path, line: BaseModel) -> None:
         UnfitEnvironmentError: the disk does not take it.
     """
     durable.append_line(path, json.dumps(line.model_dump(mode="json"), separators=(",", ":")) + "\n")
-
-
-@contextmanager
-def open_journal(path: Path) -> Iterator[Journal]:
-    """Open a series for appending; raises as :func:`appending`."""
-    with appending(path):
-        yield Journal(path)
 
 
 @contextmanager

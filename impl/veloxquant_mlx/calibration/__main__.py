@@ -11,11 +11,11 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from veloxquant_mlx.calibration import measure
-from veloxquant_mlx.calibration.fit import TableBits
 from veloxquant_mlx.calibration.fitting import AGES, fit_code
 from veloxquant_mlx.calibration.gradients import SINKS
 from veloxquant_mlx.calibration.measure import Measurements, measure_model
 from veloxquant_mlx.command import CONSOLE, run
+from veloxquant_mlx.transforms.coded_matrix import check_table_bits
 from veloxquant_mlx.transforms.klt import Scope
 
 
@@ -48,7 +48,7 @@ def calibrate(
     The calibration belongs to the model's weights: another model refuses it. FisherCode.load(FILE).caches(model) makes
     the caches.
     """
-    bits = TableBits(table_bits, table_bits, table_bits)
+    check_table_bits(table_bits, name="--table-bits")
     loaded, tokenizer = mlx_lm.load(model)[:2]
     if measurements is not None and measurements.exists():
         measured = Measurements.load(measurements, loaded)
@@ -79,7 +79,7 @@ def calibrate(
         sinks=sinks,
         ages=() if one_age else AGES,
         at_tokens=at_tokens,
-        bits=bits,
+        bits=table_bits,
         say=CONSOLE.print,
     ).save(out)
     CONSOLE.print(

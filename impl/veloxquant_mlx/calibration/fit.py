@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veloxquant_mlx.codes.deadzone import DeadZone
-from veloxquant_mlx.transforms.coded_matrix import CodedMatrix, check_table_bits, code_matrix
+from veloxquant_mlx.transforms.coded_matrix import EXACT_BITS, CodedMatrix, code_matrix
 from veloxquant_mlx.transforms.klt import Block, CachedShape, LayerKLT, Scope
 from veloxquant_mlx.transforms.rope import LayerRopes
 
@@ -19,28 +19,6 @@ Singles = NDArray[np.float32]
 
 PREDICTOR_RIDGE: Final = 1e-3
 """Of the mean square of the decoded vector below: keeps its empty directions out of the forecast."""
-
-
-@dataclass(frozen=True)
-class TableBits:
-    """Bits an entry of a layer's matrices; 16 is fp16.
-
-    Attributes:
-        encoder: what it loses by rounding, the decoder is fitted to.
-        decoder: its rounding errors are errors of what is decoded.
-        predictor: what it loses by rounding, is left for the code.
-    """
-
-    encoder: int = 16
-    decoder: int = 16
-    predictor: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("encoder", "decoder", "predictor"):
-            check_table_bits(getattr(self, name), name=name)
-
-
-FP16_TABLES: Final = TableBits()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,22 +56,20 @@ def _predictor(below: Singles, centred: Singles, bits: int) -> CodedMatrix:
     return code_matrix(weights.T, bits, gram)
 
 
-def _block(
-    start: int, stop: int, fisher: Floats, covariance: Floats, epsilon: float, step: float, bits: TableBits
-) -> Block:
+def _block(start: int, stop: int, fisher: Floats, covariance: Floats, epsilon: float, step: float, bits: int) -> Block:
     metric = regularised(fisher[start:stop, start:stop], epsilon)
     root, inverse = roots(metric)
     covariance = covariance[start:stop, start:stop]
     _, vectors = np.linalg.eigh(root @ covariance @ root)
     vectors = vectors[:, ::-1]
-    encoder = code_matrix((root @ vectors).T, bits.encoder, covariance)
+    encoder = code_matrix((root @ vectors).T, bits, covariance)
     decoder = vectors.T @ inverse
     # What rounding the encoder did to the coefficients, the decoder undoes as far as they are coded at all.
     rounded = np.array(encoder.dense(), dtype=np.float64)
     noise = step**2 / 12 * np.eye(len(rounded))
     coefficients = rounded @ covariance @ rounded.T
     decoder = decoder + np.linalg.solve(coefficients + noise, rounded @ covariance - coefficients @ decoder)
-    return Block(start, stop, encoder, code_matrix(decoder, bits.decoder, metric))
+    return Block(start, stop, encoder, code_matrix(decoder, bits, metric))
 
 
 def fit_layer(
@@ -107,7 +83,7 @@ def fit_layer(
     step: float,
     below: tuple[int, Singles] | None = None,
     epsilon: float = 0.1,
-    bits: TableBits = FP16_TABLES,
+    bits: int = EXACT_BITS,
 ) -> FittedLayer:
     """Fit the transform of one layer.
 
@@ -122,7 +98,7 @@ def fit_layer(
         below: for scope ``below``, the index of the layer to predict from and its decoded vectors ``[T, N_below]``;
             absent: the layer is not predicted.
         epsilon: regularisation of the Fisher matrix, as a part of its mean eigenvalue.
-        bits: of the matrices.
+        bits: an entry of the matrices; what rounding the encoder loses, the decoder is fitted to.
 
     Raises:
         ValueError: sizes that do not agree, or numbers that are not finite, naming the layer.
@@ -139,7 +115,7 @@ def fit_layer(
     x -= mean
     predictor, forecast = None, None
     if scope == "below" and below is not None:
-        predictor = _predictor(below[1], x, bits.predictor)
+        predictor = _predictor(below[1], x, bits)
         forecast = below[1] @ np.array(predictor.dense()).T
         x -= forecast
     covariance = (x.T @ x).astype(np.float64) / len(x)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from veloxquant_mlx.cache.coded import cut_into_blocks
 from veloxquant_mlx.calibration.fisher_klt import FisherCode, layer_codes
-from veloxquant_mlx.calibration.fit import FP16_TABLES, TableBits, fit_layer
+from veloxquant_mlx.calibration.fit import fit_layer
 from veloxquant_mlx.calibration.gradients import SINKS
 from veloxquant_mlx.calibration.klt import KLTCalibration, source_below
 from veloxquant_mlx.calibration.measure import HELD_OUT, Measurements
@@ -26,6 +26,7 @@ from veloxquant_mlx.codes.deadzone import DeadZone
 from veloxquant_mlx.codes.entropy import coded_nbytes
 from veloxquant_mlx.codes.fit import fit_tables
 from veloxquant_mlx.codes.layer import SharedTables, TierCode
+from veloxquant_mlx.transforms.coded_matrix import EXACT_BITS, check_table_bits
 from veloxquant_mlx.transforms.klt import SCOPES, LayerKLT, Scope
 
 AGES: Final = ((64, 3), (16, 9))
@@ -65,7 +66,7 @@ def _rows(sequences: int, tokens: int, count: int) -> NDArray[np.int64]:
 
 
 def _fit_at(
-    m: Measurements, scope: Scope, step: float, ages: Sequence[tuple[int, int]], epsilon: float, bits: TableBits
+    m: Measurements, scope: Scope, step: float, ages: Sequence[tuple[int, int]], epsilon: float, bits: int
 ) -> _Fitted:
     """Fit everything at one step of the oldest tokens."""
     steps = [step, *(step / divisor for _, divisor in ages)]
@@ -181,7 +182,7 @@ def fit_code(
     ages: Sequence[tuple[int, int]] = AGES,
     at_tokens: int = 2048,
     epsilon: float = 0.1,
-    bits: TableBits = FP16_TABLES,
+    bits: int = EXACT_BITS,
     say: Say = lambda line: None,
 ) -> FisherCode:
     """Fit a code that meets a target, or the code at a step.
@@ -195,7 +196,7 @@ def fit_code(
         ages: as in :data:`AGES`, the oldest first.
         at_tokens: context at which the target holds.
         epsilon: regularisation of Fisher matrices.
-        bits: of the transforms' tables.
+        bits: an entry of the transforms' tables, 2..8, or 16 for fp16.
         say: takes a line of progress.
 
     Raises:
@@ -211,6 +212,7 @@ def fit_code(
         raise ValueError(f"step must be finite and above 0, got {step!r}")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon must be finite and above 0, got {epsilon!r}")
+    check_table_bits(bits)
     ages = tuple((int(age), int(divisor)) for age, divisor in ages)
     sizes = {layer: shape.size for layer, shape in m.shapes.items()}
     tried: list[tuple[float, float]] = []

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from typing import Any, Final, Self
 
 import mlx.core as mx
@@ -83,11 +82,6 @@ class KLTCalibration:
     def nbytes(self) -> int:
         """Bytes of all layers' tables: static, whatever is cached."""
         return sum(layer.nbytes for layer in self.layers)
-
-    @cached_property
-    def by_layer(self) -> Mapping[int, LayerKLT]:
-        """Transforms by index of the model's caches."""
-        return {layer.layer: layer for layer in self.layers}
 
     def static_bits_per_value(self, tokens: int) -> float:
         """What the tables add to a value of a cache of ``tokens`` tokens of one sequence."""

@@ -30,11 +30,9 @@ from veloxquant_kernels.rans_format import (
     DamagedBlock,
     Symbols,
     Tables,
-    TokenModel,
     Words,
     check_layout,
     rans_encode_reference,
-    step_parts,
 )
 from veloxquant_kernels.rans_format import INACTIVE as INACTIVE
 from veloxquant_mlx.codes import native
@@ -72,26 +70,9 @@ class TableFamily:
         return Tables(classes, shifts, *arrays, self.precision)
 
     @property
-    def n_classes(self) -> int:
-        """Number of classes."""
-        return int(self.class_tables.shape[0])
-
-    @property
-    def half(self) -> int:
-        """Largest magnitude that has a symbol of its own."""
-        return int(self.cumulative.shape[1] - 3) // 2
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self.to_arrays().values())
-
-    @cached_property
-    def bits(self) -> NDArray[np.float32]:
-        """``[n_tables, n_symbols]``: bits of each symbol; infinite for one that has no frequency."""
-        frequencies = np.diff(self.cumulative.astype(np.float64), axis=-1)
-        with np.errstate(divide="ignore"):
-            return (self.precision - np.log2(frequencies)).astype(np.float32)
 
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Arrays by name, for safetensors.
@@ -341,18 +322,6 @@ def check_decoded(status: NDArray[np.uint32], first: int) -> None:
     damaged = np.flatnonzero(status)
     if damaged.size:
         raise DamagedBlock(f"block {first + damaged[0]} is damaged ({damaged.size} of {status.size} blocks)")
-
-
-def coded_bits(symbols: ArrayLike, tables: EntropyTables) -> float:
-    """Ideal length: the sum of ``log2 1/p`` under the tables, plain bits and escapes included, nothing else."""
-    array = _checked(symbols, tables).astype(np.int64)
-    model, total = TokenModel.start(tables.tables, (len(array),)), 0.0
-    active = np.ones(len(array), np.bool_)
-    for j in tables.tables.active:
-        for part in step_parts(tables.tables, model, int(j), array[:, j], active):
-            cost = part.width.astype(np.float64) - np.log2(part.frequency.astype(np.float64))
-            total += float(cost[part.active].sum())
-    return total
 
 
 def coded_nbytes(symbols: ArrayLike, tables: EntropyTables, block_tokens: int = 32) -> int:

@@ -7,7 +7,6 @@ Hassibi & Stork's optimal brain surgeon).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -78,11 +77,6 @@ class CodedMatrix:
         """The arrays held, by attribute."""
         return {"rows": self.rows, "scales": self.scales}
 
-    @staticmethod
-    def from_arrays(arrays: Mapping[str, mx.array], bits: int, columns: int) -> CodedMatrix:
-        """The matrix of what :meth:`arrays` gave."""
-        return CodedMatrix(arrays["rows"], arrays["scales"], bits, columns)
-
     def dense(self) -> mx.array:
         """``[rows, columns]`` fp32."""
         scales = self.scales.astype(mx.float32)[:, None]
@@ -92,12 +86,6 @@ class CodedMatrix:
         codes = unpack_codes(self.rows, self.bits, self.columns).astype(mx.float32)
         dense: mx.array = (codes - (2**self.bits - 1) / 2) * scales
         return dense
-
-    def take(self, count: int) -> CodedMatrix:
-        """The first ``count`` rows."""
-        return CodedMatrix(
-            mx.contiguous(self.rows[:count]), mx.contiguous(self.scales[:count]), self.bits, self.columns
-        )
 
 
 def _bf16(x: Floats) -> Floats:

@@ -17,11 +17,10 @@ Cost of decoding a token: ``n · N`` multiply–adds for n coefficients of N val
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 import mlx.core as mx
-import numpy as np
 
 from veloxquant_mlx.transforms.coded_matrix import CodedMatrix
 from veloxquant_mlx.transforms.rope import LayerRopes, Rope
@@ -192,12 +191,6 @@ class LayerKLT:
             matrices.append(self.predictor)
         return sum(m.nbytes for m in matrices) + self.mean.nbytes + (0 if self.order is None else self.order.nbytes)
 
-    @property
-    def decode_madds(self) -> int:
-        """Multiply–adds to decode one token."""
-        transform = sum(block.n_coefficients * (block.stop - block.start) for block in self.blocks)
-        return transform + (0 if self.predictor is None else self.predictor.shape[0] * self.predictor.shape[1])
-
     def predicted(self, below: mx.array | None) -> mx.array | float:
         """The forecast of the centred vector from the centred decoded one below, ``[B, T, N]``; 0 without."""
         if (below is None) != (self.predictor is None):
@@ -240,34 +233,6 @@ class LayerKLT:
     def keys_and_values(self, centred: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, mx.array]:
         """What attention reads, of what :meth:`decode` gave: ``[B, H, T, D]`` keys (rotated) and values, fp32."""
         return keys_and_values(centred + self.mean, self.shape, self.ropes, offset)
-
-    def truncated(self, n_coefficients: int) -> LayerKLT:
-        """Without the coefficients of least variance, which a coarse step always sends to zero.
-
-        Raises:
-            ValueError: not within 1..n.
-        """
-        if not 1 <= n_coefficients <= self.n_coefficients:
-            raise ValueError(f"n_coefficients must be within 1..{self.n_coefficients}, got {n_coefficients}")
-        order = np.arange(self.n_coefficients) if self.order is None else np.array(self.order)
-        kept = order[:n_coefficients]
-        blocks, places, first = [], np.empty(self.n_coefficients, dtype=np.int64), 0
-        n_before = 0
-        for block in self.blocks:
-            # Within a block rows are in order of falling variance too, so its first ones are kept.
-            count = int(((kept >= first) & (kept < first + block.n_coefficients)).sum())
-            places[first : first + block.n_coefficients] = n_before + np.arange(block.n_coefficients)
-            if count:
-                blocks.append(replace(block, encoder=block.encoder.take(count), decoder=block.decoder.take(count)))
-            elif len(self.blocks) > 1:
-                blocks.append(replace(block, encoder=block.encoder.take(0), decoder=block.decoder.take(0)))
-            first, n_before = first + block.n_coefficients, n_before + count
-        return replace(
-            self,
-            blocks=tuple(blocks),
-            order=None if self.order is None else mx.array(places[kept].astype(np.uint16)),
-            deviations=self.deviations[:n_coefficients],
-        )
 
     def arrays(self) -> dict[str, mx.array]:
         """Everything that is an array, by name, for a file."""

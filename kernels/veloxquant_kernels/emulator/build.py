@@ -212,11 +212,6 @@ def build(generated: GeneratedSource, mode: Mode, *, atomic_outputs: bool = Fals
     return _build(translation_unit(generated, atomic_outputs), mode, cache_directory())
 
 
-def library_of(source_path: Path) -> Path:
-    """The compiled library of a translation unit in the cache."""
-    return source_path.with_suffix(".so")
-
-
 def source_line(module: Module, pc_offset: int) -> int:
     """The line of the translation unit at an address of the module; 0 where ``addr2line`` is not installed."""
     tool = shutil.which("addr2line")

@@ -40,6 +40,17 @@ def repository(tmp_path):
     return place
 
 
+@pytest.fixture
+def library(tmp_path):
+    """Another repository, of one package that says 7."""
+    place = tmp_path / "library"
+    place.mkdir()
+    git(place, "init", "-q")
+    (place / "__init__.py").write_text("VALUE = 7\n")
+    commit(place)
+    return place
+
+
 def value_in(revision):
     namespace = {}
     exec((revision.site / "one" / "__init__.py").read_text(), namespace)
@@ -128,13 +139,8 @@ def test_files_that_an_archive_would_leave_out_are_exported(repository):
     assert (prepare("HEAD", repository).site / "one" / "data.txt").read_text() == "needed"
 
 
-def test_a_submodule_that_is_here_comes_along(repository, tmp_path):
+def test_a_submodule_that_is_here_comes_along(repository, library):
     """Its files are those of the commit that the revision names, not of its working tree."""
-    library = tmp_path / "library"
-    library.mkdir()
-    git(library, "init", "-q")
-    (library / "__init__.py").write_text("VALUE = 7\n")
-    commit(library)
     git(repository, "submodule", "add", "-q", str(library), "two")
     commit(repository)
     (repository / "two" / "__init__.py").write_text("VALUE = 8\n")
@@ -143,13 +149,8 @@ def test_a_submodule_that_is_here_comes_along(repository, tmp_path):
     assert (revision.site / "two" / "__init__.py").read_text() == "VALUE = 7\n"
 
 
-def test_a_package_in_a_submodule_that_is_not_here_is_one_sentence(repository, tmp_path):
+def test_a_package_in_a_submodule_that_is_not_here_is_one_sentence(repository, library, tmp_path):
     """Where only an empty folder can be exported, the sentence says what it may be."""
-    library = tmp_path / "library"
-    library.mkdir()
-    git(library, "init", "-q")
-    (library / "__init__.py").write_text("")
-    commit(library)
     (repository / "pyproject.toml").write_text('[tool.hatch.build.targets.wheel]\npackages = ["two"]\n')
     git(repository, "submodule", "add", "-q", str(library), "two")
     commit(repository)

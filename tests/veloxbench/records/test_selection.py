@@ -4,7 +4,7 @@ import json
 from datetime import timedelta
 
 import pytest
-from gate_records import NOW, quality_record
+from gate_records import HARDWARE, NOW, quality_record
 
 from veloxbench.errors import UsageError
 from veloxbench.records.record import FailedMeasurement, Record
@@ -15,7 +15,7 @@ from veloxbench.records.selection import (
     read_last_run,
     table_rows,
 )
-from veloxbench.records.store import FAILURES, JOURNAL, LAST_RUN
+from veloxbench.records.store import CONTRIBUTED, FAILURES, JOURNAL, LAST_RUN
 
 
 def write(folder, records: list[Record]) -> list[Record]:
@@ -49,6 +49,35 @@ def test_the_newest_of_each_row_stands_whatever_the_code():
     """Two records of one row leave the later one; other rows stay; fp16 comes first, then falling targets."""
     lone, reference = before(5, 2.0), quality_record("fp16", None)
     assert newest_per_row([lone, before(3), quality_record(), reference]) == [reference, quality_record(), lone]
+
+
+def of_apple(minutes: int) -> Record:
+    """The same row, measured on a Mac."""
+    there = quality_record(hardware={**HARDWARE, "chip": "Apple M4"}, started=NOW - timedelta(minutes=minutes))
+    kept = {name: getattr(there, name) for name in ("status", "metrics", "samples", "engagement", "provenance")}
+    return Record.create(subject=there.subject.model_copy(update={"machine_class": "of a Mac"}), **kept)
+
+
+def test_another_machines_record_stands_beside_and_replaces_none(tmp_path):
+    """A row measured here, on a Mac, and again here: the newer of this machine and the Mac's, read from a journal too.
+
+    Another kernel of the operating system is no other machine.
+    """
+    apple = of_apple(5)
+    updated = quality_record(hardware={**HARDWARE, "os": "Linux 7"})
+    rows = [before(9), apple, updated]
+    assert newest_per_row(rows) == [updated, apple]
+    write(tmp_path, rows)
+    records, others, _ = read_folders([tmp_path])
+    assert (records, others) == ([updated, apple], 1)
+
+
+def test_contributed_records_are_read_with_the_others(tmp_path):
+    """A folder of published records has other people's in a folder of its own."""
+    write(tmp_path, [quality_record()])
+    apple = of_apple(5)
+    write(tmp_path / CONTRIBUTED, [apple])
+    assert read_folders([tmp_path])[0] == [quality_record(), apple]
 
 
 def test_controls_are_no_rows():

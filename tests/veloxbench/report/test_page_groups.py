@@ -6,9 +6,10 @@ from datetime import timedelta
 import pytest
 from gate_records import HARDWARE, MODEL, NOW, quality_record
 
-from veloxbench.records.record import FailedMeasurement, Record, TextRef
+from veloxbench.records.record import Estimate, FailedMeasurement, Record, TextRef
 from veloxbench.report.html import render_html
-from veloxbench.report.page import by_model, render
+from veloxbench.report.page import beside, by_model, render
+from veloxbench.report.points import BEST, points
 
 
 def elsewhere(record: Record, **changes) -> Record:
@@ -81,3 +82,25 @@ def test_rows_of_several_machines_say_which():
     assert "| AMD EPYC, 2 cores, cpu, mlx 0.32.2 |" in re.sub(" +", " ", render([FIRST, apple]))
     assert "Apple M4, 2 cores, cpu, mlx" in render([FIRST, apple])
     assert "cores, cpu" not in render([FIRST])
+
+
+def worded(record: Record) -> Record:
+    """The record with all the figures of a verdict."""
+    more = {"kld_p99": Estimate(value=0.3, unit="nats/token"), "top1_agreement": Estimate(value=0.9, unit="share")}
+    kept = {name: getattr(record, name) for name in ("subject", "status", "samples", "engagement", "provenance")}
+    return Record.create(**kept, metrics={**record.metrics, **more})
+
+
+def test_one_arm_on_two_machines_has_two_rows_and_two_marks():
+    """The page, the details' list of hardware and the charts' points have both; the class of chips is named."""
+    apple = quality_record(hardware={**HARDWARE, "chip": "Apple M4", "machine": "arm64", "memory_gib": 16.0})
+    page = render([FIRST, apple])
+    assert "AMD EPYC, 2 cores, cpu, mlx" in page
+    assert "Apple M4, 2 cores, cpu, mlx" in page
+    labels = {point.label for point in points([worded(FIRST), worded(apple)])[BEST]}
+    assert labels == {f"turboquant_mse@4 on {chip}, 2 cores, cpu" for chip in ("AMD EPYC", "Apple M4")}
+    assert {point.label for point in points([worded(FIRST)])[BEST]} == {"turboquant_mse@4"}
+    details = re.sub(" +", " ", beside([FIRST, apple], drawn=False)["records.md"])
+    assert "| apple-silicon | Apple M4 | 2 | 16.0 GiB | cpu |" in details
+    assert "nothing from Apple silicon" not in details
+    assert "nothing from Apple silicon yet" in beside([FIRST], drawn=False)["records.md"]

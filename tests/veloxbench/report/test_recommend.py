@@ -106,6 +106,24 @@ RECORDS = [
 ]
 
 
+def on_another_machine(record, chip="Apple M4"):
+    """The same record from elsewhere."""
+    kept = {name: getattr(record, name) for name in ("status", "metrics", "samples", "engagement", "subject")}
+    return Record.create(**kept, provenance=SOMEWHERE.model_copy(update={"hardware": {"chip": chip}}))
+
+
+def test_figures_of_two_machines_are_not_mixed():
+    """This chip's records are taken where it has any, the others' named; otherwise those of the machine with most."""
+    apple = [on_another_machine(each) for each in (memory("fine@4", 5.0), quality("fine@4", 0.004, top1=0.95))]
+    wish = Wish(context=100)
+    here, there = (recommend("m", [*RECORDS, *apple], wish, 100, chip) for chip in ("c", "Apple M4"))
+    assert (len(here.candidates), here.elsewhere) == (5, ("Apple M4",))
+    assert ([str(one.arm) for one in there.candidates], there.elsewhere) == (["fine@4"], ("c",))
+    assert recommend("m", [*RECORDS, *apple], wish, 100, "another").candidates == here.candidates
+    assert "records of Apple M4 are there too and were left out" in render_answer(here, [])
+    assert "left out" not in render_answer(recommend("m", RECORDS, wish, 100), [])
+
+
 def chosen(limit=10_000, **wish):
     answer = recommend("m", RECORDS, Wish(**{"context": 100, **wish}), limit)
     return None if answer.choice is None else str(answer.choice.arm)

@@ -39,7 +39,7 @@ from veloxbench.trials.timing_series import (
     Segment,
     SeriesHeader,
     append_line,
-    open_journal,
+    appending,
     read_series,
     series_bytes,
     slot_name,
@@ -169,18 +169,17 @@ def test_a_torn_last_line_is_taken_away_and_recording_goes_on(series_file, tmp_p
     path = tmp_path / "aa.jsonl"
     path.write_bytes(series_file.read_bytes()[:-50])
     whole = n_blocks(read_series(path))
-    with open_journal(path) as journal:
-        assert journal.series is not None
-        journal.append(timed_block(np.random.default_rng(0), 1e6))
+    with appending(path):
+        append_line(path, timed_block(np.random.default_rng(0), 1e6))
     assert n_blocks(read_series(path)) == whole + 1 == n_blocks(read_series(series_file))
 
 
 def test_two_recorders_cannot_write_one_file(tmp_path):
     """The second one is told so."""
     with (
-        open_journal(tmp_path / "aa.jsonl"),
+        appending(tmp_path / "aa.jsonl"),
         pytest.raises(UnfitEnvironmentError, match="another process"),
-        open_journal(tmp_path / "aa.jsonl"),
+        appending(tmp_path / "aa.jsonl"),
     ):
         pass
 

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from veloxquant_kernels.emulator.build import library_of, restore
+from veloxquant_kernels.emulator.build import restore
 from veloxquant_kernels.emulator.run import LaunchReport
 
 Lines = dict[int, int]
@@ -17,7 +17,7 @@ Lines = dict[int, int]
 
 def _unit_lines(source: Path) -> Lines:
     """How often each executable line of one translation unit ran, over all of its functions."""
-    ctypes.CDLL(str(library_of(source))).vq_write_coverage()
+    ctypes.CDLL(str(source.with_suffix(".so"))).vq_write_coverage()
     done = subprocess.run(
         ["gcov", "--json-format", "--stdout", source.with_suffix(".gcda").name],
         cwd=source.parent,
