@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from datetime import date, timedelta
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import stats
 from veloxbench.errors import ExitCode
 from veloxbench.gate.baselines import Baselines, from_records
 from veloxbench.gate.gate import judge
-from veloxbench.gate.paired_test import ALPHA, MIN_SEQUENCES, POWER, paired_test, smallest_detectable
+from veloxbench.gate.paired_test import ALPHA, MIN_SEQUENCES, POWER, paired_test, paired_tests, smallest_detectable
 from veloxbench.gate.verdicts import Verdict, exit_code, overall, sentence
 from veloxbench.records.intervals import holm_levels
 from veloxbench.records.suites import suite_row
@@ -148,6 +149,19 @@ def test_sign_flips_are_counted_one_by_one():
     assert paired_test(values, 0.1).p_regress == max(
         counted, stats.ttest_1samp(values, 0.1, alternative="greater").pvalue
     )
+
+
+@pytest.mark.parametrize("n", [2, 16, 17, 200])
+def test_metrics_that_are_tested_together_get_the_figures_that_each_gets_alone(n):
+    """To the last bit: numpy reduces each row as it reduces the row alone, and no verdict hangs on its neighbours."""
+    differences = np.random.default_rng(5).normal(0.01, 0.02, (40, n))
+    differences[7] = 0.25
+    margins = np.linspace(-0.01, 0.03, 40).tolist()
+    together = paired_tests(differences, margins)
+    assert together == [paired_test(values, margin) for values, margin in zip(differences, margins, strict=True)]
+    assert [test.mean for test in together] == [float(np.mean(values)) for values in differences]
+    errors = [float(np.std(values, ddof=1) / math.sqrt(n)) for values in differences]
+    assert [test.standard_error for test in together] == errors
 
 
 def test_differences_that_are_all_equal_are_certain():

@@ -8,8 +8,9 @@ from gate_records import SOMEWHERE
 from pydantic import ValidationError
 
 from veloxbench.errors import IntegrityError, UnfitEnvironmentError, UsageError
+from veloxbench.records import journal
 from veloxbench.records.record import Estimate, MethodRef, ModelRef, Record, Subject, TextRef, json_schema
-from veloxbench.records.store import JOURNAL, open_store, read_records
+from veloxbench.records.store import JOURNAL, find_records, open_store, read_newest, read_records
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,6 +108,42 @@ def test_damage_before_the_last_line_is_an_error(tmp_path):
     (tmp_path / JOURNAL).write_text("{}\n" + make_record().to_line())
     with pytest.raises(IntegrityError, match=f"{JOURNAL}:1"):
         read_records(tmp_path)
+
+
+@pytest.mark.parametrize("block", [1, 100, 2000, 1 << 16])
+def test_the_newest_record_of_each_row_is_found_however_much_is_read_at_once(tmp_path, monkeypatch, block):
+    """Rows keep the order of their first records; a line that is longer than what is read at once is one line."""
+    monkeypatch.setattr(journal, "BLOCK", block)
+    file = tmp_path / JOURNAL
+    runs = [make_record(target, value, harness=f"run {value}") for value in (0.1, 0.2, 0.3) for target in (2.0, 4.0)]
+    long = make_record(8.0, settings={"chunk": 64, "note": "x" * 5000})
+    file.write_text("".join(record.to_line() for record in [runs[0], long, *runs[1:]]) + '{"torn')
+    assert read_newest(file) == ([runs[4], long, runs[5]], 4)
+    assert find_records(file, [runs[1].key, long.key, "none"]) == [long, runs[1]]
+
+
+def test_a_subject_within_a_subject_hides_no_record(tmp_path):
+    """Settings may hold what looks like the beginning of a subject: both records count, as rows of their own."""
+    inner = {"subject": {"harness": "h", "name": "same"}}
+    records = [make_record(target, settings=inner) for target in (2.0, 4.0)]
+    (tmp_path / JOURNAL).write_text("".join(record.to_line() for record in records))
+    assert read_newest(tmp_path / JOURNAL) == (records, 0)
+
+
+def test_every_changed_character_of_a_line_is_noticed():
+    """A digit, a letter or a quote that is not as it was written is refused: a line is hashed as it stands."""
+    line = make_record(value=0.123456789).to_line()
+    for place in range(0, len(line) - 1, 7):
+        changed = line[:place] + ("1" if line[place] != "1" else "2") + line[place + 1 :]
+        with pytest.raises(ValidationError):
+            Record.from_line(changed)
+
+
+def test_a_line_in_another_spelling_is_the_same_record():
+    """Spaces and another order of fields change no hash: it is of the content."""
+    record = make_record()
+    content = json.loads(record.to_line())
+    assert Record.from_line(json.dumps(dict(reversed(content.items())), indent=1)) == record
 
 
 def test_a_key_that_is_measured_anew_supersedes_and_loses_nothing(tmp_path):

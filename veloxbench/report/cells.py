@@ -68,7 +68,7 @@ def pipe_table(header: Sequence[str], body: Sequence[Sequence[str]], aligned: Se
         body: rows of cells.
         aligned: ``left`` or ``right`` for each column; all left where it is absent.
     """
-    sides = [str.rjust if side == "right" else str.ljust for side in aligned or ["left"] * len(header)]
+    sides = [str.rjust if side == "right" and body else str.ljust for side in aligned or ["left"] * len(header)]
     rows = [header, *([cell.strip() for cell in row] for row in body)]
     widths = [max(len(column[0]) + 2, *map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(side(c, width) for side, c, width in zip(sides, row, widths, strict=True)) for row in rows]
