@@ -84,13 +84,13 @@ def _glance(lines: bytes, begin: int, end: int) -> tuple[bytes, bytes] | None:
     The row is the machine and the end of the line: a subject's fields are sorted, and what differs between two states
     of the code (harness, machine class, implementation) stands before the method's name.
     """
-    subject = lines.find(SUBJECT, begin, end)
+    subject = lines.rfind(SUBJECT, begin, end)
     key = lines.find(_KEY, begin, end) + len(_KEY)
     row = lines.find(b',"name":', subject, end)
-    if min(subject, row) < 0 or lines[key + 64 : key + 65] != b'"' or lines.find(SUBJECT, subject + 1, end) >= 0:
+    if min(subject, row) < 0 or lines[key + 64 : key + 65] != b'"' or lines.find(SUBJECT, begin, subject) >= 0:
         return None
-    hardware = lines.find(_HARDWARE, begin, end) + len(_HARDWARE)
-    machine = _machine(lines[hardware : lines.find(b"}", hardware, end)])
+    hardware = lines.find(_HARDWARE, key, subject) + len(_HARDWARE)
+    machine = _machine(lines[hardware : lines.find(b"}", hardware, subject)])
     return lines[key : key + 64], machine + lines[row:end]
 
 
