@@ -127,6 +127,8 @@ def test_a_pool_loses_no_record_and_measures_none_twice(tmp_path, processes, mon
     assert "is refused: the code that measures exact is ffff" in said
     kept = {record.id for record in read_records(out)}
     assert len(kept) == 3
+    assert said.count("takes part") == 4
+    assert "FAILED" not in said
 
     (tmp_path / "go").touch()
     second = scheduler()

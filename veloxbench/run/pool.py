@@ -331,8 +331,11 @@ class PoolRun(Run):
         self.pool.waits = waits
 
     def _meet(self, client: Client) -> None:
-        """Greet new workers, and take back what those had that are gone."""
-        pool, there = self.pool, client.scheduler_info().get("workers", {})
+        """Greet new workers, and take back what those had that are gone.
+
+        Their list is asked of the scheduler: ``scheduler_info`` is a cache that at times holds none.
+        """
+        pool, there = self.pool, client.nthreads()
         for address in pool.stations.keys() - there.keys():
             station = pool.stations.pop(address)
             if station.under_way is not None:
