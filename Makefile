@@ -28,15 +28,20 @@ check: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . site
 
+# $(call pages,--out) writes the generated pages, $(call pages,--check) compares them with what their sources say
+define pages
+$(BIN)/veloxbench report records $(1) BENCHMARK_RESULTS.md --details docs/results
+$(BIN)/veloxbench peers report records/peers $(1) docs/peers.md
+$(BIN)/veloxbench trial damages $(1) docs/damages.md
+$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json $(1) docs/gate-error-rates.md
+$(BIN)/veloxbench trial travelling $(1) docs/travelling.md
+$(BIN)/veloxbench trial instruments $(1) docs/instruments.md
+endef
+
 # generated files are what their sources say
 fresh: $(VENV)/.installed
 	$(BIN)/veloxbench schema | cmp - schema/record.json
-	$(BIN)/veloxbench report records --check BENCHMARK_RESULTS.md --details docs/results
-	$(BIN)/veloxbench peers report records/peers --check docs/peers.md
-	$(BIN)/veloxbench trial damages --check docs/damages.md
-	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --check docs/gate-error-rates.md
-	$(BIN)/veloxbench trial travelling --check docs/travelling.md
-	$(BIN)/veloxbench trial instruments --check docs/instruments.md
+	$(call pages,--check)
 
 # damaged files and attacks by the thousand (hours; one that was broken off goes on), and the page that counts them
 faults: $(VENV)/.installed
@@ -49,12 +54,7 @@ format: $(VENV)/.installed
 
 report: $(VENV)/.installed
 	$(BIN)/veloxbench schema > schema/record.json
-	$(BIN)/veloxbench report records --out BENCHMARK_RESULTS.md --details docs/results
-	$(BIN)/veloxbench peers report records/peers --out docs/peers.md
-	$(BIN)/veloxbench trial damages --out docs/damages.md
-	$(BIN)/veloxbench trial timing report records/timing-gate/error-rates.json --out docs/gate-error-rates.md
-	$(BIN)/veloxbench trial travelling --out docs/travelling.md
-	$(BIN)/veloxbench trial instruments --out docs/instruments.md
+	$(call pages,--out)
 	$(BIN)/python -m veloxbench.report.guide
 
 # pip reads dependency groups from 25.1 on; a module is compiled where it is first imported, and few of them ever are

@@ -21,9 +21,13 @@ STATE_LOW: Final = 1 << WORD_BITS
 INACTIVE: Final = 0xFFFF
 """The class of a coefficient that is always zero."""
 FIRST_LEVEL: Final = 1 << 13
+"""A token's level before its first coefficient; the level says how large its coefficients have been so far."""
 LEVEL_DECAY: Final = 5
+"""After each coefficient a level loses its ``2**-LEVEL_DECAY``-th part, and gains by the coefficient's magnitude."""
 MAX_GAIN: Final = 1024
+"""The most that one coefficient adds."""
 LEVEL_SHIFT: Final = 7
+"""A level without its last bits, at most ``N_LEVELS - 1``, is what contexts are told apart by."""
 N_LEVELS: Final = 256
 MAX_BLOCK_TOKENS: Final = 256
 MAX_SHIFT: Final = 16

@@ -701,10 +701,7 @@ def _tried(tallies: dict[str, Tally], name: str) -> int:
     return tallies[name].outcomes.total() if name in tallies else 0
 
 
-REASONS: dict[str, str] = {
-    "options of the command line": "(A device that never ends was read as a file. Mended since: devices are refused.)",
-    "error rates": "(Mended since: what the page cannot show is refused in a sentence.)",
-}
+REASONS: dict[str, str] = {}
 """Why a format's failures stand, for those that do."""
 
 PAGE_TEXT = """# What happens to damaged files, and to attacks

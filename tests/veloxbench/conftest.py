@@ -22,14 +22,14 @@ targets = [4, 2]
 [[protocols]]
 name = "chunked"
 sequences = 2
-length = 96
-chunk = 32
-score_from = 32
+length = 48
+chunk = 16
+score_from = 16
 
 [[protocols]]
 name = "decode"
 sequences = 2
-prefix = 32
+prefix = 16
 steps = 4
 """
 

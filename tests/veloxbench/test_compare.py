@@ -109,13 +109,12 @@ def test_a_revision_that_decodes_worse_regresses(repository, grid, capsys):
 
 @pytest.mark.slow
 def test_the_commit_that_made_it_worse_is_found(repository, grid, capsys):
-    """Renamed, damaged, and one more commit on the base, measured one beside the other: the damaged one is named."""
+    """Three commits on the base, of which the second damages, measured one beside the other: that one is named."""
     git(repository, "checkout", "-q", "-b", "line", "base")
-    try:
-        git(repository, "cherry-pick", "renamed", "damaged")
-        git(repository, "commit", "-q", "--allow-empty", "-m", "more")
-    finally:
-        git(repository, "checkout", "-q", "--detach", "base")
+    git(repository, "commit", "-q", "--allow-empty", "-m", "harmless")
+    git(repository, "cherry-pick", "damaged")
+    git(repository, "commit", "-q", "--allow-empty", "-m", "more")
+    git(repository, "checkout", "-q", "--detach", "base")
     command = ["bisect", "base", "line", "--repo", str(repository), "--profile", str(grid)]
     assert _run([*command, "--subject", "turboquant_mse@4"]) == ExitCode.PASS
     shown = capsys.readouterr()

@@ -34,6 +34,15 @@ def test_an_unchanged_program_passes_with_no_change_at_all():
     assert changes == [0.0] * 7  # the reference's nll, and two metrics of three arms
 
 
+def test_the_difference_that_a_message_is_about_is_never_cut_off():
+    """Two models whose names differ in their 300th character: a message shows that character of both."""
+    base, head = (run_records(model=MODEL.model_copy(update={"name": "m" * 299 + x + "n" * 300})) for x in "12")
+    (reason, *_) = (f.reason for f in judge(head, from_records(base, "base")) if f.verdict is Verdict.NO_BASELINE)
+    assert "m1n" in reason
+    assert "m2n" in reason
+    assert len(reason) < 600
+
+
 def test_rounding_passes():
     """Differences of the size of the noise floor (another order of sums) are no regression and not inconclusive."""
     rng = np.random.default_rng(0)

@@ -187,13 +187,13 @@ def test_a_text_shorter_than_a_window_names_both_lengths(cut_model, grid_file, t
 
 
 def test_a_window_beyond_the_models_context_is_refused(cut_model, grid_file, tmp_path, capsys):
-    """A model made for 64 tokens is not measured at 96."""
+    """A model made for 32 tokens is not measured at 48."""
     small = tmp_path / "small-context"
     shutil.copytree(cut_model, small)
     config = json.loads((small / "config.json").read_text())
-    (small / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    (small / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
     assert veloxbench(["run", "--profile", str(grid_file), "--models", str(small), "--out", str(tmp_path / "o")]) == 4
-    assert "needs 96 tokens of context" in capsys.readouterr().err
+    assert "needs 48 tokens of context" in capsys.readouterr().err
 
 
 def test_an_unwritable_output_is_exit_5(grid_file, tmp_path, capsys):

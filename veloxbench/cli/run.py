@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from veloxbench.cli.options import AcceptLicence, AsJson
 from veloxbench.cli.output import above_zero, listed, numbers, print_table, to_stderr
-from veloxbench.errors import ExitCode, Stopped, UnfitEnvironmentError
+from veloxbench.errors import ExitCode, Stopped
 from veloxbench.records.suites import all_suites
 
 if TYPE_CHECKING:
@@ -103,6 +101,7 @@ def run(
     from veloxbench.report.files import PAGE, write_pages
     from veloxbench.run.grid import customise, load_grid, missing_peers, peers_grid
     from veloxbench.run.plan import WHOLE, Shard
+    from veloxbench.run.pool import PoolRun
     from veloxbench.run.progress import BarProgress, default_progress
     from veloxbench.run.runner import Run
 
@@ -131,14 +130,9 @@ def run(
     progress = default_progress()
     with open_store(out) as store:
         try:
-            options: dict[str, Any] = {
-                "accept_licence": accept_licence,
-                "fresh": fresh,
-                "shard": part,
-                "beside": beside,
-            }
-            kind = Run if scheduler is None else functools.partial(_pool().PoolRun, scheduler=scheduler)
-            with kind(grid, store, default_reporter(), progress, **options) as carried:
+            what = (grid, store, default_reporter(), progress)
+            how: dict[str, Any] = {"accept_licence": accept_licence, "fresh": fresh, "shard": part, "beside": beside}
+            with Run(*what, **how) if scheduler is None else PoolRun(*what, scheduler=scheduler, **how) as carried:
                 try:
                     outcome = carried.all()
                 except KeyboardInterrupt:
@@ -180,9 +174,9 @@ def worker(
 
     **Example:** `veloxbench worker tcp://mini.local:8786`
     """
-    _pool()
-    from veloxbench.run.pool_worker import serve
+    from veloxbench.run.pool_worker import need_dask, serve
 
+    need_dask()
     signal.signal(signal.SIGINT, lambda *_: _leave())
     serve(scheduler, to_stderr)
 
@@ -190,19 +184,6 @@ def worker(
 def _leave() -> NoReturn:
     to_stderr("veloxbench: stopped; the run gives the cell that was being measured to another worker")
     os._exit(int(ExitCode.INTERRUPTED))
-
-
-def _pool() -> ModuleType:
-    """The pool's module, whose dask is an extra."""
-    try:
-        from veloxbench.run import pool
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("distributed", "dask"):
-            raise
-        raise UnfitEnvironmentError(
-            "a pool needs the package distributed, which is not installed: `pip install 'veloxbench[pool]'`"
-        ) from error
-    return pool
 
 
 def _print_plan(grid: Grid, beside: Grid | None, shard: Shard, out: Path) -> None:

@@ -6,8 +6,7 @@ import dataclasses
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -21,8 +20,7 @@ SMALL_NBYTES = 4096
 """NumPy arrays up to this size may be anything, a plan or a table of a few numbers: nothing that grows with tokens."""
 
 
-@dataclass(frozen=True)
-class HeldArray:
+class HeldArray(NamedTuple):
     """One array that a cache holds for its tokens, and how many of its token slots are in use."""
 
     name: str

@@ -59,12 +59,6 @@ def render(
     return _page(newest, list(map(in_markdown, newest)), failures, others + len(records) - len(newest), details, drawn)
 
 
-def beside(records: Sequence[Record], drawn: bool = True) -> dict[str, str]:
-    """The files of :func:`pages`."""
-    newest = newest_per_row(records)
-    return _beside(newest, list(map(in_markdown, newest)), drawn)
-
-
 def pages(
     records: Sequence[Record],
     failures: Sequence[FailedMeasurement] = (),

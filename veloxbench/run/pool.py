@@ -30,9 +30,7 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from distributed import Client
+from typing import TYPE_CHECKING, Any
 
 from veloxbench.errors import ExitCode, UnfitEnvironmentError, UsageError
 from veloxbench.inputs.models import resolve_model
@@ -44,8 +42,11 @@ from veloxbench.records.record import NO_MODEL, Record, content_hash
 from veloxbench.records.store import read_chosen
 from veloxbench.records.suites import SuiteRow
 from veloxbench.run.plan import measurements_without_model
-from veloxbench.run.pool_worker import Order, greet, own_code, tag
+from veloxbench.run.pool_worker import Order, greet, need_dask, own_code, tag
 from veloxbench.run.runner import Crash, Outcome, Run, keep_failure, plan_model
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 PATIENCE_S = 10.0
 """For how long a scheduler may be away before the run ends."""
@@ -151,6 +152,7 @@ class PoolRun(Run):
     """
 
     def __init__(self, *arguments: Any, scheduler: str, **options: Any) -> None:
+        need_dask()
         super().__init__(*arguments, **options)
         if "://" not in scheduler:
             raise UsageError(f"--scheduler {scheduler!r} must be the address of a dask scheduler: tcp://host:port")
@@ -266,6 +268,8 @@ class PoolRun(Run):
 
     @contextmanager
     def _connected(self) -> Iterator[Client]:
+        from distributed import Client
+
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what is wrong is said here, in one sentence
         try:
             client = Client(self.scheduler, timeout=PATIENCE_S, set_as_default=False)
@@ -286,12 +290,12 @@ class PoolRun(Run):
                 self._wait_for_scheduler(client)
             try:
                 self._meet(client)
-                for station in list(pool.stations.values()):
-                    if station.under_way is None and (flight := self._next(station, streams)) is not None:
-                        self._send(client, station, flight)
             except (OSError, TimeoutError, CancelledError):  # the scheduler went while it was asked
                 time.sleep(GLANCE_S)
                 continue
+            for station in list(pool.stations.values()):
+                if station.under_way is None and (flight := self._next(station, streams)) is not None:
+                    self._send(client, station, flight)
             planned = not pool.returned and pool.bound.keys() >= {stream.group for stream in streams}
             if planned and not self._under_way() and all(self.head(stream) is None for stream in streams):
                 return
@@ -327,8 +331,11 @@ class PoolRun(Run):
         self.pool.waits = waits
 
     def _meet(self, client: Client) -> None:
-        """Greet new workers, and take back what those had that are gone."""
-        pool, there = self.pool, client.scheduler_info().get("workers", {})
+        """Greet new workers, and take back what those had that are gone.
+
+        Their list is asked of the scheduler: ``scheduler_info`` is a cache that at times holds none.
+        """
+        pool, there = self.pool, client.nthreads()
         for address in pool.stations.keys() - there.keys():
             station = pool.stations.pop(address)
             if station.under_way is not None:
@@ -376,14 +383,20 @@ class PoolRun(Run):
     def _send(self, client: Client, station: Station, flight: Flight) -> None:
         kind, key = flight.stream.row.moved_by, flight.item.subject.key
         order = Order(flight.item, flight.stream.model, flight.stream.n_layers, self.accept_licence, self._name)
-        future = client.submit(
-            _by_value(),
-            pickle.dumps(order),
-            key=f"{flight.item.label} {key[:12]} {uuid.uuid4().hex[:8]}",
-            workers=[station.address],
-            resources={tag(kind, station.classes[kind]): 1},
-            pure=False,
-        )
+        try:
+            future = client.submit(
+                _by_value(),
+                pickle.dumps(order),
+                key=f"{flight.item.label} {key[:12]} {uuid.uuid4().hex[:8]}",
+                workers=[station.address],
+                resources={tag(kind, station.classes[kind]): 1},
+                pure=False,
+            )
+        except Exception:
+            if client.status == "running":
+                raise
+            self.pool.returned.append(flight)  # the scheduler went
+            return
         station.under_way = flight, future
         future.add_done_callback(self.pool.done.put)
 

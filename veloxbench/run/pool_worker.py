@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from veloxbench.errors import UsageError
+from veloxbench.errors import UnfitEnvironmentError, UsageError
 from veloxbench.inputs.models import ModelHandle, resolve_model
 from veloxbench.inputs.transfer_progress import default_reporter
 from veloxbench.measure.machine import hardware, machine_class
@@ -53,6 +54,18 @@ class Order:
     n_layers: int | None
     accept_licence: bool
     run: str
+
+
+def need_dask() -> None:
+    """Look for dask, which is an extra of this package.
+
+    Raises:
+        UnfitEnvironmentError: it is not installed.
+    """
+    if importlib.util.find_spec("distributed") is None:
+        raise UnfitEnvironmentError(
+            "a pool needs the package distributed, which is not installed: `pip install 'veloxbench[pool]'`"
+        )
 
 
 def own_code() -> str:
@@ -164,7 +177,9 @@ def tag(kind: MovedBy, of_class: str) -> str:
 
 def serve(scheduler: str, say: Callable[[str], None]) -> None:
     """Work for a scheduler, and for the next one at its address, until the process is ended."""
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what is worth saying is said here
+    import distributed  # sets its loggers up
+
+    logging.getLogger(distributed.__name__).setLevel(logging.CRITICAL)  # what is worth saying is said here
     tags = {tag(kind, machine_class(kind)): 1.0 for kind in get_args(MovedBy)}
     for suite in known_suites().values():
         suite.harness()  # is cached then: a greeting must not stop the loop that answers the scheduler

@@ -29,7 +29,11 @@ from veloxbench.records.frozen import Frozen
 from veloxbench.records.provenance import versions
 from veloxbench.records.record import Estimate, LayerEngagement, Subject, content_hash
 
-MODULES = {"perplexity": "veloxbench.measure.quality", "holds": "veloxbench.measure.holds"}
+MODULES = {
+    "perplexity": "veloxbench.measure.quality",
+    "holds": "veloxbench.measure.holds",
+    "throughput": "veloxbench.measure.throughput",
+}
 """The suites that measure arms of peers, and where they are: nothing else is imported in a peer's environment."""
 
 

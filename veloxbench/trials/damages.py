@@ -45,6 +45,7 @@ from veloxbench.records.intervals import mean_interval
 from veloxbench.records.journal import append_line, cut_torn_tail, parsed, read_content, write_text
 from veloxbench.records.record import Estimate, Finite, MethodRef, ModelRef, Provenance, Record, Subject, TextRef
 from veloxbench.records.suites import suite_row
+from veloxbench.run.plan import model_ref
 from veloxbench.trials.damaged import (
     BASES,
     CACHE_CLASS,
@@ -132,12 +133,7 @@ def measure(handle: ModelHandle, corpus: str, protocol: Chunked, journal: Path, 
 def measured_on(handle: ModelHandle, block: TokenBlock, protocol: Chunked) -> dict[str, Any]:
     """What :class:`Measured` holds beside the date, of a measurement here and now."""
     return {
-        "model": {
-            "name": handle.name,
-            "weights_sha256": handle.weights_sha256,
-            "tokenizer_sha256": handle.tokenizer_sha256,
-            "config_sha256": handle.config_sha256,
-        },
+        "model": model_ref(handle, None).model_dump(exclude={"n_layers"}),
         "text": {"name": block.text, "tokens_sha256": block.sha256},
         "protocol": dataclasses.asdict(protocol),
         "versions": provenance.versions(),

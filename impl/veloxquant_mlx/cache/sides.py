@@ -23,15 +23,11 @@ class SidesStore(LayerStore):
 
     Args:
         spec: the ``LayerSpec`` that says how to store.
-        outlier_observer: flags tokens for ``spec.outlier_keys`` and ``spec.outlier_values``.
-        distortion_observer: is told of everything that is encoded.
+        outlier_observer, distortion_observer: those of the cache that this one stores for.
     """
 
     def __init__(
-        self,
-        spec: Any,
-        outlier_observer: KeyNormObserver | None = None,
-        distortion_observer: DistortionObserver | None = None,
+        self, spec: Any, outlier_observer: KeyNormObserver | None, distortion_observer: DistortionObserver | None
     ) -> None:
         self.spec = spec
         self.distortion_observer = distortion_observer

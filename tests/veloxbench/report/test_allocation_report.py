@@ -7,7 +7,7 @@ from gate_records import SOMEWHERE
 from veloxbench.records.record import Estimate, MethodRef, ModelRef, Record, Subject, TextRef
 from veloxbench.records.selection import table_rows
 from veloxbench.report.allocation import comparisons
-from veloxbench.report.page import beside
+from veloxbench.report.page import pages
 
 
 def arm(name, target, bits, kld, text="t", **parameters):
@@ -69,7 +69,7 @@ def test_each_rival_gets_the_verdict_of_its_paired_interval():
 
 def test_shuffles_are_controls_and_no_rows():
     """The page names them in the comparison and in one line of the list of records; no table of methods lists them."""
-    page = "".join(beside(RECORDS, drawn=False).values())
+    page = "".join(pages(RECORDS, drawn=False)[1].values())
     assert len(table_rows(RECORDS)) == len(RECORDS) - 2
     assert "ratequant@2 is better than mean of 2 shuffles (2 of them worse); worse than uniform@2" in page
     lines = [line for line in page.splitlines() if "shuffle=" in line]

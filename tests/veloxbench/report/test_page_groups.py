@@ -8,7 +8,7 @@ from gate_records import HARDWARE, MODEL, NOW, quality_record
 
 from veloxbench.records.record import Estimate, FailedMeasurement, Record, TextRef
 from veloxbench.report.html import render_html
-from veloxbench.report.page import beside, by_model, render
+from veloxbench.report.page import by_model, pages, render
 from veloxbench.report.points import BEST, points
 
 
@@ -100,7 +100,7 @@ def test_one_arm_on_two_machines_has_two_rows_and_two_marks():
     labels = {point.label for point in points([worded(FIRST), worded(apple)])[BEST]}
     assert labels == {f"turboquant_mse@4 on {chip}, 2 cores, cpu" for chip in ("AMD EPYC", "Apple M4")}
     assert {point.label for point in points([worded(FIRST)])[BEST]} == {"turboquant_mse@4"}
-    details = re.sub(" +", " ", beside([FIRST, apple], drawn=False)["records.md"])
+    details = re.sub(" +", " ", pages([FIRST, apple], drawn=False)[1]["records.md"])
     assert "| apple-silicon | Apple M4 | 2 | 16.0 GiB | cpu |" in details
     assert "nothing from Apple silicon" not in details
-    assert "nothing from Apple silicon yet" in beside([FIRST], drawn=False)["records.md"]
+    assert "nothing from Apple silicon yet" in pages([FIRST], drawn=False)[1]["records.md"]
