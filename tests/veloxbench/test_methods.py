@@ -1,6 +1,7 @@
 """The registry: every method holds what it claims, in the bytes that its formula says."""
 
 import re
+from dataclasses import replace
 from fractions import Fraction
 
 import mlx.core as mx
@@ -126,7 +127,7 @@ def bytes_held_equal_the_formula(context, arm):
     return caches
 
 
-def test_the_window_of_a_base_is_within_the_target(context, monkeypatch):
+def test_the_window_of_a_base_is_within_the_target(context, tmp_path, monkeypatch):
     """KIVI's 128 fp16 tokens among 2048 are 0.875 bits: RateQuant over KIVI at 4 costs at most 4, and over 3.9."""
     rng = np.random.default_rng(0)
     heads = tuple(
@@ -141,8 +142,9 @@ def test_the_window_of_a_base_is_within_the_target(context, monkeypatch):
         for kind in ("keys", "values")
     )
     given = Sensitivities(heads, Provenance("m", "t", 1, 64, "llama", 2))
-    monkeypatch.setattr(veloxbench.methods.ratequant, "_sensitivities", lambda *_: given)
-    caches, _ = build(context, checked(Arm(name="ratequant", target=4.0, parameters={"base": "kivi", "unit": "head"})))
+    monkeypatch.setattr(veloxbench.methods.ratequant, "calibrate_layer_sensitivities", lambda *_: given)
+    own = replace(context, cache_folder=tmp_path)
+    caches, _ = build(own, checked(Arm(name="ratequant", target=4.0, parameters={"base": "kivi", "unit": "head"})))
     assert {(c.inner.spec.keys.quantizers[0].name, c.inner.spec.values.quantizers[0].name) for c in caches} == {
         ("kivi_keys", "affine")
     }
