@@ -162,7 +162,18 @@ def attack_store(work: Path, chance: random.Random) -> str:
 # --- options --------------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "run": ("--profile", "--models", "--methods", "--targets", "--suites", "--corpus", "--memory-budget", "--out"),
+    "run": (
+        "--profile",
+        "--models",
+        "--methods",
+        "--targets",
+        "--suites",
+        "--corpus",
+        "--memory-budget",
+        "--out",
+        "--shard",
+        "--scheduler",
+    ),
     "gate": ("--records", "--baseline", "--profile", "--tier", "--unknown-machine", "--junit"),
     "report": ("", "--out", "--check"),
     "baseline show": ("--baseline",),
@@ -170,6 +181,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "baseline diff": ("--baseline", "--records", "--profile"),
     "baseline approve": ("--baseline", "--records", "--profile", "--reason"),
     "compare": ("", "", "--repo", "--profile", "--timed", "--model", "--tiers", "--minutes", "--threads", "--seed"),
+    "bisect": ("", "", "--subject", "--profile"),
+    "recommend": ("--model", "--context", "--memory", "--max-kld", "--min-verdict", "--speed", "--records"),
+    "merge": ("", "--out"),
+    "verify": ("", "--records", "--model"),
+    "submit": ("", "--out"),
     "models": ("",),
     "corpora": ("",),
     "methods": ("",),
@@ -178,6 +194,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "trial timing live": ("--out", "--gates", "--slowdown", "--core", "--threads", "--depth", "--steps", "--arm"),
     "trial timing resample": ("", "--out", "--gates", "--live", "--clock", "--canary-drift", "--seed"),
     "trial timing report": ("", "--out", "--check"),
+    "trial travelling": ("--record", "--measured", "--study", "--gates", "--out", "--check"),
+    "trial instruments": ("--record", "--out", "--check"),
 }
 
 
@@ -195,7 +213,7 @@ def _nothing_starts() -> None:
     from veloxbench.run import runner
     from veloxbench.trials import timing_live, timing_record
 
-    runner.Run = _starts  # type: ignore[assignment,misc]
+    runner.Run.__init__ = _starts  # type: ignore[method-assign]
     revisions.prepare = _starts  # type: ignore[assignment]
     timing_live.run_live = _starts  # type: ignore[assignment]
     timing_record.record = _starts  # type: ignore[assignment]
