@@ -137,8 +137,8 @@ def test_a_sketch_is_as_large_as_a_value_and_sees_one_of_them():
 
 
 def shifted_centroids(monkeypatch):
-    original = turboquant_mse.unpack_dequantize_unrotate
-    monkeypatch.setattr(turboquant_mse, "unpack_dequantize_unrotate", lambda *arguments: original(*arguments) * 1.01)
+    original = turboquant_mse.unpack_unrotate
+    monkeypatch.setattr(turboquant_mse, "unpack_unrotate", lambda *arguments: original(*arguments) * 1.01)
 
 
 def rotation_left_out(monkeypatch):

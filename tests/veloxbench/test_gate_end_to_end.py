@@ -54,8 +54,8 @@ def test_the_same_program_measured_again_passes_without_any_change(approved, cap
 
 def test_centroids_five_percent_off_are_a_regression_of_quality(approved, monkeypatch, capsys):
     """Damage in the decoder, through the real cache and the real model: exit 1, KLD above its limit."""
-    original = turboquant_mse.unpack_dequantize_unrotate
-    monkeypatch.setattr(turboquant_mse, "unpack_dequantize_unrotate", lambda *arguments: original(*arguments) * 1.05)
+    original = turboquant_mse.unpack_unrotate
+    monkeypatch.setattr(turboquant_mse, "unpack_unrotate", lambda *arguments: original(*arguments) * 1.05)
     assert run(approved, "damaged") == 0
     capsys.readouterr()
     assert veloxbench(["gate", "--json", *places(approved, "damaged")]) == 1
@@ -70,7 +70,7 @@ def test_a_measurement_that_raises_is_a_regression(approved, monkeypatch, capsys
     def raising(*_):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(turboquant_mse, "unpack_dequantize_unrotate", raising)
+    monkeypatch.setattr(turboquant_mse, "unpack_unrotate", raising)
     assert run(approved, "crashed") == 1
     capsys.readouterr()
     assert veloxbench(["gate", *places(approved, "crashed")]) == 1

@@ -43,7 +43,7 @@ CHART = (
 )
 CONTRIBUTE = (
     "**A Mac?** `make bench` measures it (hours; `make bench PROFILE=quick`: minutes); stop and resume as you like. "
-    "Copy `results/records.jsonl` to `records/<your chip>.jsonl`, type `make report`, and send both as a pull request."
+    "`veloxbench submit results` then checks your records, and lays out what a pull request needs."
 )
 
 
