@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from veloxbench.errors import unknown_name
 from veloxbench.records.journal import encoded
-from veloxbench.records.record import FailedMeasurement, Record
+from veloxbench.records.record import Estimate, FailedMeasurement, Record
 from veloxbench.records.selection import newest_per_row, table_rows
 from veloxbench.report.cells import Column, figure, memory_ratio, method, verdict
 from veloxbench.report.model_card import perplexity_blocks
@@ -62,9 +62,7 @@ def flat_rows(records: Records) -> Iterator[dict[str, Any]]:
             "mlx_lm": made.versions.get("mlx-lm"),
         }
         for name, estimate in record.metrics.items() or [("", None)]:
-            fields = dict.fromkeys(("value", "low", "high", "unit", "interval"))
-            if estimate is not None:
-                fields = estimate.model_dump()
+            fields = dict.fromkeys(Estimate.model_fields) if estimate is None else estimate.model_dump()
             yield {**shared, "metric": name or None, **fields, **last}
 
 

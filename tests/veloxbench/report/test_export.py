@@ -55,7 +55,8 @@ def test_csv_and_parquet_say_the_same(records):
     from_parquet = pq.read_table(io.BytesIO(as_parquet(records))).to_pylist()
     assert len(from_csv) == len(from_parquet) == len(rows)
     for row, text, typed in zip(rows, from_csv, from_parquet, strict=True):
-        assert float(text["value"]) == typed["value"] == row["value"]
+        value = float(text["value"]) if text["value"] else None  # an arm that is not supported has a reason
+        assert value == typed["value"] == row["value"]
         assert text["arm"] == typed["arm"] == row["arm"]
         assert json.loads(typed["settings"]) == json.loads(row["settings"])
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from base64 import b64decode
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_cells_are_those_of_the_markdown_page(records, text):
     """Every table cell of BENCHMARK_RESULTS.md stands at the end of the HTML page, in the same order."""
     lines = [line for line in render(records).splitlines() if line.startswith("|") and not line.startswith("|:")]
     lines = [line for line in lines if set(line) - set("|-: ")]
-    cells = [cell.strip().replace("\\*", "*") for line in lines for cell in line.strip("|").split("|")]
+    cells = [unescape(cell.strip().replace("\\*", "*")) for line in lines for cell in line.strip("|").split("|")]
     assert [cell.strip() for cell in Page(text).cells][-len(cells) :] == cells
 
 
