@@ -282,6 +282,8 @@ def test_run_with_peers_plans_them_on_its_own_model_and_installs_what_is_missing
     assert not asked
     beside = peers_grid(customise(load_grid("quick"), models=["gemma3-270m"]))
     assert beside.models == ("gemma3-270m",)
+    cut = load_grid("quick").model_copy(update={"n_layers": 2, "part": "calibration"})
+    assert (peers_grid(cut).n_layers, peers_grid(cut).part) == (2, "calibration")  # one model and text is measured
     assert {"mlx-lm/strict@4", "veloxquant-mlx/kivi@2"} <= {arm.label for arm in beside.arm_list()}
     assert veloxbench(command) == 0
     assert asked == list(beside.peers)
@@ -292,8 +294,11 @@ def test_a_run_measures_both_grids_each_cell_once(tmp_path, monkeypatch):
     handle = SimpleNamespace(name="m")
     of = {"one": ["a", "b"], "two": ["b", "c"]}
     monkeypatch.setattr("veloxbench.run.runner.resolve_model", lambda *args, **options: handle)
-    item = lambda key: SimpleNamespace(subject=SimpleNamespace(key=key))  # noqa: E731
-    monkeypatch.setattr("veloxbench.run.runner.plan_model", lambda grid, *rest: map(item, of[grid.summary]))
+
+    def planned(grid, *_):
+        return [SimpleNamespace(subject=SimpleNamespace(key=key)) for key in of[grid.summary]]
+
+    monkeypatch.setattr("veloxbench.run.runner.plan_model", planned)
     one, two = (load_grid("quick").model_copy(update={"summary": name}) for name in of)
     with open_store(tmp_path) as store, Run(one, store, None, None, beside=two) as carried:
         carried.plan("m")

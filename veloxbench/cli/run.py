@@ -101,7 +101,6 @@ def run(
     from veloxbench.report.files import PAGE, write_pages
     from veloxbench.run.grid import customise, load_grid, missing_peers, peers_grid
     from veloxbench.run.plan import WHOLE, Shard
-    from veloxbench.run.pool import PoolRun
     from veloxbench.run.progress import BarProgress, default_progress
     from veloxbench.run.runner import Run
 
@@ -132,7 +131,13 @@ def run(
         try:
             what = (grid, store, default_reporter(), progress)
             how: dict[str, Any] = {"accept_licence": accept_licence, "fresh": fresh, "shard": part, "beside": beside}
-            with Run(*what, **how) if scheduler is None else PoolRun(*what, scheduler=scheduler, **how) as carried:
+            if scheduler is None:
+                run_of = Run(*what, **how)
+            else:
+                from veloxbench.run.pool import PoolRun
+
+                run_of = PoolRun(*what, scheduler=scheduler, **how)
+            with run_of as carried:
                 try:
                     outcome = carried.all()
                 except KeyboardInterrupt:

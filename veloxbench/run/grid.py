@@ -174,7 +174,8 @@ def peers_grid(grid: Grid) -> Grid:
     """
     if not grid.needs_model:
         raise UsageError("--peers needs a profile that reads a model")
-    return customise(load_grid("peers"), models=grid.models, corpus=grid.corpus)
+    same = ("models", "n_layers", "corpus", "part")
+    return load_grid("peers").model_copy(update={name: getattr(grid, name) for name in same})
 
 
 def missing_peers(grid: Grid) -> list[str]:

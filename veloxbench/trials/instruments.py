@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from veloxbench.errors import UnfitEnvironmentError
+from veloxbench.errors import IntegrityError, UnfitEnvironmentError
 from veloxbench.inputs.corpora import load_text, token_block
 from veloxbench.inputs.models import ModelHandle, load_model
 from veloxbench.inputs.transfer_progress import Reporter
@@ -182,8 +182,13 @@ def disagreements(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def interval_of(estimate: Estimate) -> tuple[float, float]:
-    """Of a mean over sequences, which always has one."""
-    assert estimate.low is not None and estimate.high is not None  # noqa: PT018
+    """Of a mean over sequences.
+
+    Raises:
+        IntegrityError: there is none, of fewer than two sequences.
+    """
+    if estimate.low is None or estimate.high is None:
+        raise IntegrityError("a comparison of instruments needs two sequences of each figure, or it has no interval")
     return estimate.low, estimate.high
 
 

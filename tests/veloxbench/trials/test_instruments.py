@@ -62,6 +62,15 @@ def test_a_damaged_record_is_refused(tmp_path):
         read_comparison(tmp_path / "x.json")
 
 
+def test_one_sequence_has_no_interval_and_no_page(tmp_path, capsys):
+    """A record that was cut to one sequence is named in a sentence."""
+    record = read_comparison(RECORD)
+    cut = {bits: {name: each[:1] for name, each in of.items()} for bits, of in record.ours.items()}
+    (tmp_path / "x.json").write_text(record.model_copy(update={"ours": cut, "theirs": cut}).model_dump_json())
+    assert veloxbench(["trial", "instruments", "--record", str(tmp_path / "x.json")]) == ExitCode.ENVIRONMENT
+    assert "needs two sequences" in capsys.readouterr().err
+
+
 def test_without_the_other_instrument_one_sentence_says_how_to_add_it(tmp_path, monkeypatch, capsys):
     """Its environment is not there."""
     monkeypatch.setattr(peers, "peers_folder", lambda: tmp_path)
