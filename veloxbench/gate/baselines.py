@@ -109,10 +109,15 @@ class BaselineFile(Frozen):
         draft = cls.model_construct(content_sha256="", **fields)  # type: ignore[arg-type]
         return cls.model_validate({**draft.model_dump(mode="json"), "content_sha256": draft.content_id()})
 
+    @functools.cached_property
+    def id(self) -> str:
+        """The fingerprint's hash."""
+        return fingerprint_id(self.fingerprint)
+
     @property
     def place(self) -> str:
         """``<fingerprint>/<suite>.json``."""
-        return f"{fingerprint_id(self.fingerprint)}/{self.suite}.json"
+        return f"{self.id}/{self.suite}.json"
 
     @property
     def by_subject(self) -> dict[str, Entry]:
@@ -246,7 +251,7 @@ class Group:
     fingerprint: Mapping[str, JsonValue]
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """The fingerprint's hash."""
         return fingerprint_id(self.fingerprint)
@@ -295,7 +300,7 @@ class Baselines:
 
     @functools.cached_property
     def _by_fingerprint(self) -> dict[str, BaselineFile]:
-        return {fingerprint_id(file.fingerprint): file for file in reversed(self.files)}
+        return {file.id: file for file in reversed(self.files)}
 
     @functools.cached_property
     def _by_travel(self) -> dict[str, BaselineFile]:

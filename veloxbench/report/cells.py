@@ -40,24 +40,29 @@ def in_markdown(value: Any) -> Any:
         text = markdown_text(value)
         return value if text == value else text
     if isinstance(value, Frozen):
-        changed = {
-            name: new
-            for name, part in vars(value).items()
-            if type(part) not in _NUMBERS and (new := in_markdown(part)) is not part
-        }
+        changed = _changed(vars(value))
         return value.model_copy(update=changed) if changed else value
     if isinstance(value, dict):
-        parts = {
-            markdown_text(name): part if type(part) in _NUMBERS else in_markdown(part) for name, part in value.items()
-        }
-        return value if parts == value else parts
+        changed = _changed(value)
+        if not changed and all(markdown_text(name) == name for name in value):
+            return value
+        return {markdown_text(name): changed.get(name, part) for name, part in value.items()}
     if isinstance(value, list) and value and not isinstance(value[0], float):
         texts = [in_markdown(part) for part in value]
         return value if texts == value else texts
     return value
 
 
-_NUMBERS = (float, int, bool, type(None))  # most of what a record holds
+def _changed(parts: dict[str, Any]) -> dict[str, Any]:
+    """Those parts that are another text as Markdown; most of what a record holds are numbers."""
+    return {
+        name: new
+        for name, part in parts.items()
+        if type(part) not in _NUMBERS and (new := in_markdown(part)) is not part
+    }
+
+
+_NUMBERS = frozenset((float, int, bool, type(None)))
 
 
 def pipe_table(header: Sequence[str], body: Sequence[Sequence[str]], aligned: Sequence[str] | None = None) -> str:
