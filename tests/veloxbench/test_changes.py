@@ -17,7 +17,7 @@ from veloxbench.cli.app import app
 from veloxbench.gate import changes
 from veloxbench.gate.changes import change_points
 from veloxbench.records.record import Record
-from veloxbench.report.history import bisection, change_cells
+from veloxbench.report.history import bisection, change_cells, judged_changes
 from veloxbench.report.html import render_html
 
 TARGETS = (2.0, 3.0, 4.0, 6.0)
@@ -84,6 +84,26 @@ def test_noise_alone_marks_less_than_the_stated_rate():
     assert sum(bool(page.changes) for page in pages) <= 1
 
 
+@pytest.mark.parametrize(("rows", "marks"), [(327, 1), (328, 0)])
+def test_more_tests_than_sign_flips_can_serve_are_said_to_be_too_many(rows, marks):
+    """The rarest of 2 x 32768 flips either way has p = 2/65536: below .01/327 and above .01/328."""
+    pair = [measured(day, kld=damage(0.058)) for day in range(2)]
+    planted = [measured(day, kld=damage(0.058) + (0.02 + 1e-4 * np.arange(16)) * (day == 1)) for day in range(2)]
+
+    def of_text(record: Record, name: str) -> Record:
+        text = record.subject.text.model_copy(update={"name": name})
+        return record.model_copy(update={"subject": record.subject.model_copy(update={"text": text})})
+
+    noise = np.random.default_rng(0).standard_normal((rows, 16))
+    records = list(planted)
+    for row in range(1, rows):
+        drawn = pair[1].model_copy(update={"samples": {"kld_mean": (damage(0.058) + 0.01 * noise[row]).tolist()}})
+        records += [of_text(pair[0], f"text {row}"), of_text(drawn, f"text {row}")]
+    found = change_points(records)
+    assert (found.tests, len(found.changes)) == (rows, marks)
+    assert ("are too many" in judged_changes(found)) == (marks == 0)
+
+
 FEW = damage(0.058, n=8)
 
 
@@ -120,10 +140,10 @@ def test_another_rounding_between_two_records_does_not_part_them(series):
 
 
 def test_the_command_is_one_that_bisect_takes(series):
-    """A name with spaces stays one word, and every option is one that `veloxbench bisect` has."""
+    """A name with spaces stays one word and steers no terminal; `veloxbench bisect` has every option."""
     (change,) = change_points(series).changes
     subject = change.after.subject
-    moved = subject.model_copy(update={"model": MODEL.model_copy(update={"name": "my $(models)/a b"})})
+    moved = subject.model_copy(update={"model": MODEL.model_copy(update={"name": "my $(models)/a\x1b b"})})
     after = change.after.model_copy(update={"subject": moved})
     command, is_command = bisection(dataclasses.replace(change, after=after))
     assert is_command
@@ -132,7 +152,7 @@ def test_the_command_is_one_that_bisect_takes(series):
     given = {key: context.params[key] for key in ("good", "bad", "subject", "model", "suite")}
     ends = {"good": commit(2)[:12], "bad": commit(3)[:12]}
     assert program == "veloxbench"
-    assert given == ends | {"subject": "turboquant_mse@4", "model": "my $(models)/a b", "suite": "perplexity"}
+    assert given == ends | {"subject": "turboquant_mse@4", "model": "my $(models)/a\ufffd b", "suite": "perplexity"}
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def bisection(change: Change) -> tuple[str, bool]:
         return "not between two known commits", False
     measured = "--suite exact" if subject.model == NO_MODEL else f"--model {shlex.quote(subject.model.name)}"
     ends = " ".join(commit[:12] for commit in commits)
-    return f"veloxbench bisect {ends} --subject {shlex.quote(subject.method.label)} {measured}", True
+    return printable(f"veloxbench bisect {ends} --subject {shlex.quote(subject.method.label)} {measured}"), True
 
 
 def judged_changes(found: Changes) -> str:

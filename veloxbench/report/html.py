@@ -71,7 +71,7 @@ def render_html(
         "page.html.j2",
         lead=list(_lead(newest)),
         sections=sections,
-        change_columns=("model", *CHANGE_COLUMNS, "its commit"),
+        change_columns=("model", *CHANGE_COLUMNS, "which commit"),
         changes=list(_changes(records, changes)),
         judged=judged_changes(changes) if changes.compared or changes.left_out else "",
         tables=_tables(render(records, failures, others, drawn=False)),
