@@ -6,6 +6,7 @@ import re
 import shlex
 from datetime import timedelta
 from html import unescape
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from veloxbench.gate.changes import change_points
 from veloxbench.records.record import Record
 from veloxbench.report.history import bisection, change_cells, judged_changes
 from veloxbench.report.html import render_html
+from veloxbench.trials.travelling import read_rates
+
+ROOT = Path(__file__).parents[2]
 
 TARGETS = (2.0, 3.0, 4.0, 6.0)
 PLANTED = 0.02
@@ -82,6 +86,19 @@ def test_noise_alone_marks_less_than_the_stated_rate():
     pages = [change_points([drawn(record) for row in rows for record in row]) for _ in range(10)]
     assert {page.tests for page in pages} == {200}
     assert sum(bool(page.changes) for page in pages) <= 1
+
+
+def test_measured_noise_is_no_change():
+    """One state of the code under two settings of its BLAS, whose sums round differently: four arms, none marked."""
+    settings = read_rates(ROOT / "records" / "gate" / "travelling.json").settings.samples
+    records = [
+        measured(day, kld=samples["kld_mean"], model=MODEL.model_copy(update={"name": arm}))
+        for day, arms in enumerate(settings.values())
+        for arm, samples in arms.items()
+        if "kld_mean" in samples
+    ]
+    found = change_points(records)
+    assert (found.tests, found.changes) == (4, ())
 
 
 @pytest.mark.parametrize(("rows", "marks"), [(327, 1), (328, 0)])
