@@ -41,7 +41,7 @@ def test_the_first_bad_commit_is_named_in_few_steps(history):
         return Judged("bad" if commits.index(commit) >= 7 else "good", "why")
 
     result = bisect(commits[0], "main", folder, "question", judge, said.append)
-    assert result.commits == (commits[7],)
+    assert result == (commits[7],)
     assert len(asked) <= 4
     assert said == [
         f"{c[:12]} commit {commits.index(c)}: {'bad' if commits.index(c) >= 7 else 'good'} (why)" for c in asked
@@ -64,7 +64,7 @@ def test_broken_off_it_goes_on_where_it_was(history):
 
     with pytest.raises(KeyboardInterrupt):
         bisect(commits[0], commits[-1], folder, "q", lambda commit: judge(commit, 2), lambda _: None)
-    assert bisect(commits[0], commits[-1], folder, "q", judge, lambda _: None).commits == (commits[3],)
+    assert bisect(commits[0], commits[-1], folder, "q", judge, lambda _: None) == (commits[3],)
     assert asked[1] == asked[2]
     assert asked.count(asked[0]) == 1
 
@@ -79,7 +79,7 @@ def test_what_cannot_be_judged_is_skipped_and_listed(history):
             raise UsageError("it has no package")
         return Judged("bad" if commits.index(commit) >= 7 else "good", "why")
 
-    assert set(bisect(commits[0], "main", folder, "q", judge, lambda _: None).commits) == set(commits[5:9])
+    assert set(bisect(commits[0], "main", folder, "q", judge, lambda _: None)) == set(commits[5:9])
 
 
 def finding(subject, verdict, reason="r"):

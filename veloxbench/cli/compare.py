@@ -153,7 +153,7 @@ def bisect(
     worst = judge(resolve(bad, repository), crash_is_bad=True)
     to_stderr(f"{bad}: {worst.word} ({worst.reason})")
     steps.check_ends(worst, bad)
-    culprits = steps.bisect(good, bad, repository, text, lambda commit: judge(commit, worst.crashed), to_stderr).commits
+    culprits = steps.bisect(good, bad, repository, text, lambda commit: judge(commit, worst.crashed), to_stderr)
     for commit in culprits:
         print(steps.described(commit, repository))
     if len(culprits) > 1:

@@ -35,13 +35,6 @@ class Judged:
     crashed: bool = False
 
 
-@dataclass(frozen=True)
-class Culprits:
-    """The first bad commit; several where commits that could not be judged stand beside it."""
-
-    commits: tuple[str, ...]
-
-
 def grid_text(grid: Grid) -> str:
     """A grid as TOML, with the sections of its own suites alone."""
     kept = Grid.model_fields.keys() | {suite.section for suite in grid.chosen_suites()}
@@ -80,7 +73,7 @@ def bisect(
     question: str,
     judge: Callable[[str], Judged],
     say: Callable[[str], None],
-) -> Culprits:
+) -> tuple[str, ...]:
     """Narrow the first bad commit down.
 
     Args:
@@ -89,6 +82,9 @@ def bisect(
         question: what is asked of each commit; the same one goes on where it was.
         judge: compares a commit with the good one.
         say: is told each step.
+
+    Returns:
+        The first bad commit; several where commits that could not be judged stand beside it.
 
     Raises:
         UsageError: an unknown revision, or one that git cannot bisect from.
@@ -117,7 +113,7 @@ def bisect(
         say(f"{commit[:12]} {title}: {result.word} ({result.reason})")
         run_git(tree, "bisect", result.word, commit)
     _remove(tree, repository)
-    return Culprits(tuple(culprits))
+    return tuple(culprits)
 
 
 def _git(tree: Path, *arguments: str) -> str | None:

@@ -8,7 +8,7 @@ which the test counts; nothing else of the machine may decide.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from veloxbench.records.selection import shipped_records
 from veloxbench.records.store import journals, read_records
 from veloxbench.run.plan import measurement
 from veloxbench.run.progress import Progress
-from veloxbench.run.session import measure, opened
+from veloxbench.run.session import OnBench, measure
 
 MEANS = {"nll": "nll", "delta_nll": "delta_nll", "kld_mean": "kld_mean", "top1": "top1_agreement"}
 """Samples whose mean is a metric, by the metric's name."""
@@ -98,9 +98,8 @@ def verified(records: Sequence[Record], progress: Progress, *, model: str | None
                 f"{subject_name(record)} is a timing: those are one machine's at one moment; `veloxbench compare` "
                 "times two revisions in one run"
             )
-    with ExitStack() as stack:
-        handles: dict[str, ModelHandle] = {}
-        on_bench: tuple[tuple[str, int | None], Bench] | None = None
+    handles: dict[str, ModelHandle] = {}
+    with closing(OnBench(progress)) as on_bench:
         for record in sorted(records, key=lambda record: (record.subject.model.name, record.subject.suite)):
             of, handle, bench = record.subject.model, None, None
             if of != NO_MODEL:
@@ -108,10 +107,7 @@ def verified(records: Sequence[Record], progress: Progress, *, model: str | None
                     handles[of.name] = resolve_model(model or of.name)
                 handle = handles[of.name]
                 _check_model(record, handle)
-                if on_bench is None or on_bench[0] != (of.name, of.n_layers):
-                    stack.close()
-                    on_bench = (of.name, of.n_layers), stack.enter_context(opened(handle, of.n_layers, progress))
-                bench = on_bench[1]
+                bench = on_bench.of(handle, of.n_layers)
             yield _verified(record, handle, bench, progress)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from veloxbench.records.intervals import mean_interval
 from veloxbench.records.record import Estimate, Record, content_hash
-from veloxbench.records.selection import CONTROL, is_control
+from veloxbench.records.selection import CONTROL, by_machine, is_control
 from veloxbench.report.cells import method_alone
 
 METHOD = "ratequant"
@@ -52,12 +52,16 @@ class Comparison:
 
 
 def comparisons(rows: Sequence[Record]) -> Iterator[Comparison]:
-    """Every comparison that the rows allow, highest target first.
+    """Every comparison that the rows allow, within each machine, highest target first.
 
     Args:
         rows: measured quality of one model and protocol on one text, controls among them.
     """
-    measured = [r for r in rows if "kld_mean" in r.samples and "bits_per_value" in r.metrics]
+    for of_machine in by_machine(r for r in rows if "kld_mean" in r.samples and "bits_per_value" in r.metrics).values():
+        yield from _comparisons(of_machine)
+
+
+def _comparisons(measured: Sequence[Record]) -> Iterator[Comparison]:
     ours = [r for r in measured if r.subject.method.name == METHOD and not is_control(r)]
     for record in sorted(ours, key=lambda r: -(r.subject.method.target or 0)):
         controls = [r for r in measured if is_control(r) and _allocation(r) == _allocation(record)]

@@ -9,7 +9,7 @@ from veloxbench.errors import UsageError, unknown_name
 from veloxbench.records.arm import REFERENCE
 from veloxbench.records.quality_words import WORDS, quality_word
 from veloxbench.records.record import Estimate, Record
-from veloxbench.records.selection import table_rows
+from veloxbench.records.selection import machine_of, table_rows
 from veloxbench.report.cells import format_estimate
 from veloxbench.report.page import by_model
 from veloxbench.report.recommend import best_quality
@@ -66,10 +66,10 @@ def perplexity_blocks(records: Sequence[Record]) -> str:
     parts = []
     for model, of_model in by_model(table_rows(records)).items():
         for title, rows in quality_groups(of_model).items():
-            base = next((row for row in rows if row.subject.method.name == REFERENCE.name), None)
+            bases = {machine_of(row): row for row in rows if row.subject.method.name == REFERENCE.name}
             parts += [
                 f"{model}, {row.subject.method.label}; {title}; ± is half a 95% interval over sequences\n"
-                f"record {row.id}\n\n{_block(row, base)}"
+                f"record {row.id}\n\n{_block(row, bases.get(machine_of(row)))}"
                 for row in rows
                 if quality_word(row.metrics) is not None
             ]

@@ -16,16 +16,15 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from veloxbench.errors import UnfitEnvironmentError, UsageError
-from veloxbench.inputs.models import ModelHandle, resolve_model
+from veloxbench.inputs.models import resolve_model
 from veloxbench.inputs.transfer_progress import default_reporter
 from veloxbench.measure.machine import hardware, machine_class
-from veloxbench.measure.suite import Bench, Measurement, get_suite, known_suites
+from veloxbench.measure.suite import Measurement, get_suite, known_suites
 from veloxbench.methods.registry import reference_of
 from veloxbench.records.arm import Arm
 from veloxbench.records.provenance import project_state
@@ -34,7 +33,7 @@ from veloxbench.records.suites import MovedBy
 from veloxbench.run.plan import measurement, model_ref
 from veloxbench.run.progress import LineProgress
 from veloxbench.run.runner import Crash
-from veloxbench.run.session import measure, opened
+from veloxbench.run.session import OnBench, measure
 
 KEPT = 32
 """Finished records that a worker remembers: a scheduler that dies may not have delivered the last ones."""
@@ -113,6 +112,7 @@ _LOCK = threading.Lock()
 _MEASURING = ThreadPoolExecutor(1, thread_name_prefix="measuring")
 _TAKEN: dict[tuple[str, str], Future[str | Crash]] = {}
 _SAID = LineProgress()
+_ON_BENCH = OnBench(_SAID)
 
 
 def carry_out(order: Order) -> str | Crash:
@@ -133,7 +133,10 @@ def carry_out(order: Order) -> str | Crash:
 def _measured(order: Order) -> str | Crash:
     item = order.item
     try:
-        bench = _ON_BENCH.of(order)
+        bench = None
+        if order.model is not None:
+            handle = resolve_model(order.model, reporter=default_reporter(), accept_licence=order.accept_licence)
+            bench = _ON_BENCH.of(handle, order.n_layers)
         model = NO_MODEL if bench is None else model_ref(bench.handle, order.n_layers)
         here = measurement(item.cell, model, item.block).subject
         if here != item.subject:
@@ -143,31 +146,6 @@ def _measured(order: Order) -> str | Crash:
         return measure(item, bench, lambda _: None).to_line()
     except Exception as error:
         return Crash.of(error)
-
-
-class _OnBench:
-    """The model of the last order, kept for the next one."""
-
-    def __init__(self) -> None:
-        self.handle: ModelHandle | None = None
-        self.n_layers: int | None = None
-        self.bench: Bench | None = None
-        self.exits = ExitStack()
-
-    def of(self, order: Order) -> Bench | None:
-        """The order's model; None where it reads none."""
-        if order.model is None:
-            return None
-        handle = resolve_model(order.model, reporter=default_reporter(), accept_licence=order.accept_licence)
-        if self.bench is None or (self.handle, self.n_layers) != (handle, order.n_layers):
-            self.bench = None
-            self.exits.close()
-            self.bench = self.exits.enter_context(opened(handle, order.n_layers, _SAID))
-            self.handle, self.n_layers = handle, order.n_layers
-        return self.bench
-
-
-_ON_BENCH = _OnBench()
 
 
 def tag(kind: MovedBy, of_class: str) -> str:

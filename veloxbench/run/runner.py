@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Self
@@ -21,7 +20,7 @@ from veloxbench.run import estimate
 from veloxbench.run.grid import Grid
 from veloxbench.run.plan import WHOLE, Shard, measurements, measurements_without_model, other_checkout
 from veloxbench.run.progress import Progress
-from veloxbench.run.session import measure, opened
+from veloxbench.run.session import OnBench, measure
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,7 @@ class Run:
         self._made: set[str] = set()
         self.failures: list[Failure] = []
         self._plans: dict[str, Plan] = {}
-        self._loaded: tuple[ModelHandle, Bench] | None = None
-        self._exits = ExitStack()
+        self._on_bench = OnBench(progress)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -129,11 +127,7 @@ class Run:
         """The plan's model on the bench, in place of the one that was there."""
         if plan.handle is None:
             return None
-        if self._loaded is None or self._loaded[0] != plan.handle:
-            self.close()
-            opening = opened(plan.handle, self.grid.n_layers, self.progress)
-            self._loaded = plan.handle, self._exits.enter_context(opening)
-        return self._loaded[1]
+        return self._on_bench.of(plan.handle, self.grid.n_layers)
 
     def record(self, plan: Plan, item: Measurement, rates: Rates = estimate.NOTHING) -> Record:
         """The record of a measurement: from the store, or measured now and kept.
@@ -187,8 +181,7 @@ class Run:
 
     def close(self) -> None:
         """Free the model that is loaded."""
-        self._loaded = None
-        self._exits.close()
+        self._on_bench.close()
 
     def __enter__(self) -> Self:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +22,29 @@ from veloxbench.records import provenance
 from veloxbench.records.record import Provenance, Record
 from veloxbench.run.apart import end_worker, measure_apart
 from veloxbench.run.progress import Progress
+
+
+class OnBench:
+    """The model that was measured last, on the bench until another one is asked for; ended by :meth:`close`."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._model: tuple[ModelHandle, int | None] | None = None
+        self._bench: Bench | None = None
+        self._exits = ExitStack()
+
+    def of(self, handle: ModelHandle, n_layers: int | None) -> Bench:
+        """A model on the bench, cut to ``n_layers`` where they are given, in place of the one that was there."""
+        if self._bench is None or self._model != (handle, n_layers):
+            self.close()
+            self._bench = self._exits.enter_context(opened(handle, n_layers, self.progress))
+            self._model = handle, n_layers
+        return self._bench
+
+    def close(self) -> None:
+        """Free the model that is loaded."""
+        self._bench = None
+        self._exits.close()
 
 
 @contextmanager

@@ -14,8 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field, TypeAdapter
@@ -23,11 +22,14 @@ from pydantic import Field, TypeAdapter
 from veloxbench.errors import VeloxError
 from veloxbench.inputs.corpora import Role, TokenBlock
 from veloxbench.inputs.models import ModelHandle
-from veloxbench.measure.suite import Bench, Measured, Measurement, cell_of, get_suite
+from veloxbench.measure.suite import Measured, Measurement, cell_of, get_suite
 from veloxbench.records.arm import Arm
 from veloxbench.records.frozen import Frozen
 from veloxbench.records.provenance import versions
 from veloxbench.records.record import Estimate, LayerEngagement, Subject, content_hash
+
+if TYPE_CHECKING:
+    from veloxbench.run.session import OnBench
 
 MODULES = {
     "perplexity": "veloxbench.measure.quality",
@@ -66,30 +68,7 @@ class Answer(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-class Benches:
-    """The model that the last request was measured on, kept for the next one."""
-
-    def __init__(self, send: Send) -> None:
-        self.send = send
-        self.key: tuple[Any, ...] = ()
-        self.bench: Bench | None = None
-        self.exits = ExitStack()
-
-    def of(self, request: Request) -> Bench:
-        """A request's model on the bench."""
-        from veloxbench.run.session import opened
-
-        key = (request.model["weights_sha256"], request.n_layers)
-        if self.bench is None or self.key != key:
-            self.bench = None
-            self.exits.close()
-            handle = TypeAdapter(ModelHandle).validate_python(request.model)
-            self.bench = self.exits.enter_context(opened(handle, request.n_layers, _Said(self.send)))
-            self.key = key
-        return self.bench
-
-
-def measured(request: Request, benches: Benches) -> Measured:
+def measured(request: Request, on_bench: OnBench, send: Send) -> Measured:
     """Measure a request in this process."""
     importlib.import_module("veloxbench.methods.fp16")
     suite = get_suite(request.subject.suite)
@@ -97,7 +76,8 @@ def measured(request: Request, benches: Benches) -> Measured:
     tokens = np.array(request.tokens, np.int32)
     block = TokenBlock(tokens, request.tokens_sha256, request.text, request.role, (), False, None)
     item = Measurement(_here(request), cell, block)
-    return suite.measure(item, benches.of(request), lambda n: benches.send({"tick": n}))
+    bench = on_bench.of(TypeAdapter(ModelHandle).validate_python(request.model), request.n_layers)
+    return suite.measure(item, bench, lambda n: send({"tick": n}))
 
 
 def _here(request: Request) -> Subject:
@@ -135,12 +115,12 @@ def why(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}{place}"
 
 
-def answer(line: str, benches: Benches) -> Answer:
+def answer(line: str, on_bench: OnBench, send: Send) -> Answer:
     """The answer to a request: never an exception, for whatever the measured code raises is a finding."""
     try:
         request = Request.model_validate_json(line)
         importlib.import_module(MODULES[request.subject.suite])
-        result = measured(request, benches)
+        result = measured(request, on_bench, send)
     except Exception as error:
         return Answer(reason=why(error), trace=traceback.format_exc(), versions=versions())
     return Answer(metrics=result.metrics, samples=result.samples, layers=result.layers, versions=versions())
@@ -155,6 +135,8 @@ def _outlive_nobody(parent: int) -> None:
 
 def main() -> None:
     """Answer every request from standard input."""
+    from veloxbench.run.session import OnBench  # which asks this module for the form of a request
+
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -162,6 +144,6 @@ def main() -> None:
         print(json.dumps(message), file=answers, flush=True)
 
     threading.Thread(target=_outlive_nobody, args=(os.getppid(),), daemon=True).start()
-    benches = Benches(send)
+    on_bench = OnBench(_Said(send))
     for line in sys.stdin:
-        send({"answer": answer(line, benches).model_dump(mode="json")})
+        send({"answer": answer(line, on_bench, send).model_dump(mode="json")})

@@ -75,3 +75,14 @@ def test_shuffles_are_controls_and_no_rows():
     lines = [line for line in page.splitlines() if "shuffle=" in line]
     assert len(lines) == 1
     assert "and 1 more" in lines[0]
+
+
+def test_machines_are_not_paired_with_each_other():
+    """Two machines with the same rows give each comparison twice, each from its own machine's figures."""
+    elsewhere = SOMEWHERE.model_copy(update={"hardware": {**SOMEWHERE.hardware, "chip": "Apple M9"}})
+    here = [record for record in RECORDS if record.subject.text.name == "t"]
+    there = [record.model_copy(update={"provenance": elsewhere}) for record in here]
+    both = list(comparisons([*here, *there]))
+    assert sorted(c.rival for c in both) == sorted(2 * [c.rival for c in comparisons(here)])
+    assert {c.rival: c.record.provenance.hardware["chip"] for c in both[:3]}.keys() == {c.rival for c in both[3:]}
+    assert len({c.record.provenance.hardware["chip"] for c in both[3:]}) == 1

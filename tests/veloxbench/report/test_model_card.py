@@ -81,3 +81,18 @@ def test_every_quality_table_has_the_word(records):
     for header, _, *rows in tables:
         place = [cell.strip() for cell in header.split("|")].index("verdict")
         assert {row.split("|")[place].strip() for row in rows} <= {"lossless", "good", "noticeable", "bad", ""}
+
+
+def test_a_block_names_the_reference_of_its_own_machine(records):
+    """A contributed fp16 row with another perplexity changes no block of this machine's arms."""
+    base = decoded(records, "smollm2-135m", "fp16")
+    hardware = {**base.provenance.hardware, "chip": "Apple M9"}
+    ppl = base.metrics["ppl"].model_copy(update={"value": 99.0})
+    there = base.model_copy(
+        update={
+            "provenance": base.provenance.model_copy(update={"hardware": hardware}),
+            "metrics": {**base.metrics, "ppl": ppl},
+        }
+    )
+    blocks = [set(perplexity_blocks(some).split("\n\n")) for some in ([there, *records], records)]
+    assert blocks[0] == blocks[1]
