@@ -128,7 +128,6 @@ def measure(
     text = load_text(corpus, "evaluation", reporter=reporter)
     with opened(handle, None, LineProgress()) as bench:
         block = token_block(text, bench.context.tokenizer, n_sequences=protocol.sequences, length=protocol.n_tokens + 1)
-        reporter.message("perplexity suite")
         ours = _ours(bench, block.tokens, protocol)
     others = {}
     for peer in peers:
@@ -142,7 +141,8 @@ def _ours(bench: Bench, tokens: NDArray[np.int32], protocol: Chunked) -> dict[st
     """One sequence at a time, as the other instruments do it."""
     figures: dict[str, dict[str, list[float]]] = {str(bits): {figure: [] for figure in FIGURES} for bits in BITS}
     alone = dataclasses.replace(protocol, sequences=1)
-    for row in tokens:
+    for at, row in enumerate(tokens, start=1):
+        bench.say(f"perplexity suite: {at} of {len(tokens)}")
         reference = list(lockstep(feed(bench.model, bench.caches(REFERENCE).caches, row[None], alone), bench.pool))
         for bits, of_width in figures.items():
             caches = bench.caches(Arm(name="mlx-affine", target=float(bits)))
