@@ -186,6 +186,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "merge": ("", "--out"),
     "verify": ("", "--records", "--model"),
     "submit": ("", "--out"),
+    "changes": ("",),
     "models": ("",),
     "corpora": ("",),
     "methods": ("",),

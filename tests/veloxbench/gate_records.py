@@ -50,6 +50,7 @@ def quality_record(
     drop: tuple[str, ...] = (),
     harness: str | None = None,
     refused: str | None = None,
+    machine_class: str = "k",
     **provenance: Any,
 ) -> Record:
     """A chunked perplexity record of the gate profile."""
@@ -75,7 +76,7 @@ def quality_record(
             text=TextRef(name="wikitext-2", tokens_sha256="x" * 64),
             settings={**vars(protocol), "seed": 0},
             harness=harness or harness_hash(),
-            machine_class="k",
+            machine_class=machine_class,
         ),
         status="measured" if refused is None else "unsupported",
         reason=refused,

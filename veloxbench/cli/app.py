@@ -24,7 +24,7 @@ from veloxbench.cli.methods import methods
 from veloxbench.cli.output import to_stderr
 from veloxbench.cli.peers import peers_app
 from veloxbench.cli.recommend import recommend
-from veloxbench.cli.records import merge, submit, verify
+from veloxbench.cli.records import changes, merge, submit, verify
 from veloxbench.cli.report import report, schema
 from veloxbench.cli.run import run, worker
 from veloxbench.cli.trials import trial
@@ -68,7 +68,7 @@ RENAMED = {"aa": "trial timing", "damages": "trial damages"}
 """Commands by names that they had, and by those that they have."""
 
 for command in (
-    *(run, worker, merge, verify, submit, recommend, report, gate, compare, bisect),
+    *(run, worker, merge, verify, submit, recommend, report, gate, compare, bisect, changes),
     *(models, corpora, methods, doctor, kernels, schema),
 ):
     app.command()(command)

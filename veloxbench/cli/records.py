@@ -1,4 +1,4 @@
-"""``veloxbench merge``, ``verify`` and ``submit``: records of several machines, and of other people."""
+"""``veloxbench merge``, ``verify``, ``submit`` and ``changes``: records of several machines, other people and times."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veloxbench.cli.output import print_findings, to_stderr
+from veloxbench.cli.output import print_findings, print_table, to_stderr
 from veloxbench.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -116,3 +116,44 @@ def submit(
         write_text(out / path, content)
         print(f"wrote {out / path}")
     print(f"copy {out / PLACE} into a checkout's {PLACE} and commit it; PULL_REQUEST.md is the request's text")
+
+
+def changes(
+    records: Annotated[
+        list[Path] | None, typer.Argument(help="Folders or .jsonl files of records (default: results).")
+    ] = None,
+) -> None:
+    """Show since which commit a stored figure is another one: the change points of every row.
+
+    A folder keeps the records of earlier code. Of each row (one cache with one model, text and settings, on one machine
+    with one rounding) the records are taken in the order in which they were measured, and neighbours whose code differs
+    are compared: bytes and codes have changed if they are not equal, KLD if the gate's paired test over sequences says
+    so. Under the table stand the commands that find the commit behind a regression.
+
+    Noise alone shows a change in one folder of a hundred at most. The last line says what was left out, and why. Exit
+    code 0, whatever changed: `veloxbench gate` judges.
+
+    **Example:** `veloxbench run --profile gate`, the same again after a pull, then `veloxbench changes results`
+    """
+    from veloxbench.gate.changes import change_points
+    from veloxbench.records.selection import by_machine
+    from veloxbench.records.store import journals
+    from veloxbench.report.history import CHANGE_COLUMNS, bisection, change_cells, judged_changes, read_history
+
+    paths = records or [Path("results")]
+    for path in paths:
+        if not journals(path):
+            raise UsageError(f"there are no records at {path}; `veloxbench run --out {path}` makes them")
+    history = read_history(paths)
+    found = change_points(history)
+    if not found.compared and not found.left_out:
+        where = ", ".join(map(str, paths))
+        print(f"no row in {where} has records of two states of the code: run the same again after a change of code")
+        return
+    if found.changes:
+        several = len(by_machine(history)) > 1
+        rows = [(change.after.subject.model.name, *change_cells(change, several)) for change in found.changes]
+        print_table(("model", *CHANGE_COLUMNS), rows)
+        for command in dict.fromkeys(said for said, is_command in map(bisection, found.changes) if is_command):
+            print(command)
+    print(judged_changes(found))

@@ -6,7 +6,6 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -79,50 +78,20 @@ def _machine(hardware: bytes) -> bytes:
         return hardware
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A row's text in a line: its hardware, and the line's end from the method's name on."""
-
-    hardware: bytes
-    end: bytes
-
-    @functools.cached_property
-    def name(self) -> bytes:
-        """What two lines of this row share: the machine and the end."""
-        return _machine(self.hardware[:-1]) + self.end
-
-
-class _Glance:
+def _glance(lines: bytes, begin: int, end: int) -> tuple[bytes, bytes] | None:
     """Key and row of a record's line among others, unparsed; None where it is not as :meth:`Record.to_line` writes it.
 
     The row is the machine and the end of the line: a subject's fields are sorted, and what differs between two states
     of the code (harness, machine class, implementation) stands before the method's name.
-
-    Runs write their rows in one order. So the row before this one is expected to be the one that was before it in the
-    run that came later, and two comparisons say whether it is.
     """
-
-    def __init__(self) -> None:
-        self._before: dict[bytes, _Row] = {}
-        self._last = b""
-
-    def __call__(self, lines: bytes, begin: int, end: int) -> tuple[bytes, bytes] | None:
-        subject = lines.find(SUBJECT, begin, end)
-        key = lines.find(_KEY, begin, subject) + len(_KEY)
-        hardware = lines.find(_HARDWARE, key, subject) + len(_HARDWARE)
-        if subject < 0 or hardware < len(_HARDWARE) or lines[key + 64 : key + 65] != b'"':
-            return None
-        row = self._before.get(self._last)
-        if row is None or not (lines.endswith(row.end, subject, end) and lines.startswith(row.hardware, hardware)):
-            name = lines.find(b',"name":', subject, end)
-            row = _Row(lines[hardware : lines.find(b"}", hardware, subject) + 1], lines[name:end])
-            if name < 0 or SUBJECT in row.end:
-                return None
-            self._before[self._last] = row
-        if lines.find(SUBJECT, subject + 1, end - len(row.end)) >= 0:
-            return None
-        self._last = row.name
-        return lines[key : key + 64], row.name
+    subject = lines.rfind(SUBJECT, begin, end)
+    key = lines.find(_KEY, begin, end) + len(_KEY)
+    row = lines.find(b',"name":', subject, end)
+    if min(subject, row) < 0 or lines[key + 64 : key + 65] != b'"' or lines.find(SUBJECT, begin, subject) >= 0:
+        return None
+    hardware = lines.find(_HARDWARE, key, subject) + len(_HARDWARE)
+    machine = _machine(lines[hardware : lines.find(b"}", hardware, subject)])
+    return lines[key : key + 64], machine + lines[row:end]
 
 
 def read_chosen(file: Path, chosen: Callable[[bytes, bytes], bool]) -> Iterator[Record]:
@@ -132,23 +101,22 @@ def read_chosen(file: Path, chosen: Callable[[bytes, bytes], bool]) -> Iterator[
 
     Args:
         file: the journal.
-        chosen: told a line's key and its row (which are those of :class:`_Glance`), says whether the record is wanted.
+        chosen: told a line's key and its row (which are those of :func:`_glance`), says whether the record is wanted.
 
     Raises:
         IntegrityError: a line that is chosen, or that does not look like a record's, is not valid.
     """
-    glance = _Glance()
     try:
         for offset, lines in blocks_backward(file):
             end = len(lines) - 1
             while end >= 0:
                 begin = lines.rfind(b"\n", 0, end) + 1
-                known, record = glance(lines, begin, end), None
+                known, record = _glance(lines, begin, end), None
                 try:
                     if known is None:
                         record = Record.from_line(lines[begin:end])
                         written = record.to_line().rstrip().encode()
-                        known = glance(written, 0, len(written)) or (record.key.encode(), lines[begin:end])
+                        known = _glance(written, 0, len(written)) or (record.key.encode(), lines[begin:end])
                     if chosen(*known):
                         yield record or Record.from_line(lines[begin:end])
                 except ValidationError as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from veloxbench.records.record import Record
 from veloxbench.report.cells import format_estimate, machine, pipe_table
-from veloxbench.report.points import BEST, QUOTED, Point
+from veloxbench.report.points import BEST, FP16_BITS, QUOTED, Point
 from veloxbench.report.recommend import GOOD, size
 from veloxbench.report.tables import GUIDE_CLAIMS
 
@@ -102,14 +102,15 @@ def hardware(records: Iterable[Record]) -> str:
 
 
 def choosing_a_target(by_model: Points) -> str:
-    """The best cache at each target of each model, with what the guide claims there."""
+    """The best cache at each target of each model, with what the guide claims there; one that holds no less than fp16
+    is no choice."""
     header = ("model", "target", "cache", "all-in bits", "KLD", "verdict", "ΔPPL", "often-quoted", "which is")
     body = []
     for model, groups in by_model.items():
         best: dict[float, Point] = {}
         for point in sorted(groups[BEST], key=_loss):
             target = point.record.subject.method.target
-            if target is not None and point.word is not None:
+            if target is not None and point.word is not None and point.resident < FP16_BITS:
                 best.setdefault(target, point)
         for target, point in sorted(best.items(), reverse=True):
             body.append([model if target == max(best) else "", f"{target:g}", *_cells(point, target)])
@@ -131,7 +132,7 @@ def _cells(point: Point, target: float) -> list[str]:
         "" if word is None else word.word,
         "" if change is None else format_estimate(change),
         "" if claim is None else f"{claim.memory}, {claim.delta_ppl}",
-        "" if claim is None or change is None else claim.verdict(change, 16 / point.resident, 16 / bits),
+        "" if claim is None or change is None else claim.verdict(change, FP16_BITS / point.resident, FP16_BITS / bits),
     ]
 
 

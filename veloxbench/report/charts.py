@@ -420,11 +420,12 @@ HISTORIES = (
 )
 
 
-def history(series: Mapping[str, Sequence[Record]]) -> dict[str, Drawn]:
+def history(series: Mapping[str, Sequence[Record]], changes: Mapping[str, str]) -> dict[str, Drawn]:
     """A figure of each row over the records that it has, by the figure's name: only rows of more than one record.
 
     Args:
         series: records of one row, by a title that tells it from others.
+        changes: by a record's id, what changed with it: its point gets a ring that says so.
     """
     charts = {}
     for metric, title in HISTORIES:
@@ -437,6 +438,7 @@ def history(series: Mapping[str, Sequence[Record]]) -> dict[str, Drawn]:
                 "high": record.metrics[metric].high,
                 "commit": (record.provenance.commit or "")[:12],
                 "record": record.id[:12],
+                "change": changes.get(record.id),
             }
             for name, records in series.items()
             if len(records) > 1
@@ -449,17 +451,15 @@ def history(series: Mapping[str, Sequence[Record]]) -> dict[str, Drawn]:
 
 
 def _over_time(spots: Sequence[Mapping[str, Any]], title: str) -> Drawn:
-    return (
-        alt.Chart(_data(spots))
-        .mark_line(point=True)
-        .encode(
-            alt.X("at:T", title="measured", axis=alt.Axis(labelOverlap="greedy", tickCount=4)),
-            alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
-            alt.Color("row:N", title=None, legend=alt.Legend(orient="bottom", columns=1, labelLimit=280)),
-            tooltip=["row:N", alt.Tooltip("value:Q", format=".4g", title=title), "commit:N", "record:N"],
-        )
-        .properties(**_wide(220))
+    base = alt.Chart(_data(spots)).encode(
+        alt.X("at:T", title="measured", axis=alt.Axis(labelOverlap="greedy", tickCount=4)),
+        alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
+        alt.Color("row:N", title=None, legend=alt.Legend(orient="bottom", columns=1, labelLimit=280)),
     )
+    hover: list[Any] = ["row:N", alt.Tooltip("value:Q", format=".4g", title=title), "commit:N", "record:N"]
+    lines = base.mark_line(point=True).encode(tooltip=hover)
+    rings = base.transform_filter("isValid(datum.change)").mark_point(size=220, strokeWidth=2, shape="diamond")
+    return alt.layer(lines, rings.encode(tooltip=[*hover, alt.Tooltip("change:N")])).properties(**_wide(220))
 
 
 def specification(chart: Drawn) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from veloxbench.errors import printable
+from veloxbench.gate.changes import Changes, change_points
 from veloxbench.records.record import FailedMeasurement, Record
-from veloxbench.records.selection import by_machine, newest_per_row, row_key, table_rows
+from veloxbench.records.selection import by_machine, newest_per_row, table_rows
 from veloxbench.report import charts
 from veloxbench.report.answer import choice
-from veloxbench.report.cells import machine
+from veloxbench.report.history import CHANGE_COLUMNS, bisection, change_cells, judged_changes, row_name
 from veloxbench.report.page import DETAILS, by_model, method_names, render, slug
 from veloxbench.report.points import BEST, CONTEXTS, QUOTED, points, rows
 from veloxbench.report.templates import filled
@@ -61,14 +62,18 @@ def render_html(
     """
     newest = newest_per_row(records)
     methods = method_names(newest)
+    changes = change_points(records)
     specs: list[dict[str, Any]] = []
     board: list[dict[str, Any]] = []
-    sections = list(_sections(records, methods, depth, specs, board))
+    sections = list(_sections(records, methods, depth, changes, specs, board))
     return filled(
         "veloxbench.report",
         "page.html.j2",
         lead=list(_lead(newest)),
         sections=sections,
+        change_columns=("model", *CHANGE_COLUMNS, "which commit"),
+        changes=list(_changes(records, changes)),
+        judged=judged_changes(changes) if changes.compared or changes.left_out else "",
         tables=_tables(render(records, failures, others, drawn=False)),
         methods=[
             (name, charts.MARKS[i % len(charts.MARKS)], i % len(charts.COLOURS)) for i, name in enumerate(methods)
@@ -108,6 +113,7 @@ def _sections(
     records: Sequence[Record],
     methods: Sequence[str],
     depth: Sequence[Mapping[str, Any]],
+    changes: Changes,
     specs: list[dict[str, Any]],
     board: list[dict[str, Any]],
 ) -> Iterator[Section]:
@@ -118,6 +124,11 @@ def _sections(
         return Chart(len(specs) - 1, title, label)
 
     histories = by_model(records)
+    marks: dict[str, str] = {}
+    for change in changes.changes:
+        _, metric, values, grown, begun, _ = change_cells(change, False)
+        told = f"{metric} {values}, {grown}, since {begun}"
+        marks[change.after.id] = "; ".join(filter(None, (marks.get(change.after.id), told)))
     for model, of_model in by_model(table_rows(records)).items():
         name = printable(model)
         groups = points(of_model)
@@ -141,7 +152,10 @@ def _sections(
                     for e in depth
                     if e["model"] == model
                 ),
-                *((made, f"History: {title}") for title, made in charts.history(_series(histories[model])).items()),
+                *(
+                    (made, f"History: {title}")
+                    for title, made in charts.history(_series(histories[model]), marks).items()
+                ),
             )
             if made is not None
         ]
@@ -149,19 +163,22 @@ def _sections(
         yield Section(name, slug(model), shown if measured else (), pareto, tuple(more))
 
 
+def _changes(records: Sequence[Record], changes: Changes) -> Iterator[tuple[tuple[str, ...], tuple[str, bool]]]:
+    """Of each change the cells, its model's heading first, and the command that finds its commit."""
+    headings = {record.id: model for model, of_model in by_model(records).items() for record in of_model}
+    several = len(by_machine(records)) > 1
+    for change in changes.changes:
+        model = printable(headings.get(change.after.id, change.after.subject.model.name))
+        yield (model, *change_cells(change, several)), bisection(change)
+
+
 def _series(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records of one row, oldest first, by a title."""
-    by_row: dict[tuple[str, str], list[Record]] = {}
+    series: dict[str, list[Record]] = {}
     several = len(by_machine(records)) > 1
     for record in sorted(records, key=lambda record: record.provenance.started):
-        place = f" on {machine(record).partition(', mlx')[0]}" if several else ""
-        by_row.setdefault((row_key(record.subject), place), []).append(record)
-    return {_row_name(of_row[0], key) + place: of_row for (key, place), of_row in by_row.items()}
-
-
-def _row_name(record: Record, key: str) -> str:
-    subject = record.subject
-    return f"{subject.method.label}, {subject.protocol}, {subject.text.name} {key[:4]}"
+        series.setdefault(row_name(record, several), []).append(record)
+    return series
 
 
 def _tables(text: str) -> str:

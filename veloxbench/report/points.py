@@ -23,6 +23,8 @@ QUOTED = 8192
 """Tokens at which pages without a slider give sizes."""
 BEST = "each cache's best measurement"
 """The group that holds one measurement of every arm, those of the fullest group first."""
+FP16_BITS = 16.0
+"""Bits of a value that is not quantized."""
 KLD_FLOOR = 1e-4
 """Nats per token; a logarithmic axis ends here, and what loses less is drawn at its end."""
 LLOYD_MAX_4_BITS = 0.009501
@@ -83,7 +85,7 @@ class Point:
     @property
     def bits(self) -> float:
         """Bits a value as the tokens of the measurement were held, tables that do not grow left out."""
-        return self.record.metrics["bits_per_value"].value if "bits_per_value" in self.record.metrics else 16.0
+        return self.record.metrics["bits_per_value"].value if "bits_per_value" in self.record.metrics else FP16_BITS
 
     @property
     def resident(self) -> float:

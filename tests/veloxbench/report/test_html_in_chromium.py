@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from axe_playwright_python.sync_playwright import Axe
 from markdown_it import MarkdownIt
 from playwright.sync_api import sync_playwright
 
+from veloxbench.records.record import Record
 from veloxbench.records.store import read_records
 from veloxbench.report.html import render_html
 
@@ -31,13 +33,25 @@ def browser():
         chromium.close()
 
 
+def with_other_code(record: Record, days: int) -> Record:
+    """The same measurement days later, of other code: its KLD is half as large again on the second day."""
+    made = record.provenance.model_copy(
+        update={"started": record.provenance.started + timedelta(days=days), "commit": f"{days:012x}" + "0" * 28}
+    )
+    subject = record.subject.model_copy(update={"harness": f"{days}"})
+    kld = [value * (1.5 if days == 2 else 1.0) for value in record.samples["kld_mean"]]
+    kept = {name: getattr(record, name) for name in ("status", "metrics", "engagement")}
+    return Record.create(subject=subject, provenance=made, samples={**record.samples, "kld_mean": kld}, **kept)
+
+
 @pytest.fixture(scope="module")
 def page(browser, tmp_path_factory):
     """The page of two models, opened as a file on a phone; what the console says is kept."""
     names = ("gemma3-270m", "smollm2-135m-fisher")
     file = tmp_path_factory.mktemp("page") / "page.html"
     records = [record for name in names for record in read_records(ROOT / "records" / f"{name}.jsonl")]
-    file.write_text(render_html(records), encoding="utf-8")
+    later = [with_other_code(record, days) for days in (1, 2) for record in records if "kld_mean" in record.samples]
+    file.write_text(render_html([*records, *later]), encoding="utf-8")
     opened = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="light")
     opened.said = []
     opened.on("console", lambda message: opened.said.append(message.text))
@@ -69,6 +83,16 @@ def test_it_fits_every_screen_and_draws_within_the_first(page, scheme):
         assert box["y"] + box["height"] <= height
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= width
+
+
+def test_changes_stand_below_the_histories(page):
+    """Rows of 16 sequences have a marked second day; the table scrolls in its frame and has a command to type."""
+    table = page.locator("#changes ~ .table table")
+    assert table.locator("tbody tr").count() > 0
+    command = table.locator("code").first.inner_text()
+    assert command.startswith("veloxbench bisect 000000000001 000000000002 --subject ")
+    marks = page.evaluate("specs.map(s => JSON.stringify(s)).filter(s => s.includes('since 0000')).length")
+    assert marks >= 1
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

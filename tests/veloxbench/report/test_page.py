@@ -77,6 +77,15 @@ def test_the_committed_page_answers_first():
     assert page.index("## Provenance") > page.rindex("\n### ")
 
 
+def test_a_cache_that_holds_fp16_is_no_choice_at_4_bits():
+    """mlx-lm's generate at 4 bits loses nothing before token 5000, for it holds 16 until then: another row is named."""
+    page = render(read_records(RECORDS / "peers"))
+    table = page.partition("## Choosing a target")[2].partition("*target*")[0]
+    assert "mlx-lm/generate@4" in page
+    assert "mlx-lm/generate@4" not in table
+    assert "| 4 |" in " ".join(table.split())
+
+
 def test_no_table_has_more_than_nine_columns():
     """So that it fits on GitHub's page; what few readers want is in files beside it."""
     pages = [RECORDS.parent / "BENCHMARK_RESULTS.md", *(RECORDS.parent / "docs" / "results").glob("*.md")]
