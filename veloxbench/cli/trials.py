@@ -276,7 +276,7 @@ def instruments(
     record: Annotated[Path, typer.Option(help="The measured comparison.")] = Path("records/gate/instruments.json"),
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Measure it anew; `veloxbench peers add mlx-quant-fidelity==0.10.0` first."),
+        typer.Option("--measure", help="Measure it anew; `veloxbench peers add` the other programs first."),
     ] = False,
     model: ModelOption = "smollm2-135m",
     corpus: Annotated[str, typer.Option(help="A name from `veloxbench corpora`, or a file.")] = "wikitext-2",
@@ -285,7 +285,7 @@ def instruments(
     out: PageFile = None,
     check: CheckedPage = None,
 ) -> None:
-    """Does another instrument see the same? mlx-lm's affine cache by mlx-quant-fidelity and by the perplexity suite.
+    """Do other instruments see the same? mlx-lm's affine cache by two other programs and by the perplexity suite.
 
     **Examples**
 
@@ -293,16 +293,16 @@ def instruments(
 
     `veloxbench trial instruments --measure --record mine.json` (ten minutes on two cores)
     """
-    from veloxbench.trials.instruments import OTHER, protocol_of, read_comparison, render
-    from veloxbench.trials.instruments import measure as measure_both
+    from veloxbench.trials.instruments import INSTRUMENTS, protocol_of, read_comparison, render
+    from veloxbench.trials.instruments import measure as measure_all
 
     if measure:
         from veloxbench.inputs.models import resolve_model
         from veloxbench.inputs.transfer_progress import default_reporter
         from veloxbench.methods.peers import get_peer
 
-        peer, reporter = get_peer(OTHER), default_reporter()
+        peers, reporter = [get_peer(name) for name in INSTRUMENTS], default_reporter()
         handle = resolve_model(model, reporter=reporter)
-        compared = measure_both(handle, corpus, peer, protocol_of(sequences, length), reporter)
+        compared = measure_all(handle, corpus, peers, protocol_of(sequences, length), reporter)
         write_text(record, compared.model_dump_json(indent=1) + "\n")
     deliver(render(read_comparison(record)), out, check, "veloxbench trial instruments", record)
