@@ -291,7 +291,7 @@ def instruments(
 
     `veloxbench trial instruments --check docs/instruments.md`
 
-    `veloxbench trial instruments --measure --record mine.json` (ten minutes on two cores)
+    `veloxbench trial instruments --measure --record mine.json` (half an hour on two cores)
     """
     from veloxbench.trials.instruments import INSTRUMENTS, protocol_of, read_comparison, render
     from veloxbench.trials.instruments import measure as measure_all
