@@ -110,14 +110,9 @@ class BaselineFile(Frozen):
         return cls.model_validate({**draft.model_dump(mode="json"), "content_sha256": draft.content_id()})
 
     @functools.cached_property
-    def id(self) -> str:
-        """The fingerprint's hash."""
-        return fingerprint_id(self.fingerprint)
-
-    @property
     def place(self) -> str:
         """``<fingerprint>/<suite>.json``."""
-        return f"{self.id}/{self.suite}.json"
+        return f"{fingerprint_id(self.fingerprint)}/{self.suite}.json"
 
     @property
     def by_subject(self) -> dict[str, Entry]:
@@ -300,7 +295,7 @@ class Baselines:
 
     @functools.cached_property
     def _by_fingerprint(self) -> dict[str, BaselineFile]:
-        return {file.id: file for file in reversed(self.files)}
+        return {fingerprint_id(file.fingerprint): file for file in reversed(self.files)}
 
     @functools.cached_property
     def _by_travel(self) -> dict[str, BaselineFile]:
