@@ -90,6 +90,17 @@ def test_flagged_tokens_are_counted_by_the_formula(context):
         assert storage_formula(cache, 200, Geometry(3, 64, 64)) == held > plain
 
 
+def test_a_scale_calibrated_anew_is_counted_by_the_formula():
+    """Keys ten times larger from token 100 on open one slot: 3 heads of 16 bits and 32 bits for where it starts."""
+    cache = PackedKVCache(KVCacheConfig("turboquant_static", code_bits=4).layer_spec(0, None, None, None))
+    values = np.random.default_rng(0).standard_normal((1, 3, 200, 64)).astype(np.float32)
+    keys = values * np.where(np.arange(200) < 100, 1, 10)[:, None].astype(np.float32)
+    cache.update_and_fetch(mx.array(keys), mx.array(values))
+    held = sum(Fraction(held.array.nbytes * held.used_slots, held.slots) for held in cache.held_arrays())
+    codes = 2 * 3 * 200 * 64 * 4 // 8
+    assert storage_formula(cache, 200, Geometry(3, 64, 64)) == held == codes + 3 * 2 + 4
+
+
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("fields", [{"outlier_observer": KeyNormObserver()}, {}], ids=["outliers", "adaptive"])
 def test_lost_tokens_are_noticed_where_data_decide_the_bytes(context, fields, side):

@@ -43,13 +43,16 @@ def implementation() -> str:
 def storage_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fraction:
     """Bytes of one layer after ``tokens`` tokens, from its quantizers' costs, sinks and window.
 
-    Where the data decide (a width per block, flagged tokens), from the costs and counts of what was decided.
+    Where the data decide (a width per block, flagged tokens, a scale calibrated anew), from the costs and counts of what
+    was decided.
 
     Raises:
         EngagementError: the data decide, and the cache holds another number of tokens.
     """
     spec = cache.spec
-    if spec.outlier_keys is not None or any(isinstance(side, MixedQuantizer) for side in (spec.keys, spec.values)):
+    sides = (spec.keys, spec.values)
+    decided = any(isinstance(side, MixedQuantizer) or side.calibration_tokens for side in sides)
+    if decided or spec.outlier_keys is not None:
         return counted_formula(cache, tokens, geometry)
     shape = {"n_kv_heads": geometry.n_kv_heads, "key_dim": geometry.head_dim, "value_dim": geometry.value_dim}
     return Fraction(spec.expected_nbytes(tokens, **shape))
