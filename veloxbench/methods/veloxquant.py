@@ -43,8 +43,8 @@ def implementation() -> str:
 def storage_formula(cache: PackedKVCache, tokens: int, geometry: Geometry) -> Fraction:
     """Bytes of one layer after ``tokens`` tokens, from its quantizers' costs, sinks and window.
 
-    Where the data decide (a width per block, flagged tokens, a scale calibrated anew), from the costs and counts of what
-    was decided.
+    Where the data decide (a width per block, flagged tokens, a scale calibrated anew), from the costs and counts of
+    what was decided.
 
     Raises:
         EngagementError: the data decide, and the cache holds another number of tokens.
