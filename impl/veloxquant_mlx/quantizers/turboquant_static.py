@@ -87,8 +87,8 @@ class TurboQuantStatic(Quantizer):
     token that is more than ``MISFIT`` times the scale, or from the last of ``IN_A_ROW`` tokens that are all more than
     ``DRIFT`` times larger or smaller, another scale holds (16 bits a head, 32 a stretch), and the mean is left out
     where it misleads.
-    Ordinary text hardly needs one (one stretch in two layers of SmolLM2-135M's thirty in 2,040 tokens); what does not
-    fit by less loses accuracy, as documented, and no more.
+    Ordinary text seldom needs one (ten stretches in SmolLM2-135M's thirty layers in 2,048 tokens); what does not fit by
+    less loses accuracy, as documented, and no more.
 
     One pattern of codes is reserved for tokens that are not finite: they decode to NaN, and calibrate nothing.
 
