@@ -208,7 +208,6 @@ def retrieval(records: Sequence[Record]) -> list[str]:
             ("bits/value", figure("bits_per_value", "{:.3f}")),
             ("recalled", figure("recalled", "{:.1%}")),
             ("KLD", figure("kld_mean")),
-            *((f"KLD {_depth(name)}", figure(name, plain=True)) for name in depths),
             ("ΔNLL", figure("delta_nll")),
             ("top-1", figure("top1_agreement")),
         ]
@@ -217,6 +216,9 @@ def retrieval(records: Sequence[Record]) -> list[str]:
             "*Recalled* are tokens that the model gives more than half of the probability; KLD and NLL against fp16 at "
             "the same positions, nats per token."
         )
+        if depths:
+            by_depth = [("method", method), *((_depth(name), figure(name, plain=True)) for name in depths)]
+            parts.append(f"KLD by depth:\n\n{record_table(by_depth, rows)}")
     return parts
 
 
