@@ -137,13 +137,13 @@ def changes(
     """
     from veloxbench.gate.changes import change_points
     from veloxbench.records.selection import by_machine
-    from veloxbench.records.store import journals
+    from veloxbench.records.store import journals, no_records
     from veloxbench.report.history import CHANGE_COLUMNS, bisection, change_cells, judged_changes, read_history
 
     paths = records or [Path("results")]
     for path in paths:
         if not journals(path):
-            raise UsageError(f"there are no records at {path}; `veloxbench run --out {path}` makes them")
+            raise no_records(path)
     history = read_history(paths)
     found = change_points(history)
     if not found.compared and not found.left_out:

@@ -13,7 +13,7 @@ from typing import Any
 
 from veloxbench.errors import UsageError
 from veloxbench.records.record import FailedMeasurement, Record, content_hash
-from veloxbench.records.store import LAST_RUN, Store, journals, read_failures, read_records, run_keys
+from veloxbench.records.store import LAST_RUN, Store, journals, no_records, read_failures, read_records, run_keys
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def merged(paths: Sequence[Path]) -> Merged:
     noted = False
     for path in paths:
         if not journals(path):
-            raise UsageError(f"there are no records at {path}; `veloxbench run --out {path}` makes them")
+            raise no_records(path)
         for record in read_records(path):
             before, place = kept.setdefault(record.key, (record, path))
             if content_hash(figures(before)) != content_hash(figures(record)):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from veloxbench.errors import IntegrityError, UsageError
+from veloxbench.errors import IntegrityError
 from veloxbench.records.arm import REFERENCE
 from veloxbench.records.record import FailedMeasurement, Record, Subject
 from veloxbench.records.store import (
@@ -20,6 +20,7 @@ from veloxbench.records.store import (
     MACHINE,
     find_records,
     journals,
+    no_records,
     read_failures,
     read_newest,
     read_records,
@@ -53,7 +54,7 @@ def read_folders(paths: Iterable[Path]) -> tuple[list[Record], int, list[FailedM
     others = 0
     for path in paths:
         if not path.exists():
-            raise UsageError(f"there are no records at {path}; `veloxbench run --out {path}` makes them")
+            raise no_records(path)
         for file in journals(path):
             newest, more = read_newest(file)
             records.update({record.key: record for record in newest})

@@ -64,6 +64,11 @@ def journals(path: Path) -> list[Path]:
     return [path] if path.exists() else []
 
 
+def no_records(path: Path) -> UsageError:
+    """What is said of a folder or a file that a command was to read records from, and that has none."""
+    return UsageError(f"there are no records at {path}; `veloxbench run --out {path}` makes them")
+
+
 _KEY = b',"key":"'
 _HARDWARE = b'"hardware":{'
 

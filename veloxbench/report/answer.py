@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from veloxbench.records.record import Record
-from veloxbench.report.cells import format_estimate, machine, pipe_table
+from veloxbench.report.cells import format_estimate, hardware_name, pipe_table
 from veloxbench.report.points import BEST, FP16_BITS, QUOTED, Point
 from veloxbench.report.recommend import GOOD, size
 from veloxbench.report.tables import GUIDE_CLAIMS
@@ -96,7 +96,7 @@ def _missing(by_model: Points, records: Sequence[Record]) -> str:
 
 def hardware(records: Iterable[Record]) -> str:
     """Whether there are records from Apple's chips, and where all of them are from."""
-    machines = sorted({machine(record).partition(", mlx")[0] for record in records})
+    machines = sorted({hardware_name(record) for record in records})
     apple = any("Apple" in name for name in machines)
     return f"{'other machines than' if apple else 'any Apple chip: every record is from'} {'; '.join(machines)}"
 

@@ -185,11 +185,17 @@ def all_in(tokens: int) -> Cell:
     return cell
 
 
-def machine(record: Record) -> str:
-    """What a reader would call another machine (:data:`veloxbench.records.store.MACHINE`), and the library there."""
-    hardware, versions = record.provenance.hardware, record.provenance.versions
+def hardware_name(record: Record) -> str:
+    """What a reader would call another machine (:data:`veloxbench.records.store.MACHINE`)."""
+    hardware = record.provenance.hardware
     facts = [hardware["chip"], f"{hardware['physical_cores']} cores", hardware.get("device"), hardware.get("blas")]
-    return ", ".join(str(fact) for fact in facts if fact) + (f", mlx {versions['mlx']}" if "mlx" in versions else "")
+    return ", ".join(str(fact) for fact in facts if fact)
+
+
+def machine(record: Record) -> str:
+    """A record's :func:`hardware_name`, and the library there."""
+    versions = record.provenance.versions
+    return hardware_name(record) + (f", mlx {versions['mlx']}" if "mlx" in versions else "")
 
 
 def paired_ratio(record: Record, name: str) -> tuple[Estimate, int]:

@@ -17,7 +17,7 @@ from veloxbench.gate.paired_test import ALPHA
 from veloxbench.records.record import NO_MODEL, Record, content_hash
 from veloxbench.records.selection import row_key
 from veloxbench.records.store import journals, read_chosen
-from veloxbench.report.cells import machine, significant
+from veloxbench.report.cells import hardware_name, significant
 from veloxbench.report.guide import Sources
 
 PER_ROW = 20
@@ -55,7 +55,7 @@ def row_name(record: Record, several: bool) -> str:
         several: whether the records are of several machines, so that the name says of which.
     """
     subject = record.subject
-    place = f" on {machine(record).partition(', mlx')[0]}" if several else ""
+    place = f" on {hardware_name(record)}" if several else ""
     return (
         f"{subject.method.label}, {subject.protocol}, {subject.text.name} {content_hash(row_key(subject))[:4]}{place}"
     )

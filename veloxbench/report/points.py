@@ -13,7 +13,7 @@ from veloxbench.records.arm import REFERENCE
 from veloxbench.records.quality_words import QualityWord, quality_word
 from veloxbench.records.record import Estimate, Record
 from veloxbench.records.selection import by_machine, table_rows
-from veloxbench.report.cells import format_estimate, machine, paired_ratio, significant
+from veloxbench.report.cells import format_estimate, hardware_name, machine, paired_ratio, significant
 from veloxbench.report.recommend import Footprint, best_quality, fullest_group
 from veloxbench.report.tables import GUIDE_CLAIMS, quality_groups
 
@@ -114,7 +114,7 @@ def points(records: Sequence[Record]) -> dict[str, list[Point]]:
     machines = by_machine(record for record in table_rows(records) if record.status == "measured")
     groups: dict[str, list[Point]] = {BEST: []}
     for measured in machines.values():
-        place = machine(measured[0]).partition(", mlx")[0] if len(machines) > 1 else ""
+        place = hardware_name(measured[0]) if len(machines) > 1 else ""
         for title, of_group in _points(measured, place).items():
             groups.setdefault(title, []).extend(of_group)
     return groups
